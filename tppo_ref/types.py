@@ -1,0 +1,121 @@
+"""The records that every room of the project shares: how a response stands, what was asked, what was answered.
+
+A response lives longer than a window, a policy version or a process. One record holds all of it; masks are derived
+from the record and never stored beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line with the thing, its value, what was expected and the remedy; exit code 2."""
+
+
+class End(enum.IntEnum):
+    """How a response stands. A window's edge is no end: a response that reaches it is still RUNNING.
+
+    An end token sampled as the last allowed token is END_TOKEN.
+    """
+
+    RUNNING = 0
+    END_TOKEN = 1
+    LENGTH_CAP = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One problem: its token ids, and the answer that the verifier compares with."""
+
+    id: int
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Response:
+    """Everything known of one sampled response, from its first window to its last update.
+
+    The per-token lists are aligned: entry t belongs to response token t.
+
+    id              global sample number; prompt and sample_index follow from it (batching.SampleStream)
+    token_ids       response tokens so far, the end token included
+    logprobs        log-probability of each token under the policy that sampled it (the behaviour policy)
+    versions        weight version of that policy, per token
+    values          V before each token, as the critic estimated it in the step that sampled the token
+                    (shorter than token_ids until that step's value pass ran); used by the critic's clip only
+    window_starts   columns at which the response's windows begin, ascending; the first is 0
+    end             RUNNING, END_TOKEN or LENGTH_CAP
+    score           the verifier's verdict, None until it is known
+    num_settled     tokens that the policy has done with, trained or excluded: the first column it has yet to see
+    """
+
+    id: int
+    prompt: Prompt
+    sample_index: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)
+    values: list[float] = dataclasses.field(default_factory=list)
+    window_starts: list[int] = dataclasses.field(default_factory=list)
+    end: End = End.RUNNING
+    score: float | None = None
+    num_settled: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """True once the end token was sampled or the length cap was reached."""
+        return self.end is not End.RUNNING
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `Response.from_state_dict` gives an equal record back."""
+        state = dataclasses.asdict(self)
+        state["end"] = self.end.name
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Response:
+        prompt = state["prompt"]
+        prompt = Prompt(id=prompt["id"], token_ids=tuple(prompt["token_ids"]), answer=prompt["answer"])
+        return cls(**{**state, "prompt": prompt, "end": End[state["end"]]})
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSlice:
+    """The tokens [begin, stop) of `response` that one window sampled; begin < stop."""
+
+    response: Response
+    begin: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """What the models are fed: B prompts, each with its response tokens so far (whole, from response column 0).
+
+    `detach_before`, where given, holds one column per row: attention reads the prompt and the response columns before
+    it as constants, so that no gradient flows through them. Biased, cheap to reason about, off by default.
+    """
+
+    prompt_ids: Sequence[Sequence[int]]
+    response_ids: Sequence[Sequence[int]]
+    detach_before: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, responses: Sequence[Response], detach_before: Sequence[int] | None = None) -> TokenBatch:
+        return cls([r.prompt.token_ids for r in responses], [r.token_ids for r in responses], detach_before)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_tokens_fed(self) -> int:
+        """Prompt and response tokens that a forward pass over the batch reads."""
+        return sum(map(len, self.prompt_ids)) + sum(map(len, self.response_ids))
