@@ -31,10 +31,10 @@ def policy_loss(
 
         ratio = exp(logprob - old_logprob)
         S     = min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)         PPO, arXiv 1707.06347, eq. 7
-        S     = max(S, dual_clip A)  where A < 0 only                            dual clip, arXiv 1912.09729, eq. 5
+        S     = max(S, dual_clip A)  where A < 0 only                            dual clip, arXiv 1912.09729
         loss  = - sum over mask of weight S / denominator
 
-    clip_high > clip_low is DAPO's clip-higher (arXiv 2503.14476, eq. 10). Everything is [B, T]; mask_BT is bool; weight_BT is
+    clip_high > clip_low is DAPO's clip-higher (arXiv 2503.14476). Everything is [B, T]; mask_BT is bool; weight_BT is
     a detached importance weight (`importance_weights`). Gradients flow into logprob_BT alone.
     Reduces to the plain policy gradient -A/denominator per token where ratio = 1.
 
@@ -106,7 +106,7 @@ def value_loss(
 def positive_lm_loss(logprob_BT: torch.Tensor, mask_BT: torch.Tensor, *, denominator: float) -> torch.Tensor:
     """Negative log-likelihood of good responses' tokens: -sum over mask of logprob / denominator.
 
-    VAPO's positive-example language-model loss (arXiv 2504.05118, eq. 8). Ours: the mask holds this step's policy tokens of
+    VAPO's positive-example language-model loss (arXiv 2504.05118). Ours: the mask holds this step's policy tokens of
     responses that ended correct in this step. Raises ValueError as `policy_loss`.
     """
     _check(denominator, mask_BT, logprob_BT=logprob_BT)

@@ -1,0 +1,264 @@
+"""Successive batching: which response decodes in which slot, for how many tokens, and what that makes of it.
+
+`SlotSchedule` knows integers only and makes every decision; sim's clock drives the same object with known lengths.
+`SuccessiveBatcher` adds the records and an engine. The engine only decodes: it is told how many tokens each request may add, so
+nothing is ever aborted, and a window closes when nothing runs.
+
+    window    0        1        2              refill="immediate"           refill="step"
+    slot 0    aaaaaaaa aaaa bbb bbbbbbbb       a ends, b starts at once      aaaaaaaa aaaa.... bbbbbbbb
+    slot 1    ccc ddddd dddddddd d eeeeee      c ends, d starts at once      ccc..... dddddddd dddddd..
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tppo_ref.engines import Request, RolloutEngine, request_seed
+from tppo_ref.types import End, Prompt, Response, WindowSlice
+
+Refill = Literal["immediate", "step"]
+
+
+class Grant(NamedTuple):
+    """An order to decode: `response` runs in `slot` for at most `max_new_tokens` tokens of this window."""
+
+    slot: int
+    response: int
+    max_new_tokens: int
+
+
+class Segment(NamedTuple):
+    """What came of a grant: `response` held `slot` during decode steps [begin, stop) of the window and then stood at `end`."""
+
+    slot: int
+    response: int
+    begin: int
+    stop: int
+    end: End
+
+
+class SlotSchedule:
+    """The decisions of successive batching (T-PPO, arXiv 2506.15050), in integers.
+
+    slots                decoding places
+    window               decode steps per window
+    max_response_tokens  cap on a response over all of its windows; a continued response gets what is left of it, never more
+    refill               "immediate": a slot whose response ended takes the next one in the same window (the paper's word);
+                         "step": it waits for the next window (as read in the authors' port)
+
+    One window: `open_window`, then `finish` at each decode step with which something finished, until `running` is empty.
+    `draw` hands out the id of the next response, or None when there are no more. With window >= max_response_tokens and
+    refill="step" every response ends in the window that began it: that is synchronous PPO.
+
+    Invariants: a slot holds one response; the segments of a response sum to at most max_response_tokens; no grant reaches beyond
+    the window's edge; with immediate refill every slot is busy at every decode step while `draw` lasts.
+    """
+
+    def __init__(self, *, slots: int, window: int, max_response_tokens: int, refill: Refill = "immediate"):
+        for name, number in (("slots", slots), ("window", window), ("max_response_tokens", max_response_tokens)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, got {number!r}")
+        if refill not in ("immediate", "step"):
+            raise ValueError(f"refill: expected 'immediate' or 'step', got {refill!r}")
+        self.slots, self.window, self.max_response_tokens, self.refill = slots, window, max_response_tokens, refill
+        self.carried: list[tuple[int, int] | None] = [None] * slots  # per slot: (response, tokens so far), RUNNING at the edge
+        self.running: dict[int, tuple[int, int, int, int]] = {}  # response -> (slot, tokens so far, granted, begin step)
+
+    def open_window(self, draw: Callable[[], int | None]) -> list[Grant]:
+        """Grants at decode step 0: carried responses go on in their slots, the free slots draw."""
+        assert not self.running, "open_window: the last window is still open"
+        grants = [self._grant(slot, 0, *(self.carried[slot] or (None, 0)), draw) for slot in range(self.slots)]
+        self.carried = [None] * self.slots
+        return [grant for grant in grants if grant]
+
+    def finish(
+        self, now: int, finished: Iterable[tuple[int, int, bool]], draw: Callable[[], int | None]
+    ) -> tuple[list[Segment], list[Grant]]:
+        """Say which grants ended with decode step `now` (1 .. window), as (response, new tokens, end token sampled).
+
+        Returns one segment per entry, in that order, and the grants that refill freed slots from step `now` on.
+        """
+        segments, grants = [], []
+        for response, num_new, end_token in finished:
+            slot, num_tokens, granted, begin = self.running.pop(response)
+            assert 0 < num_new == now - begin <= granted and (end_token or num_new == granted), (response, num_new, granted, now)
+            num_tokens += num_new
+            if end_token:
+                end = End.END_TOKEN
+            elif num_tokens == self.max_response_tokens:
+                end = End.LENGTH_CAP
+            else:  # not aborted and not ended: it spent its grant, so this is the window's edge
+                end = End.RUNNING
+                self.carried[slot] = (response, num_tokens)
+            segments.append(Segment(slot, response, begin, now, end))
+            if end is not End.RUNNING and self.refill == "immediate" and now < self.window:
+                grant = self._grant(slot, now, None, 0, draw)
+                if grant:
+                    grants.append(grant)
+        return segments, grants
+
+    def _grant(self, slot: int, now: int, response: int | None, num_tokens: int, draw: Callable[[], int | None]) -> Grant | None:
+        if response is None:
+            response = draw()
+            if response is None:
+                return None
+        granted = min(self.window - now, self.max_response_tokens - num_tokens)
+        self.running[response] = (slot, num_tokens, granted, now)
+        return Grant(slot, response, granted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between windows: which response stands in which slot, and how far it got."""
+        assert not self.running, "state_dict: a window is open"
+        return {"carried": [list(c) if c else None for c in self.carried]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Responses carried by a schedule with other slots are seated anew, in order; more than fit is a ValueError."""
+        carried = [tuple(c) if c else None for c in state["carried"]]
+        if len(carried) != self.slots:
+            seated = [c for c in carried if c]
+            if len(seated) > self.slots:
+                raise ValueError(f"slots: {len(seated)} responses are in flight, expected at least as many slots, got {self.slots}")
+            carried = seated + [None] * (self.slots - len(seated))
+        self.carried = carried
+
+
+class SampleStream:
+    """Numbers the samples of a run and says which prompt each one answers.
+
+    Sample g belongs to group g // samples_per_prompt: the group's prompt comes from a permutation of the prompts, a new one per
+    epoch; nothing waits for a group. Rank r of `world` draws samples r, r + world, ...
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, rank: int = 0, world: int = 1):
+        if not prompts:
+            raise ValueError("prompts: expected at least one prompt, got none")
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt: expected at least 1, got {samples_per_prompt}")
+        self.prompts, self.samples_per_prompt, self.seed, self.world = prompts, samples_per_prompt, seed, world
+        self.next = rank
+        self.backlog: list[int] = []  # issued to nobody when the number of ranks changed; drawn first
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def draw(self) -> int:
+        """The id of this rank's next sample."""
+        if self.backlog:
+            return self.backlog.pop(0)
+        sample, self.next = self.next, self.next + self.world
+        return sample
+
+    def describe(self, sample: int) -> tuple[Prompt, int]:
+        """Prompt and sample index of a sample. The pair is unique over the run, epochs included: it seeds the sampling."""
+        group, index = divmod(sample, self.samples_per_prompt)
+        epoch, place = divmod(group, len(self.prompts))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts)))
+        return self.prompts[int(self._order[1][place])], epoch * self.samples_per_prompt + index
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next, "world": self.world, "backlog": list(self.backlog)}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]], *, rank: int = 0) -> None:
+        """States of all ranks of the run that saved them. On another number of ranks what was not issued is dealt anew."""
+        if len(states) == self.world:
+            self.next, self.backlog = states[rank]["next"], list(states[rank]["backlog"])
+            return
+        top = max(state["next"] for state in states)
+        missed = [g for state in states for g in (*state["backlog"], *range(state["next"], top, state["world"]))]
+        self.backlog, self.next = sorted(missed)[rank :: self.world], top + rank
+
+
+class SuccessiveBatcher:
+    """SlotSchedule + Response records + an engine: `window(engine)` decodes one window and returns what it sampled.
+
+    `in_flight` holds the responses that are RUNNING at the last window's edge; `segments` the last window's slots over its decode
+    steps (the timeline figure); `num_generated_tokens` counts every token ever sampled.
+    """
+
+    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int):
+        self.schedule, self.stream, self.run_seed = schedule, stream, run_seed
+        self.in_flight: dict[int, Response] = {}
+        self.segments: list[Segment] = []
+        self.num_steps = 0  # decode steps of the last window
+        self.num_generated_tokens = 0
+
+    def window(
+        self, engine: RolloutEngine, *, version: int = 0, on_end: Callable[[Response], None] | None = None
+    ) -> list[WindowSlice]:
+        """Decode one window. `version` marks its tokens; `on_end` is called as each response ends, while others still decode.
+
+        Returns the slices in the order in which they stopped. A RuntimeError names the responses that an engine lost.
+        """
+        slices: list[WindowSlice] = []
+        self.segments, self.num_steps = [], 0
+        self._submit(engine, self.schedule.open_window(self.stream.draw))
+        while self.schedule.running:
+            if self.num_steps == self.schedule.window:  # every grant ends within the window, so waiting longer is in vain
+                raise RuntimeError(f"the engine lost responses {sorted(self.schedule.running)}: not finished at the window's edge")
+            self.num_steps += 1
+            decoded = engine.step()
+            if not decoded:
+                continue
+            segments, grants = self.schedule.finish(
+                self.num_steps, [(d.response_id, len(d.token_ids), d.end_token) for d in decoded], self.stream.draw
+            )
+            self._submit(engine, grants)
+            for result, segment in zip(decoded, segments, strict=True):
+                response = self.in_flight[result.response_id]
+                begin = len(response)
+                response.token_ids += result.token_ids
+                response.logprobs += result.logprobs
+                response.versions += [version] * len(result.token_ids)
+                response.window_starts.append(begin)
+                response.end = segment.end
+                slices.append(WindowSlice(response, begin, len(response)))
+                if response.ended:
+                    del self.in_flight[response.id]
+                    if on_end:
+                        on_end(response)
+            self.segments += segments
+        self.num_generated_tokens += sum(s.stop - s.begin for s in slices)
+        return slices
+
+    @property
+    def occupancy(self) -> float:
+        """Busy slot-steps over slots x decode steps of the last window."""
+        busy = sum(s.stop - s.begin for s in self.segments)
+        return busy / (self.schedule.slots * self.num_steps) if self.num_steps else 0.0
+
+    def _submit(self, engine: RolloutEngine, grants: list[Grant]) -> None:
+        requests = []
+        for grant in grants:
+            if grant.response not in self.in_flight:
+                prompt, sample_index = self.stream.describe(grant.response)
+                self.in_flight[grant.response] = Response(id=grant.response, prompt=prompt, sample_index=sample_index)
+            response = self.in_flight[grant.response]
+            requests.append(
+                Request(
+                    response_id=response.id,
+                    token_ids=[*response.prompt.token_ids, *response.token_ids],
+                    max_new_tokens=grant.max_new_tokens,
+                    seed=request_seed(self.run_seed, response.prompt.id, response.sample_index, len(response)),
+                    num_response_tokens=len(response),
+                )
+            )
+        if requests:
+            engine.submit(requests)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything between two windows, in plain JSON types."""
+        return {
+            "schedule": self.schedule.state_dict(),
+            "stream": self.stream.state_dict(),
+            "in_flight": [response.state_dict() for response in self.in_flight.values()],
+            "num_generated_tokens": self.num_generated_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(state["schedule"])
+        self.stream.load_state_dict([state["stream"]])
+        responses = [Response.from_state_dict(r) for r in state["in_flight"]]
+        self.in_flight = {response.id: response for response in responses}
+        self.num_generated_tokens = state["num_generated_tokens"]
