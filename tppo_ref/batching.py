@@ -11,6 +11,7 @@ nothing is ever aborted, and a window closes when nothing runs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -129,23 +130,35 @@ class SampleStream:
     """Numbers the samples of a run and says which prompt each one answers.
 
     Sample g belongs to group g // samples_per_prompt: the group's prompt comes from a permutation of the prompts, a new one per
-    epoch; nothing waits for a group. Rank r of `world` draws samples r, r + world, ...
+    epoch; nothing waits for a group. Rank r of `world` draws samples r, r + world, ... below `limit`, where one is set.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        limit: int | None = None,
+    ):
         if not prompts:
             raise ValueError("prompts: expected at least one prompt, got none")
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt: expected at least 1, got {samples_per_prompt}")
         self.prompts, self.samples_per_prompt, self.seed, self.world = prompts, samples_per_prompt, seed, world
+        self.limit = limit
         self.next = rank
         self.backlog: list[int] = []  # issued to nobody when the number of ranks changed; drawn first
         self._order: tuple[int, np.ndarray] | None = None
 
-    def draw(self) -> int:
-        """The id of this rank's next sample."""
+    def draw(self) -> int | None:
+        """The id of this rank's next sample; None at the limit."""
         if self.backlog:
             return self.backlog.pop(0)
+        if self.limit is not None and self.next >= self.limit:
+            return None
         sample, self.next = self.next, self.next + self.world
         return sample
 
@@ -174,14 +187,15 @@ class SuccessiveBatcher:
     """SlotSchedule + Response records + an engine: `window(engine)` decodes one window and returns what it sampled.
 
     `in_flight` holds the responses that are RUNNING at the last window's edge; `segments` the last window's slots over its decode
-    steps (the timeline figure); `num_generated_tokens` counts every token ever sampled.
+    steps, `step_ends_s` the seconds since its beginning at which each decode step ended (the timeline figure);
+    `num_generated_tokens` counts every token ever sampled.
     """
 
     def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int):
         self.schedule, self.stream, self.run_seed = schedule, stream, run_seed
         self.in_flight: dict[int, Response] = {}
         self.segments: list[Segment] = []
-        self.num_steps = 0  # decode steps of the last window
+        self.step_ends_s: list[float] = []
         self.num_generated_tokens = 0
 
     def window(
@@ -192,13 +206,14 @@ class SuccessiveBatcher:
         Returns the slices in the order in which they stopped. A RuntimeError names the responses that an engine lost.
         """
         slices: list[WindowSlice] = []
-        self.segments, self.num_steps = [], 0
+        self.segments, self.step_ends_s = [], []
+        begin_s = time.perf_counter()
         self._submit(engine, self.schedule.open_window(self.stream.draw))
         while self.schedule.running:
             if self.num_steps == self.schedule.window:  # every grant ends within the window, so waiting longer is in vain
                 raise RuntimeError(f"the engine lost responses {sorted(self.schedule.running)}: not finished at the window's edge")
-            self.num_steps += 1
             decoded = engine.step()
+            self.step_ends_s.append(time.perf_counter() - begin_s)
             if not decoded:
                 continue
             segments, grants = self.schedule.finish(
@@ -221,6 +236,11 @@ class SuccessiveBatcher:
             self.segments += segments
         self.num_generated_tokens += sum(s.stop - s.begin for s in slices)
         return slices
+
+    @property
+    def num_steps(self) -> int:
+        """Decode steps of the last window, so far."""
+        return len(self.step_ends_s)
 
     @property
     def occupancy(self) -> float:

@@ -29,12 +29,12 @@ class TaskConfig:
     path: str | None = None
     """jsonl only: training prompts, one JSON object a line. [O]"""
     eval_path: str | None = None
-    """jsonl only: evaluation prompts; none = the training file's. [O]"""
+    """jsonl only: evaluation prompts; none = the last tenth of the training file. [O]"""
     tokenizer: str | None = None
     """jsonl only: folder of a transformers tokenizer, or bytes for the built-in byte-level one; none = model.policy's. [O]"""
-    prompt_field: str = "prompt"
-    """jsonl only: key of the prompt text; 'question' is tried too. [O]"""
-    answer_field: str = "answer"
+    prompt_key: str = ""
+    """jsonl only: key of the prompt text; empty = 'prompt' or 'question'. [O]"""
+    answer_key: str = "answer"
     """jsonl only: key of the answer. [O]"""
     max_prompt_tokens: int = 1024
     """jsonl only: a longer prompt is an error that names its line. [O]"""
@@ -72,8 +72,8 @@ class ModelConfig:
     """cpu, cuda, cuda:N or auto. [O]"""
     trust_remote_code: bool = False
     """Let a checkpoint folder run its own Python code. [O]"""
-    logit_chunk_tokens: int = 4096
-    """Tokens whose logits exist at once. [O]"""
+    logit_chunk_tokens: int = 0
+    """Tokens whose logits exist at once; 0 = as many as fit half a gigabyte. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +226,8 @@ class RunConfig:
     """Prompts of the fixed evaluation set. [O]"""
     eval_samples: int = 1
     """Sampled full-length answers per evaluation prompt. [O]"""
+    progress: bool = True
+    """Show progress bars. [O]"""
     timeline: bool = True
     """Write the decoding slots of each window to timeline.csv. [O]"""
     threads: int = 1
@@ -381,8 +383,7 @@ def check(config: Config) -> None:
     at_least_one = ("rollout.slots", "rollout.window", "rollout.max_response_tokens", "rollout.samples_per_prompt",
                     "policy.epochs", "policy.mini_batches", "policy.micro_batch_tokens", "value.epochs", "value.mini_batches",
                     "value.micro_batch_tokens", "run.steps", "run.threads", "run.eval_prompts", "run.eval_samples",
-                    "run.checkpoints_kept", "compare.seeds", "compare.jobs", "task.verifier_workers",
-                    "model.logit_chunk_tokens")  # fmt: skip
+                    "run.checkpoints_kept", "compare.seeds", "compare.jobs", "task.verifier_workers")  # fmt: skip
     for path in at_least_one:
         if get_field(config, path) < 1:
             raise UserError(f"{path}: expected an integer of at least 1, got {get_field(config, path)}")
@@ -393,7 +394,7 @@ def check(config: Config) -> None:
             raise UserError(f"{path}: expected a positive number, got {get_field(config, path)}")
     for path in ("advantage.tail_tokens", "rollout.min_response_tokens", "policy.mini_batch_tokens", "value.mini_batch_tokens",
                  "policy.lr_warmup_steps", "value.lr_warmup_steps", "value.warmup_steps", "value.batch_responses",
-                 "run.checkpoint_every", "run.eval_every_s", "policy.lm_loss_weight", "policy.weight_decay"):  # fmt: skip
+                 "run.checkpoint_every", "run.eval_every_s", "model.logit_chunk_tokens", "policy.lm_loss_weight", "policy.weight_decay"):  # fmt: skip
         if get_field(config, path) < 0:
             raise UserError(f"{path}: expected a number of at least 0, got {get_field(config, path)}")
     for path, number in (("advantage.lam", lam), ("advantage.gamma", gamma)):

@@ -1,0 +1,77 @@
+"""`python -m tppo_ref train | compare | pretrain-value | evaluate`, each with `--config FILE --section.field VALUE`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from tppo_ref.config import Config, apply_method, check, nearest, parse
+from tppo_ref.types import UserError
+
+
+def train(config: Config) -> None:
+    """Train one policy with one method."""
+    from tppo_ref.run import train as run_train
+
+    print(f"checkpoint: {run_train(apply_method(config, config.run.method))}")
+
+
+def compare(config: Config) -> None:
+    """Run several methods over several seeds on one task; tables, figures and their CSV go to run.out."""
+    from tppo_ref.compare import compare as run_compare
+
+    run_compare(config)
+
+
+def pretrain_value(config: Config) -> None:
+    """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
+    from tppo_ref.pretrain import pretrain_value as run_pretrain
+
+    run_pretrain(config)
+
+
+def evaluate(config: Config) -> None:
+    """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
+    from tppo_ref.pretrain import evaluate_policy
+
+    evaluate_policy(config)
+
+
+COMMANDS: dict[str, Callable[[Config], None]] = {
+    "train": train, "compare": compare, "pretrain-value": pretrain_value, "evaluate": evaluate,
+}  # fmt: skip
+
+
+def usage() -> str:
+    lines = [f"  {name:15} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([
+        "usage: python -m tppo_ref COMMAND [--config FILE] [--section.field VALUE ...]", "", *lines, "",
+        "COMMAND --help lists every field with its default, its meaning and where the default comes from.",
+    ])  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 Ctrl-C (a checkpoint was written)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}, expected one of {', '.join(COMMANDS)}{nearest(argv[0], list(COMMANDS))}")
+        command = COMMANDS[argv[0]]
+        config = parse(Config, argv[1:], prog=f"python -m tppo_ref {argv[0]}", description=command.__doc__ or "")
+        check(config)
+        command(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,411 @@
+"""Advantages and returns: GAE, the truncated EGAE of T-PPO, Monte Carlo returns, the length-adaptive lambda, whitening.
+
+The three estimators are one recursion. Inside a row's run, from its last token backwards,
+
+    G_t = r_t + gamma (1 - lam) V_{t+1} + gamma lam G_{t+1},        A_t = G_t - V_t,
+
+and they differ in what follows the last token (nothing, a given value, or its own value) and in lam. This is the
+recursion A_t = delta_t + gamma lam A_{t+1} with V added on both sides. Scanning G is closer to float64 near lam = 1,
+where the terms V_{t+1} nearly vanish instead of having to cancel. `_scan` computes it in chunks; everything else here
+checks arguments. Suffixes: B responses, T response tokens, R rows and W columns of one tile, K chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CutValue = Literal["previous", "critic", "zero"]
+WHITEN_EPS = 1e-8  # added to the standard deviation by `whiten`
+
+
+@torch.no_grad()
+def gae(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    last_value_B: Tensor | None = None,
+) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), over one run of tokens per row.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,        A_t = sum_k (gamma lam)^k delta_{t+k}    to the end of the run
+
+    `values_BT[b, t]` is V before token t. What follows a row's last token is worth 0, or `last_value_B[b]` if given.
+    lam = 0 is the one-step error delta; lam = 1 is the Monte Carlo return minus V; with V = 0 as well, the return.
+
+    rewards, values  [B, T], float32 or float64, the same dtype. Not read outside the mask.
+    mask             [B, T] bool, per row one contiguous run, which may be empty and may start anywhere.
+    gamma, lam       in [0, 1]; lam a number or a float tensor [B].
+    last_value_B     [B], the dtype of rewards; read on every row whose run is not empty.
+    Returns [B, T] in the same dtype, exactly 0 outside the mask, without gradient; neither autocast nor TF32 acts here.
+    Raises ValueError for a wrong rank, shape, dtype or device, a hole in a run, gamma or lam out of range, and values
+    that are read but not finite. Departs from the paper only in that the sum is finite: a run has an end.
+    """
+    runs = _check_tokens(rewards_BT, mask_BT, values_BT)
+    lam_B1 = _check_lam(lam, rewards_BT)
+    end_B = rewards_BT.new_zeros(len(rewards_BT))
+    if last_value_B is not None:
+        end_B = _check_last_value(last_value_B, rewards_BT, read_B=runs.stop_B > runs.first_B)
+    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, _check_number("gamma", gamma, 0, 1), lam_B1)
+
+
+@torch.no_grad()
+def egae(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    cut_B: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    cut_value: CutValue = "previous",
+    last_value_B: Tensor | None = None,
+) -> Tensor:
+    """Extended GAE of T-PPO (arXiv 2506.15050): GAE on responses of which some are cut while still running.
+
+        A_t = sum_{k < l-t} (gamma lam)^k delta_{t+k},      delta_{l-1} = r_{l-1} + gamma V(s_l) - V(s_{l-1})
+
+    for a run that was cut before token l. `cut_value` says what stands for V(s_l):
+        "previous"  V(s_{l-1}), the run's own last value: the paper's rule. The last token gets r + (gamma - 1) V.
+        "critic"    last_value_B, the critic's estimate after the cut: bootstrapped truncation. Unbiased for V exact.
+        "zero"      0: a trainer that takes the cut for an end.
+    Rows that are not cut agree with `gae`, under each rule; a cut row with an empty run gives zeros.
+
+    cut_B            [B] bool, True where the run ends at a window's edge and the response still runs.
+    last_value_B     [B], for "critic" only (required there, an error with the others); read only where cut_B is True.
+    The other arguments, the result and the errors are those of `gae`. No departure from the paper under "previous";
+    the other two rules are there to be compared with it.
+    """
+    runs = _check_tokens(rewards_BT, mask_BT, values_BT)
+    lam_B1 = _check_lam(lam, rewards_BT)
+    _check_like("cut_B", cut_B, rewards_BT, torch.bool, ndim=1)
+    if cut_value not in ("previous", "critic", "zero"):
+        raise ValueError(f'cut_value is {cut_value!r}, expected "previous", "critic" or "zero"')
+    if (last_value_B is not None) != (cut_value == "critic"):
+        rule = "is required" if cut_value == "critic" else "must be None"
+        raise ValueError(f"last_value_B {rule} with cut_value={cut_value!r}, got {_show(last_value_B)}")
+    used_B = cut_B & (runs.stop_B > runs.first_B)
+    end_B = rewards_BT.new_zeros(len(rewards_BT))
+    if last_value_B is not None:
+        end_B = _check_last_value(last_value_B, rewards_BT, read_B=used_B)
+    elif cut_value == "previous" and values_BT.shape[1]:
+        end_B = torch.where(used_B, _at(values_BT, runs.stop_B - 1), end_B)
+    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, _check_number("gamma", gamma, 0, 1), lam_B1)
+
+
+@torch.no_grad()
+def monte_carlo_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each token to the end of its run: the critic's target in T-PPO.
+
+        G_t = sum_k gamma^k r_{t+k}                 (arXiv 2506.15050, value update; gamma = 1 there)
+
+    Equals `gae` with lam = 1 and V = 0. Meaningful for ended responses only: nothing is added after the last token.
+    Shapes, dtypes, masks and errors are those of `gae`.
+    """
+    runs = _check_tokens(rewards_BT, mask_BT, None)
+    lam_B1 = torch.ones(1, 1, dtype=torch.float64, device=rewards_BT.device)
+    end_B = rewards_BT.new_zeros(len(rewards_BT))
+    return _scan(rewards_BT, None, mask_BT, runs, end_B, _check_number("gamma", gamma, 0, 1), lam_B1)
+
+
+@torch.no_grad()
+def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: float = 0.95) -> Tensor:
+    """Trace parameter that grows with the response: max(floor, 1 - 1/(alpha L))   (VAPO, arXiv 2504.05118).
+
+    The weights of the trace then sum to about alpha L, so the end of a long response is still seen from its beginning.
+    length_B is [B], integer, float32 or float64, not negative; length 0 gives the floor. Returns [B], float32 for
+    integers, else the same dtype. Raises ValueError for lengths that are negative or not finite, alpha that is not
+    positive and finite, floor outside [0, 1]. Departs from VAPO by the floor: the formula alone is negative at
+    L < 1/alpha, and below 0.95, PPO's usual lambda, up to L = 20/alpha.
+    """
+    _check_tensor("length_B", length_B, ndim=1)
+    if length_B.dtype is torch.bool or length_B.dtype.is_complex:
+        raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
+    if length_B.is_floating_point() and length_B.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
+    bad_B = (length_B < 0) | ~torch.isfinite(length_B)
+    if bad_B.any():
+        raise ValueError(f"length_B holds {length_B[bad_B][0].item()}, expected finite lengths, 0 or more")
+    _check_number("alpha", alpha, 0.0, math.inf)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha!r}, expected a positive finite number")
+    _check_number("floor", floor, 0.0, 1.0)
+    lam_B = (1 - 1 / (alpha * length_B.double())).clamp(min=floor)  # length 0: 1 - inf, clamped
+    return lam_B.to(length_B.dtype if length_B.is_floating_point() else torch.float32)
+
+
+@torch.no_grad()
+def whiten(
+    x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None, std: float | Tensor | None = None
+) -> Tensor:
+    """(x - mean) / (std + 1e-8) on the mask, exactly 0 outside it.
+
+    Without `mean` and `std` the moments are those of the masked elements (population standard deviation, divided by
+    n, not n - 1; summed in float64); give both, as numbers or tensors of one element, for moments over a whole step
+    and all ranks, or neither. An empty mask gives zeros. So does a standard deviation of 0, and one that is computed
+    here and no larger than the rounding of the mean: equal elements carry no signal.
+
+    x_BT is [B, T], float32 or float64, not read outside the mask; mask_BT [B, T] bool, any pattern. Same dtype out,
+    no gradient. Raises ValueError for a wrong rank, shape, dtype or device, x not finite on the mask, a mean or std
+    that is not finite, a negative std, and one of the two without the other.
+    """
+    _check_float_BT("x_BT", x_BT)
+    _check_like("mask_BT", mask_BT, x_BT, torch.bool)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, expected both or neither, got mean={mean!r}, std={std!r}")
+    zero = x_BT.new_zeros(())
+    x_BT = torch.where(mask_BT, x_BT, zero)
+    count = int(mask_BT.count_nonzero())
+    total = x_BT.sum(dtype=torch.float64).item() if count else 0.0
+    if not math.isfinite(total):
+        _check_finite("x_BT", x_BT, mask_BT)
+    if mean is not None and std is not None:
+        mean, std = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (mean, std))
+        largest = torch.finfo(x_BT.dtype).max
+        mean, std = _check_number("mean", mean, -largest, largest), _check_number("std", std, 0, largest)
+        negligible = 0.0
+    else:
+        mean = total / max(count, 1)
+        centred_BT = torch.where(mask_BT, x_BT - mean, zero)
+        std = math.sqrt(centred_BT.square().sum(dtype=torch.float64).item() / max(count, 1))
+        negligible = 4 * torch.finfo(x_BT.dtype).eps * abs(mean)
+    if count == 0 or std <= negligible:
+        return torch.zeros_like(x_BT)
+    return torch.where(mask_BT, x_BT.sub_(mean).div_(std + WHITEN_EPS), zero)
+
+
+# The scan
+
+
+class _Runs(NamedTuple):
+    """Per row the columns [first, stop) of its run; both 0 where it is empty."""
+
+    first_B: Tensor
+    stop_B: Tensor
+
+
+def _scan(
+    rewards_BT: Tensor,
+    values_BT: Tensor | None,
+    mask_BT: Tensor,
+    runs: _Runs,
+    end_B: Tensor,
+    gamma: float,
+    lam_B1: Tensor,
+) -> Tensor:
+    """A_BT by the recursion of the module's docstring, or G_BT without values; end_B is V after the last token."""
+    (B, T), on_cpu = rewards_BT.shape, rewards_BT.device.type == "cpu"
+    out_BT = _empty_like(rewards_BT)
+    if B == 0 or T == 0:
+        return out_BT
+    last_x_B = _at(rewards_BT, runs.stop_B - 1) + gamma * end_B
+    R, K, C = (256, 64, 16) if on_cpu else (B, 128, 64)  # a CPU wants tiles in its cache, a GPU few kernels
+    K = min(K, -(-T // C))
+    x_RKC, y_RKC = rewards_BT.new_empty(2, min(R, B), K, C)
+    finite_B = []
+    with _full_precision(rewards_BT.device.type):
+        for top in range(0, B, R):
+            some = slice(top, min(top + R, B))
+            tile = slice(0, some.stop - top)
+            finite_B.append(
+                _scan_rows(
+                    (rewards_BT[some], None if values_BT is None else values_BT[some], mask_BT[some], out_BT[some]),
+                    (runs.first_B[some], runs.stop_B[some], last_x_B[some]),
+                    (gamma, lam_B1 if len(lam_B1) == 1 else lam_B1[some]),
+                    (x_RKC[tile], y_RKC[tile]),
+                )
+            )
+    if values_BT is not None:  # the scan reads V_{t+1}: the first V of each run is left to check
+        finite_B.append(_at(values_BT, runs.first_B).isfinite() | (runs.stop_B == 0))
+    if not torch.cat(finite_B).all():  # finite numbers whose sum overflows are no error of the arguments
+        _check_finite("rewards_BT", rewards_BT, mask_BT)
+        if values_BT is not None:
+            _check_finite("values_BT", values_BT, mask_BT)
+    return out_BT
+
+
+def _scan_rows(
+    tokens: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    ends: tuple[Tensor, Tensor, Tensor],
+    rates: tuple[float, Tensor],
+    buffers: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Fills `out` for R rows, tile by tile of K C columns, from right to left; returns where all that was read is finite.
+
+    With x_t = r_t + gamma (1 - lam) V_{t+1} and a = gamma lam, G within a chunk of C tokens is x times the triangular
+    matrix of powers of a. The same recursion, with a^C for a, links the heads (first tokens) of the K chunks and of
+    what lies right of the tile. A number that is not finite stays so on its way to the head, even times 0, so
+    looking at the last head is enough.
+    """
+    (rewards_RT, values_RT, mask_RT, out_RT), (first_R, stop_R, last_x_R), (gamma, lam_R1) = tokens, ends, rates
+    x_RKC, y_RKC = buffers
+    (R, K, C), T, zero = x_RKC.shape, rewards_RT.shape[1], rewards_RT.new_zeros(())
+    x_RW, y_RW = x_RKC.view(R, K * C), y_RKC.view(R, K * C)
+    a_R1, mix_R1 = gamma * lam_R1, (gamma * (1 - lam_R1)).to(zero.dtype)
+    within, across = _powers(a_R1, C).to(zero.dtype), _powers(a_R1**C, K + 1).to(zero.dtype)
+    to_edge_R1C = (a_R1 ** torch.arange(C, 0, -1, device=zero.device)).to(zero.dtype)[:, None]
+    heads_RK = rewards_RT.new_zeros(R, K + 1)
+    # Columns that some run holds, and columns that every run holds.
+    begin, end = int(torch.where(stop_R > 0, first_R, T).min()), int(stop_R.max())
+    all_begin, all_end = int(first_R.max()), int(stop_R.min())
+    out_RT[:, :begin], out_RT[:, end:] = 0, 0
+    for hi in range(end, begin, -K * C):
+        lo = max(hi - K * C, begin)
+        pad = K * C - (hi - lo)  # a narrow tile is filled from its right end, next to what it continues
+        x, y, mask, out = x_RW[:, pad:], y_RW[:, pad:], mask_RT[:, lo:hi], out_RT[:, lo:hi]
+        x_RW[:, :pad] = 0
+        if values_RT is None:
+            x.copy_(rewards_RT[:, lo:hi])
+        else:
+            after = min(hi + 1, T)
+            torch.addcmul(rewards_RT[:, lo : after - 1], values_RT[:, lo + 1 : after], mix_R1, out=x[:, : after - 1 - lo])
+            x[:, after - 1 - lo :] = 0
+        inside = all_begin <= lo and hi <= all_end
+        if not inside:  # by selection, not by a product: 0 * NaN is NaN
+            torch.where(mask, x, zero, out=x)
+        if all_end <= hi:
+            rows = ((lo < stop_R) & (stop_R <= hi)).nonzero()[:, 0]
+            x[rows, stop_R[rows] - 1 - lo] = last_x_R[rows]
+        torch.matmul(x_RKC, within, out=y_RKC)
+        heads_RK[:, K] = heads_RK[:, 0]
+        heads_RK[:, :K] = y_RKC[:, :, 0]
+        heads_RK = (heads_RK[:, None] @ across)[:, 0]
+        y_RKC.addcmul_(heads_RK[:, 1:, None], to_edge_R1C)
+        if values_RT is not None:
+            y = torch.sub(y, values_RT[:, lo:hi], out=out if inside else y)
+        if not inside:
+            torch.where(mask, y, zero, out=out)
+        elif values_RT is None:
+            out.copy_(y)
+    return heads_RK[:, 0].isfinite()
+
+
+def _powers(base_R1: Tensor, n: int) -> Tensor:
+    """float64 [R, n, n] with base^(i-j) at [i, j] where i >= j, else 0; [n, n] for a single base. 0^0 is 1."""
+    power_Rn = base_R1 ** torch.arange(n - 1, -1, -1, device=base_R1.device)
+    windows = torch.cat([power_Rn, power_Rn.new_zeros(len(power_Rn), n - 1)], dim=1).unfold(1, n, 1)
+    return windows.flip(1).squeeze(0)
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Matrix products in the dtype of their arguments: no autocast, no TF32, no bfloat16 passes; restored afterwards."""
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [s.fp32_precision for s in settings]
+    with torch.autocast(device_type, enabled=False):
+        try:
+            for s in settings:
+                s.fp32_precision = "ieee"
+            yield
+        finally:
+            for s, precision in zip(settings, before, strict=True):
+                s.fp32_precision = precision
+
+
+def _empty_like(x_BT: Tensor) -> Tensor:
+    """Uninitialised. NumPy asks the kernel for huge pages, torch does not: first touch costs a third for 50 MB."""
+    if x_BT.device.type != "cpu":
+        return torch.empty_like(x_BT, memory_format=torch.contiguous_format)
+    return torch.from_numpy(np.empty(x_BT.shape, dtype=np.float32 if x_BT.dtype is torch.float32 else np.float64))
+
+
+def _at(x_BT: Tensor, column_B: Tensor) -> Tensor:
+    """x_BT[b, column_B[b]]; columns below 0 (of empty runs) give column 0."""
+    return x_BT.gather(1, column_B.clamp(min=0)[:, None])[:, 0]
+
+
+# The door
+
+
+def _show(x: Any) -> str:
+    return f"a tensor {x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
+
+
+def _check_tensor(name: str, x: Any, ndim: int) -> None:
+    if not isinstance(x, Tensor) or x.ndim != ndim:
+        raise ValueError(f"{name} is {_show(x)}, expected a tensor with {ndim} dimension{'s' * (ndim > 1)}")
+
+
+def _check_float_BT(name: str, x_BT: Any) -> None:
+    _check_tensor(name, x_BT, ndim=2)
+    if x_BT.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} has dtype {x_BT.dtype}, expected torch.float32 or torch.float64")
+
+
+def _check_like(name: str, x: Any, like: Tensor, dtype: torch.dtype, ndim: int = 2) -> None:
+    """`x` has the dtype given, the device of `like` and the first `ndim` sizes of it."""
+    shape = like.shape[:ndim]
+    if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:
+        raise ValueError(f"{name} is {_show(x)}, expected a tensor {dtype} {list(shape)} on {like.device}")
+
+
+def _check_number(name: str, x: Any, low: float, high: float) -> float:
+    """Not a bool, not a tensor; NaN is in no interval."""
+    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not low <= x <= high:
+        raise ValueError(f"{name} is {_show(x)}, expected a number in [{low:g}, {high:g}]")
+    return float(x)
+
+
+def _check_lam(lam: Any, rewards_BT: Tensor) -> Tensor:
+    """float64, [1, 1] for a number, [B, 1] for a tensor."""
+    if not isinstance(lam, Tensor):
+        return rewards_BT.new_full((1, 1), _check_number("lam", lam, 0, 1), dtype=torch.float64)
+    if lam.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"lam is {_show(lam)}, expected a number or a tensor of float32 or float64")
+    _check_like("lam", lam, rewards_BT, lam.dtype, ndim=1)
+    bad_B = ~((lam >= 0) & (lam <= 1))
+    if bad_B.any():
+        raise ValueError(f"lam holds {lam[bad_B][0].item()}, expected numbers in [0, 1]")
+    return lam.double()[:, None]
+
+
+def _check_last_value(last_value_B: Any, rewards_BT: Tensor, read_B: Tensor) -> Tensor:
+    """0 in the rows that are not read."""
+    _check_like("last_value_B", last_value_B, rewards_BT, rewards_BT.dtype, ndim=1)
+    bad_B = read_B & ~last_value_B.isfinite()
+    if bad_B.any():
+        b = int(bad_B.nonzero()[0])
+        raise ValueError(f"last_value_B[{b}] is {last_value_B[b].item()}, expected a finite number")
+    return last_value_B.masked_fill(~read_B, 0)
+
+
+def _check_finite(name: str, x_BT: Tensor, mask_BT: Tensor) -> None:
+    bad = (mask_BT & ~x_BT.isfinite()).nonzero()
+    if len(bad):
+        b, t = bad[0].tolist()
+        raise ValueError(f"{name}[{b}, {t}] is {x_BT[b, t].item()}, expected finite numbers inside the mask")
+
+
+def _check_tokens(rewards_BT: Any, mask_BT: Any, values_BT: Any) -> _Runs:
+    """All but finiteness, which the scan sees for nothing."""
+    _check_float_BT("rewards_BT", rewards_BT)
+    if values_BT is not None:
+        _check_like("values_BT", values_BT, rewards_BT, rewards_BT.dtype)
+    _check_like("mask_BT", mask_BT, rewards_BT, torch.bool)
+    (B, T), device = mask_BT.shape, mask_BT.device
+    first_B, stop_B = torch.zeros(2, B, dtype=torch.int64, device=device)
+    if B == 0 or T == 0:
+        return _Runs(first_B, stop_B)
+    if mask_BT.view(torch.uint8).amin() == 1:  # bytes: many times faster than all() on bools
+        return _Runs(first_B, stop_B + T)
+    edge_BT = mask_BT[:, 1:] != mask_BT[:, :-1]
+    row, column = edge_BT.nonzero().unbind(1)
+    rises = mask_BT[row, column + 1]
+    num_runs_B = mask_BT[:, 0] + torch.bincount(row[rises], minlength=B)
+    if (num_runs_B > 1).any():
+        b = int((num_runs_B > 1).nonzero()[0])
+        raise ValueError(f"mask_BT[{b}] has {int(num_runs_B[b])} runs of True, expected one run without a hole")
+    first_B[row[rises]] = column[rises] + 1
+    stop_B[mask_BT[:, -1]] = T
+    stop_B[row[~rises]] = column[~rises] + 1
+    return _Runs(first_B, stop_B)

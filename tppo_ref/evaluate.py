@@ -1,0 +1,63 @@
+"""Evaluation: sampled full-length answers on a fixed prompt set, the same for every method and outside of its clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
+from tppo_ref.engines import RolloutEngine
+from tppo_ref.trainer import Scorer
+from tppo_ref.types import End, Prompt, Response
+
+EVALUATION_SEED = 2**31  # apart from every run.seed: the same draws for all methods, seeds and steps
+
+
+def sample_answers(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    samples_per_prompt: int,
+    slots: int,
+    max_response_tokens: int,
+    seed: int,
+) -> list[Response]:
+    """Whole responses to each prompt, scored, in the order of the samples. It is one window as long as the longest response."""
+    total = len(prompts) * samples_per_prompt
+    schedule = SlotSchedule(slots=min(slots, total), window=max_response_tokens * total, max_response_tokens=max_response_tokens)
+    stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total)
+    batcher = SuccessiveBatcher(schedule, stream, run_seed=seed)
+    slices = batcher.window(engine, on_end=scorer.submit)
+    scores = scorer.collect()
+    responses = sorted((s.response for s in slices), key=lambda response: response.id)
+    for response in responses:
+        response.score = scores[response.id]
+    return responses
+
+
+def evaluate(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    *,
+    samples_per_prompt: int,
+    slots: int,
+    max_response_tokens: int,
+) -> tuple[dict[str, float], list[Response]]:
+    """The eval/ metrics, and the answers themselves."""
+    begin = time.perf_counter()
+    answers = sample_answers(
+        engine, scorer, prompts, samples_per_prompt=samples_per_prompt, slots=slots, max_response_tokens=max_response_tokens,
+        seed=EVALUATION_SEED,
+    )  # fmt: skip
+    lengths = np.array([len(answer) for answer in answers])
+    return {
+        "eval/accuracy": float(np.mean([(answer.score or 0.0) > 0 for answer in answers])),
+        "eval/length_mean": float(lengths.mean()),
+        "eval/length_p99": float(np.percentile(lengths, 99)),
+        "eval/capped_share": float(np.mean([answer.end is End.LENGTH_CAP for answer in answers])),
+        "eval/time_s": time.perf_counter() - begin,
+    }, answers

@@ -1,0 +1,319 @@
+"""The policy and the value model: transformers models behind the two calls that the Trainer makes.
+
+    PolicyModel(batch) -> logprob_BT                     log-probabilities of the response tokens
+    ValueModel(batch)  -> (value_BT, last_value_B)       V before each response token, and after the last one
+
+Both feed a `TokenBatch` packed (no padding, see attention.py) and give float32 back on response columns, T the longest
+response of the batch, 0 in padding. The wrapped transformers model is `.hf`; its parameter names are transformers' own.
+
+Both stay in eval mode while they are trained: PPO's ratio compares two evaluations of one policy, and dropout would make
+them differ before any update. (Activation checkpointing that asks for `training`, as transformers' own does, is
+therefore off; wrap the layers instead, as scale/ does.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tppo_ref.attention import PackedLayout, use_ragged_attention
+from tppo_ref.types import TokenBatch, UserError
+
+# A logit chunk holds at most this many numbers unless `logit_chunk_tokens` says otherwise: half a gigabyte in float32.
+LOGIT_CHUNK_NUMBERS = 2**27
+
+
+def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor | None, end_token_id: int | None) -> Tensor:
+    """The logits of the distribution that tokens are drawn from, float32 [N, V]; the only place that defines it.
+
+    logits / temperature; where `forbid_end_N` (bool) is True the end token has logit -inf.
+    """
+    logits = logits_NV.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if forbid_end_N is not None:
+        is_end = torch.arange(logits.shape[-1], device=logits.device) == end_token_id
+        logits = logits.masked_fill(forbid_end_N[:, None] & is_end, -torch.inf)
+    return logits
+
+
+@dataclasses.dataclass
+class Packed:
+    """A TokenBatch end to end, longest row first. M response tokens in packed order; N tokens in all.
+
+    predictor_M     place in [0, N) of the token whose hidden state predicts the response token
+    target_M        the response token
+    column_M        its response column
+    cell_M          its cell b * T + t in the padded result
+    last_B          place of each row's last token
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: PackedLayout
+    predictor_M: Tensor
+    target_M: Tensor
+    column_M: Tensor
+    cell_M: Tensor
+    last_B: Tensor
+    shape: tuple[int, int]
+
+
+def pack(batch: TokenBatch, device: torch.device) -> Packed:
+    """Lays a batch end to end. ValueError on an empty prompt: nothing would predict its first response token."""
+    num_prompt = np.array([len(ids) for ids in batch.prompt_ids], dtype=np.int64)
+    num_response = np.array([len(ids) for ids in batch.response_ids], dtype=np.int64)
+    if (num_prompt == 0).any():
+        raise ValueError(f"prompt_ids[{int(num_prompt.argmin())}] is empty; expected at least one token")
+    lengths = num_prompt + num_response
+    order = np.argsort(-lengths, kind="stable")
+    rows = itertools.chain.from_iterable((*batch.prompt_ids[b], *batch.response_ids[b]) for b in order)
+    ids = np.fromiter(rows, dtype=np.int64, count=int(lengths.sum()))
+    begin = np.empty_like(lengths)
+    begin[order] = np.cumsum(lengths[order]) - lengths[order]
+    row_N = np.repeat(order, lengths[order])
+    position_N = np.arange(len(ids)) - begin[row_N]
+    column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
+    response_M = np.flatnonzero(column_N >= 0)
+    num_columns = int(num_response.max(initial=0))
+    cell_M = row_N[response_M] * num_columns + column_N[response_M]
+    constant = None
+    if batch.detach_before is not None:
+        constant = torch.from_numpy(column_N < np.asarray(batch.detach_before, dtype=np.int64)[row_N])
+    to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
+    return Packed(
+        input_ids=to(ids)[None], position_ids=to(position_N)[None],
+        layout=PackedLayout(lengths[order].tolist(), device, constant),
+        predictor_M=to(response_M - 1), target_M=to(ids[response_M]), column_M=to(column_N[response_M]),
+        cell_M=to(cell_M), last_B=to(begin + lengths - 1), shape=(len(batch), num_columns),
+    )
+
+
+def _unpack(x_M: Tensor, packed: Packed) -> Tensor:
+    """[M] -> [B, T], 0 in padding; differentiable."""
+    rows, columns = packed.shape
+    return x_M.new_zeros(rows * columns).index_copy(0, packed.cell_M, x_M).view(rows, columns)
+
+
+class _Backbone(nn.Module):
+    """What policy and value model share: a transformers model that attends raggedly, always in eval mode."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        use_ragged_attention(hf)
+        self.hf = hf
+        self.eval()
+
+    def train(self, mode: bool = True) -> _Backbone:
+        """Stays in eval mode whatever `mode` says; the module's docstring says why."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
+        """Last hidden states [N, width] of one ragged row [1, N]."""
+        out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, ragged=layout)
+        return out.last_hidden_state[0]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under transformers' names: what a rollout engine loads."""
+        return self.hf.named_parameters()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes a transformers folder (safetensors) that knows nothing of this project's attention."""
+        self.hf.save_pretrained(folder)
+
+
+class PolicyModel(_Backbone):
+    """A causal language model as the policy: `forward(batch) -> logprob_BT`.
+
+    temperature, min_response_tokens, end_token_id   define the sampling distribution (`sampling_logits`): the end token
+                         is forbidden at response columns < min_response_tokens
+    logit_chunk_tokens   response tokens whose logits exist at a time; each chunk is computed again in the backward pass
+                         unless one chunk covers the batch. None: as many as fit half a gigabyte
+    """
+
+    def __init__(self, hf: Any, *, temperature: float = 1.0, min_response_tokens: int = 0, end_token_id: int | None = None,
+                 logit_chunk_tokens: int | None = None):
+        super().__init__(hf)
+        if not temperature > 0:
+            raise ValueError(f"temperature = {temperature}; expected > 0")
+        if min_response_tokens > 0 and end_token_id is None:
+            raise ValueError(f"min_response_tokens = {min_response_tokens} needs end_token_id")
+        self.temperature, self.min_response_tokens, self.end_token_id = temperature, min_response_tokens, end_token_id
+        self.logit_chunk_tokens = logit_chunk_tokens or max(1, LOGIT_CHUNK_NUMBERS // hf.config.vocab_size)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The language-model head: [N, width] -> [N, V], before temperature."""
+        return self.hf.get_output_embeddings()(hidden_ND)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Log-probability of each response token under the sampling distribution, float32 [B, T]."""
+        packed = pack(batch, self.device)
+        hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout).index_select(0, packed.predictor_M)
+        chunk = self.logit_chunk_tokens
+        if len(hidden) <= chunk:
+            return _unpack(self._token_logprobs(hidden, packed.target_M, packed.column_M), packed)
+        parts = [
+            checkpoint(self._token_logprobs, *args, use_reentrant=False)
+            for args in zip(hidden.split(chunk), packed.target_M.split(chunk), packed.column_M.split(chunk), strict=True)
+        ]
+        return _unpack(torch.cat(parts), packed)
+
+    def _token_logprobs(self, hidden_MD: Tensor, target_M: Tensor, column_M: Tensor) -> Tensor:
+        forbid = column_M < self.min_response_tokens if self.min_response_tokens > 0 else None
+        logits = sampling_logits(self.logits(hidden_MD), self.temperature, forbid, self.end_token_id)
+        return logits.gather(-1, target_M[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+class ValueModel(_Backbone):
+    """A token classifier with one label as the critic: `forward(batch) -> (value_BT, last_value_B)`, float32.
+
+    value_BT[b, t] is V before response token t, read at the token before it (t = 0: the last prompt token);
+    last_value_B is V after the last response token.
+    """
+
+    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        packed = pack(batch, self.device)
+        hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout)
+        read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
+        head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
+        value = head(read)[:, 0].float()
+        num_tokens = len(packed.predictor_M)
+        return _unpack(value[:num_tokens], packed), value[num_tokens:]
+
+
+def load_policy(source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False,
+                **options: Any) -> PolicyModel:
+    """The policy from `source`; `options` go to PolicyModel.
+
+    source      a checkpoint folder (config.json and safetensors), or for random weights under `seed` a transformers
+                config: a PretrainedConfig, a dict with "model_type", or the path of a config.json
+    dtype       "float32", "bfloat16"
+    device      "cpu", "cuda", "cuda:1", "auto"
+    Raises UserError, in one line: nothing at that path, no model in it, unreadable weights, no such device, an
+    architecture whose results the packed attention does not reproduce (every load compares both on a few tokens).
+    """
+    hf = _load("AutoModelForCausalLM", source, seed, dtype, device, trust_remote_code)
+    model = PolicyModel(hf, **options)
+    _check_against_plain_forward(model, hf.get_output_embeddings())
+    return model
+
+
+def load_value_model(source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu",
+                     trust_remote_code: bool = False) -> ValueModel:
+    """The value model; arguments and errors as for `load_policy`.
+
+    A policy's folder gives its backbone with a new head, random under `seed`; a value model's folder gives it all.
+    """
+    hf = _load("AutoModelForTokenClassification", source, seed, dtype, device, trust_remote_code)
+    model = ValueModel(hf)
+    _check_against_plain_forward(model, hf.score if hasattr(hf, "score") else hf.classifier)
+    return model
+
+
+def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    if torch_dtype is None:
+        raise UserError(f"dtype = {dtype!r}; expected float32 or bfloat16")
+    where = _device(device)
+    auto = getattr(transformers, auto_class)
+    is_value = auto_class == "AutoModelForTokenClassification"
+    folder = source if isinstance(source, (str, os.PathLike)) and not str(source).endswith(".json") else None
+    with torch.random.fork_rng(devices=[]), _quiet(transformers):
+        torch.manual_seed(seed)
+        try:
+            config = _config(transformers, source, trust_remote_code)
+            if is_value:
+                config.num_labels, config.classifier_dropout = 1, 0.0
+            if folder is None:
+                hf = auto.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+            else:
+                hf, info = auto.from_pretrained(
+                    folder, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code,
+                    use_safetensors=True, local_files_only=True, output_loading_info=True)
+                missing = [n for n in info["missing_keys"] if not (is_value and n.startswith(("score.", "classifier.")))]
+                if missing:
+                    raise UserError(f"{folder}: lacks {len(missing)} of the model's weights, {sorted(missing)[0]} first")
+        except UserError:
+            raise
+        except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder or config
+            raise UserError(f"{source if folder else 'model config'}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+    return hf.to(where)
+
+
+def _config(transformers: Any, source: Any, trust_remote_code: bool) -> Any:
+    """The transformers config that `source` names; a copy, since loading writes into it."""
+    if isinstance(source, transformers.PretrainedConfig):
+        source = source.to_dict()
+    elif isinstance(source, (str, os.PathLike)):
+        if not os.path.exists(source):
+            raise UserError(f"{source}: no such file or folder; expected a model folder or a config.json")
+        if os.path.isdir(source):
+            if not os.path.isfile(os.path.join(source, "config.json")):
+                raise UserError(f"{source}: not a model folder, it has no config.json")
+            if not any(name.endswith(".safetensors") for name in os.listdir(source)):
+                raise UserError(f"{source}: holds no safetensors; for random weights give {os.path.join(source, 'config.json')}")
+            return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        with open(source) as file:
+            source = json.load(file)
+    if not isinstance(source, dict) or "model_type" not in source:
+        raise UserError("a model config needs the key 'model_type', for example 'qwen2'")
+    return transformers.AutoConfig.for_model(**source)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device = {name!r} is not there: {str(error).splitlines()[0][:200]}") from error
+    return device
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any):
+    """transformers reports a new value head as a warning; missing weights are errors here, so the report adds nothing."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
+    """UserError unless the packed forward of two short sequences equals transformers' own forward of each.
+
+    Catches what no flag announces: attention scores with extra terms, logits scaled or capped after the head.
+    """
+    hf = model.hf
+    name = hf.config._attn_implementation
+    lengths = (5, 3)
+    ids = [torch.arange(n, device=model.device) % hf.config.vocab_size for n in lengths]
+    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
+    ours = head(model.hidden(torch.cat(ids)[None], positions[None], PackedLayout(lengths, model.device)))
+    hf.set_attn_implementation("eager")
+    plain = torch.cat([hf(input_ids=x[None], use_cache=False).logits[0] for x in ids])
+    hf.set_attn_implementation(name)
+    tolerance = (1e-4 if ours.dtype == torch.float32 else 0.05) * max(1.0, plain.abs().max().item())
+    error = (ours - plain).abs().max().item()
+    if not error <= tolerance:
+        raise UserError(f"model type {hf.config.model_type!r} is not supported: packed and plain forward differ by {error:.1e}")

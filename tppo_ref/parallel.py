@@ -1,0 +1,48 @@
+"""The few collective operations that the training loop needs. In one process they do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+
+class Parallel(Protocol):
+    """What the Trainer asks of the other ranks. `loss_scale` undoes the averaging of gradients over ranks (world under FSDP)."""
+
+    rank: int
+    world: int
+    loss_scale: float
+
+    def sum(self, numbers: Iterable[float]) -> list[float]:
+        """Element-wise sum over all ranks, in float64."""
+
+    def max(self, numbers: Iterable[float]) -> list[float]:
+        """Element-wise maximum over all ranks, in float64."""
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """`thing` of every rank, in rank order, on every rank."""
+
+    def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
+        """Clip the gradient of `module` to `max_norm` in place; the norm before clipping, over all ranks' shards."""
+
+
+class SingleProcess:
+    """`Parallel` for one process."""
+
+    rank = 0
+    world = 1
+    loss_scale = 1.0
+
+    def sum(self, numbers: Iterable[float]) -> list[float]:
+        return [float(number) for number in numbers]
+
+    def max(self, numbers: Iterable[float]) -> list[float]:
+        return [float(number) for number in numbers]
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        return [thing]
+
+    def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))

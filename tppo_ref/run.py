@@ -1,0 +1,344 @@
+"""From a config to a run: builds the Trainer's parts, steps it, and keeps what a person wants afterwards.
+
+A run's folder: config.json, versions.json, metrics.jsonl, tensorboard/, responses.csv (each response that ended), timeline.csv
+(the decoding slots over time), checkpoints/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
+from tppo_ref.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
+from tppo_ref.config import Config, TaskConfig, field_paths, get_field, writable_folder
+from tppo_ref.engines import TorchEngine
+from tppo_ref.evaluate import evaluate
+from tppo_ref.learner import NonFiniteError
+from tppo_ref.metrics import MetricLog, Table
+from tppo_ref.models import PolicyModel, load_policy, load_value_model
+from tppo_ref.tasks import Task, load_task
+from tppo_ref.tasks.verifier import Verifier
+from tppo_ref.trainer import Trainer
+from tppo_ref.types import Response, UserError
+from tppo_ref.warmstart import tiny_policy_config, warm_start
+
+log = logging.getLogger("tppo_ref")
+
+# May differ between a checkpoint and the run that goes on from it: they say where and how long, not what is computed.
+FREE_ON_RESUME = ("run.out", "run.cache", "run.resume", "run.steps", "run.train_seconds", "run.checkpoint_every", "run.progress",
+                  "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "compare.methods", "compare.seeds", "compare.jobs",
+                  "compare.target", "compare.per_method", "model.policy", "model.value")  # fmt: skip
+
+
+class TaskScorer:
+    """The task's verifier in its killable processes, as the Trainer's Scorer."""
+
+    def __init__(self, task: Task, config: TaskConfig):
+        self.task = task
+        name = config.verifier or task.verifier
+        self.verifier = Verifier(name, config.verifier_timeout_s, config.verifier_workers, config.failure_score)
+
+    @property
+    def counts(self) -> Counter[str]:
+        return self.verifier.counts
+
+    def submit(self, response: Response) -> None:
+        text = self.task.response_text(response.token_ids)
+        self.verifier.submit(response.id, response.prompt.answer, response.token_ids, text)
+
+    def collect(self) -> dict[int, float]:
+        return {int(str(id)): score.value for id, score in self.verifier.collect().items()}
+
+    def close(self) -> None:
+        self.verifier.close()
+
+
+def make_task(config: Config) -> Task:
+    """The task that a config names."""
+    task = config.task
+    if task.name != "jsonl":
+        return load_task(task.name)
+    if task.path is None:
+        raise UserError("task.path: the jsonl task needs a file of prompts, got none; give --task.path FILE")
+    tokenizer = task.tokenizer or config.model.policy
+    if tokenizer is None:
+        raise UserError("task.tokenizer: the jsonl task needs a tokenizer, got none; give a folder, or 'bytes'")
+    return load_task(
+        "jsonl", train=task.path, test=task.eval_path or "", tokenizer=tokenizer, chat_template=task.chat_template,
+        prompt_key=task.prompt_key, answer_key=task.answer_key, max_prompt_tokens=task.max_prompt_tokens,
+    )  # fmt: skip
+
+
+def base_model(config: Config, task: Task) -> str:
+    """Folder or config.json of the model that a run starts from; a built-in task makes (or finds) its own."""
+    if config.model.policy is not None:
+        return config.model.policy
+    if not hasattr(task, "demonstrations"):
+        raise UserError(f"model.policy: task {config.task.name} has no base model of its own, got none; give a checkpoint folder")
+    size = config.model
+    tiny = tiny_policy_config(task, num_layers=size.num_layers, width=size.hidden_size, num_heads=size.num_heads)
+    cache = writable_folder(config.run.cache, "run.cache")
+    return str(warm_start(task, tiny, steps=size.warm_start_steps, cache_dir=cache, progress=config.run.progress))
+
+
+def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
+    """The policy from `source`, with the sampling distribution of the config; a vocabulary that does not fit is refused."""
+    policy = load_policy(
+        source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
+        trust_remote_code=config.model.trust_remote_code, temperature=config.rollout.temperature,
+        min_response_tokens=config.rollout.min_response_tokens, end_token_id=task.end_token_id,
+        logit_chunk_tokens=config.model.logit_chunk_tokens or None,
+    )  # fmt: skip
+    if policy.hf.config.vocab_size < task.vocab_size:
+        raise UserError(f"model.policy: {source} has a vocabulary of {policy.hf.config.vocab_size} tokens, the task's tokenizer "
+                        f"{task.vocab_size}; use the tokenizer that belongs to the model (task.tokenizer)")  # fmt: skip
+    return policy
+
+
+def make_engine(config: Config, task: Task, policy: PolicyModel, slots: int) -> TorchEngine:
+    """An engine that decodes with the policy's own weights."""
+    context = task.max_prompt_tokens + config.rollout.max_response_tokens
+    room = getattr(policy.hf.config, "max_position_embeddings", None)
+    if room is not None and context > room:
+        raise UserError(f"rollout.max_response_tokens: {config.rollout.max_response_tokens} and prompts of up to "
+                        f"{task.max_prompt_tokens} tokens exceed the model's context of {room}; lower one of them")  # fmt: skip
+    return TorchEngine(
+        policy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
+        temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens,
+    )  # fmt: skip
+
+
+class Session:
+    """A run in one process: task, Trainer, evaluation and the run's files."""
+
+    def __init__(self, config: Config):
+        torch.set_num_threads(config.run.threads)
+        self.config = config
+        self.out = writable_folder(config.run.out, "run.out")
+        self.checkpoints = self.out / "checkpoints"
+        self.start = self._resume_point()
+        self.task = make_task(config)
+        base = base_model(config, self.task) if self.start is None else ""
+        self.policy = make_policy(config, self.task, base if self.start is None else str(self.start / "policy"))
+        value_source = (config.model.value or base) if self.start is None else str(self.start / "value")
+        value = load_value_model(
+            value_source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
+            trust_remote_code=config.model.trust_remote_code,
+        )  # fmt: skip
+        self.eval_prompts = self.task.prompts("test")[: config.run.eval_prompts]
+        self.eval_slots = min(256, len(self.eval_prompts) * config.run.eval_samples)
+        self.eval_engine = make_engine(config, self.task, self.policy, self.eval_slots)
+        self.scorer = TaskScorer(self.task, config.task)
+        rollout = config.rollout
+        schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
+                                refill=rollout.refill)  # fmt: skip
+        stream = SampleStream(self.task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
+        self.trainer = Trainer(
+            config, policy=self.policy, value=value, engine=make_engine(config, self.task, self.policy, rollout.slots),
+            batcher=SuccessiveBatcher(schedule, stream, run_seed=config.run.seed), scorer=self.scorer, device=self.policy.device,
+        )  # fmt: skip
+        if self.start is not None:
+            load_checkpoint(self.trainer, self.start)
+        self.accuracy = math.nan  # of the last evaluation, for the progress line
+        self._warned: Counter[str] = Counter()
+        self._open_files(self.trainer.num_steps if self.start else None)
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to go on from. A run is never overwritten, and never continued under another config."""
+        found = complete_checkpoints(self.checkpoints)
+        if not self.config.run.resume:
+            if found:
+                raise UserError(f"run.out: {self.out} holds a run already (step {int(found[-1].name[5:])}); add --run.resume true "
+                                f"to go on, or choose another folder")  # fmt: skip
+            return None
+        if not found:
+            raise UserError(f"run.resume: no complete checkpoint in {self.checkpoints}; leave it out to start anew")
+        before = read_state(found[-1])["config"]
+        for path in field_paths(Config):
+            section, name = path.split(".")
+            then, now = before[section].get(name), get_field(self.config, path)
+            if path not in FREE_ON_RESUME and then != now:
+                raise UserError(f"{path}: the checkpoint was made with {then}, got {now}; give the same value to go on")
+        return found[-1]
+
+    def _open_files(self, resume_step: int | None) -> None:
+        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+        (self.out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        self.log = MetricLog(self.out, resume_step=resume_step)
+        columns = ("step", "train_s", "response", "prompt", "tokens", "end", "score")
+        self.responses = Table(self.out / "responses.csv", columns, resume_step=resume_step)
+        columns = ("step", "slot", "response", "begin_s", "stop_s", "tokens", "end")
+        self.timeline = Table(self.out / "timeline.csv", columns, resume_step=resume_step)
+
+    # ------------------------------------------------------------------------------------------------------------------- running
+
+    def train(self) -> None:
+        """Step until run.steps or run.train_seconds, or until Ctrl-C, which ends at the step's edge; then a checkpoint."""
+        config, trainer = self.config.run, self.trainer
+        eval_at_s = trainer.train_s + config.eval_every_s
+        with PoliteStop() as stop, self._progress() as bar:
+            if trainer.num_steps == 0:
+                self.evaluate()
+            while not self._finished() and not stop.asked:
+                metrics = self._step()
+                self._warn(metrics)
+                if config.eval_every_s and trainer.train_s >= eval_at_s:
+                    self.evaluate()
+                    eval_at_s += config.eval_every_s
+                if config.checkpoint_every and trainer.num_steps % config.checkpoint_every == 0:
+                    self.save()
+                self._show(bar, metrics)
+            if not stop.asked:
+                self.evaluate()
+            self.save()
+        if stop.asked:
+            raise KeyboardInterrupt
+
+    def _step(self) -> dict[str, float]:
+        before_s = self.trainer.train_s
+        try:
+            metrics = self.trainer.step()
+        except (NonFiniteError, FloatingPointError) as error:
+            kept = complete_checkpoints(self.checkpoints)
+            where = "" if isinstance(error, NonFiniteError) else f"step {self.trainer.num_steps}: "
+            raise NonFiniteError(f"{where}{error}; {f'{kept[-1]} is good' if kept else 'no checkpoint was due yet'}") from None
+        self.log.log(self.trainer.num_steps, metrics)
+        self._write_tables(before_s)
+        return metrics
+
+    def _write_tables(self, before_s: float) -> None:
+        step, batcher = self.trainer.num_steps, self.trainer.batcher
+        ended = [s.response for s in self.trainer.slices if s.response.ended]
+        clock = f"{self.trainer.train_s:.4f}"
+        self.responses.write([(step, clock, r.id, r.prompt.id, len(r), r.end.name, r.score) for r in ended])
+        if self.config.run.timeline:
+            at = [before_s, *(before_s + s for s in batcher.step_ends_s)]
+            self.timeline.write([
+                (step, s.slot, s.response, f"{at[s.begin]:.4f}", f"{at[s.stop]:.4f}", s.stop - s.begin, s.end.name)
+                for s in batcher.segments
+            ])  # fmt: skip
+
+    def evaluate(self) -> None:
+        """Log the accuracy on the fixed evaluation set; the training clock stands still."""
+        metrics, _ = evaluate(
+            self.eval_engine, self.scorer, self.eval_prompts, samples_per_prompt=self.config.run.eval_samples,
+            slots=self.eval_slots, max_response_tokens=self.config.rollout.max_response_tokens,
+        )  # fmt: skip
+        self.eval_engine.load_weights(None, self.trainer.version)  # the next step changes the weights under its cache
+        generated = self.trainer.batcher.num_generated_tokens
+        self.log.log(self.trainer.num_steps, metrics | {"time/train_s": self.trainer.train_s, "ledger/generated": generated})
+        self.accuracy = metrics["eval/accuracy"]
+
+    def save(self) -> Path:
+        for table in (self.responses, self.timeline):
+            table.flush()
+        return save_checkpoint(self.trainer, self.checkpoints, keep=self.config.run.checkpoints_kept,
+                               config=dataclasses.asdict(self.config))  # fmt: skip
+
+    def close(self) -> None:
+        self.scorer.close()
+        self.log.close()
+        self.responses.close()
+        self.timeline.close()
+
+    def _finished(self) -> bool:
+        limit_s = self.config.run.train_seconds
+        return self.trainer.num_steps >= self.config.run.steps or (limit_s is not None and self.trainer.train_s >= limit_s)
+
+    def _progress(self) -> Any:
+        limit_s = self.config.run.train_seconds
+        total, unit = (self.config.run.steps, "step") if limit_s is None else (limit_s, "s")
+        form = None if limit_s is None else "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+        return tqdm(total=total, desc=f"{self.config.run.method} seed {self.config.run.seed}", unit=unit, bar_format=form,
+                    disable=not self.config.run.progress)  # fmt: skip
+
+    def _show(self, bar: Any, metrics: dict[str, float]) -> None:
+        done = self.trainer.num_steps if self.config.run.train_seconds is None else self.trainer.train_s
+        bar.set_postfix_str(
+            f"eval {self.accuracy:.2f}, score {metrics['response/score_mean']:+.2f}, length {metrics['response/length_mean']:.0f}, "
+            f"cut {metrics['response/cut_share']:.0%}, busy {metrics['rollout/occupancy']:.0%}, "
+            f"{metrics['rollout/tokens_per_s']:.0f} tok/s", refresh=False,
+        )  # fmt: skip
+        bar.update(min(done, bar.total) - bar.n)
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        rows = max(metrics["response/rows"], 1)
+        capped = metrics["response/ended"] * metrics["response/capped_share"] if metrics["response/ended"] else 0.0
+        share = metrics["response/cut_share"] + capped / rows
+        if share > self.config.run.cut_warning and self.trainer.num_steps % 20 == 1:
+            log.warning("step %d: %.0f %% of the rows were cut or capped (run.cut_warning %.0f %%): the critic sees few finished "
+                        "responses; a longer rollout.window helps", self.trainer.num_steps, 100 * share,
+                        100 * self.config.run.cut_warning)  # fmt: skip
+        for name in ("verify/timeouts", "verify/errors"):
+            if metrics[name] > self._warned[name]:
+                log.warning("step %d: %s is %d so far; they score %g", self.trainer.num_steps, name, metrics[name],
+                            self.config.task.failure_score)  # fmt: skip
+                self._warned[name] = int(metrics[name])
+
+
+class PoliteStop:
+    """Ctrl-C (or SIGTERM) once: `asked` is True and the loop ends at the step's edge. Twice: KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> PoliteStop:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping at the end of this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on."""
+    packages = ("tppo-ref", "torch", "transformers", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"python": platform.python_version(), "machine": platform.machine(), "processor": processor()}
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def train(config: Config) -> Path:
+    """Run `config` to its end; returns the newest checkpoint."""
+    session = Session(config)
+    try:
+        session.train()
+        return complete_checkpoints(session.checkpoints)[-1]
+    finally:
+        session.close()

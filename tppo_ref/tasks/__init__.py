@@ -1,0 +1,97 @@
+"""What is trained on: prompts, and a verifier that says of a response +1 or -1.
+
+Importing this package imports neither torch nor transformers: the verifier processes import it too, and must start fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from tppo_ref.types import Prompt, UserError
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Prompts of a `train` and a `test` split, and the name of the function that scores their responses.
+
+    tokenizer       a `transformers` tokenizer, `ByteTokenizer`, or None where token ids have no text of their own
+    vocab_size      number of token ids; the model's vocabulary must be at least this large
+    end_token_id    the token that ends a response
+    verifier        "module:function" of `verify(answer, response_token_ids, response_text) -> float`. It is pure, and its
+                    module is imported in a separate process, so it should import little. The ids hold the end token
+                    where one was sampled.
+    max_prompt_tokens, max_response_tokens
+                    tokens of the longest prompt, and of the longest right response (end token included); the latter is
+                    None where it is not known, as for a user's own prompts
+    """
+
+    name: str
+    tokenizer: Any | None
+    vocab_size: int
+    end_token_id: int
+    verifier: str
+    max_prompt_tokens: int
+    max_response_tokens: int | None
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """The prompts of "train" or "test". Ids are unique over both splits and the same in every process."""
+        ...
+
+    def response_text(self, token_ids: Sequence[int]) -> str | None:
+        """What the verifier gets as text: special tokens removed; None where there is no tokenizer."""
+        ...
+
+    def describe(self, token_ids: Sequence[int]) -> str:
+        """A prompt or a response as text for people."""
+        ...
+
+
+@runtime_checkable
+class DemonstratedTask(Task, Protocol):
+    """A task that can make its own imperfect base model (warmstart.py)."""
+
+    max_response_tokens: int
+
+    def demonstrations(self, rng_seed: int, num: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """`num` pairs (prompt_ids, response_ids) of train problems, answered with the mistakes of the base model."""
+        ...
+
+
+TASKS: dict[str, str] = {
+    "chain": "tppo_ref.tasks.chain:ChainTask",
+    "fork": "tppo_ref.tasks.fork:ForkTask",
+    "length": "tppo_ref.tasks.length:LengthTask",
+    "jsonl": "tppo_ref.tasks.jsonl:JsonlTask",
+}
+"""Name -> "module:class"; a module is imported when its task is asked for."""
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """" Did you mean 'x'?" for the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """The task `name` of `TASKS`, made with `options` (the keyword arguments of its class).
+
+    Raises UserError for a name or an option that does not exist, with the nearest one that does.
+    """
+    if name not in TASKS:
+        known = ", ".join(sorted(TASKS))
+        raise UserError(f"task {name!r} is not known.{nearest(name, sorted(TASKS))} The tasks are: {known}.")
+    module, _, attribute = TASKS[name].partition(":")
+    task_class = getattr(importlib.import_module(module), attribute)
+    allowed = [p for p in inspect.signature(task_class).parameters]
+    for option in options:
+        if option not in allowed:
+            hint = nearest(option, allowed)
+            raise UserError(f"task {name!r} has no option {option!r}.{hint} Its options are: {', '.join(allowed)}.")
+    return task_class(**options)
+
+
+__all__ = ["TASKS", "DemonstratedTask", "Task", "load_task", "nearest"]

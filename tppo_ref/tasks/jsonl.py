@@ -1,0 +1,251 @@
+"""A user's own prompts and answers: jsonl files, one object per line, and a tokenizer.
+
+    {"prompt": "What is 6 times 7?", "answer": "#### 42"}
+
+The prompt's key is "prompt" or "question", the answer's is "answer"; both can be named. An answer may be a number.
+`transformers` is imported only where a tokenizer folder is given, so that the verifier process stays light.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tppo_ref.types import Prompt, UserError
+
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+
+
+class ByteTokenizer:
+    """Text as UTF-8 bytes, offline and without files: ids 0 to 255 are the bytes, four special tokens follow.
+
+    The methods are those of a `transformers` tokenizer that this project uses.
+    """
+
+    special_tokens = ("<end>", "<pad>", "<user>", "<assistant>")
+    eos_token_id = 256
+    pad_token_id = 257
+    chat_template = "<user>{prompt}<assistant>"
+
+    def __len__(self) -> int:
+        return 256 + len(self.special_tokens)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's bytes. No special token is ever added or recognised in the text."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of the bytes; invalid UTF-8 shows as U+FFFD. Ids beyond the specials are an error."""
+        parts, run = [], bytearray()
+        for token in token_ids:
+            if 0 <= token < 256:
+                run.append(token)
+                continue
+            parts.append(run.decode("utf-8", errors="replace"))
+            run.clear()
+            special = self.special_tokens[token - 256]
+            parts.append("" if skip_special_tokens else special)
+        return "".join(parts) + run.decode("utf-8", errors="replace")
+
+    def chat_ids(self, text: str) -> list[int]:
+        """A user's turn, and the mark that begins the assistant's."""
+        return [258, *self.encode(text), 259]
+
+
+def final_number(text: str) -> Fraction | None:
+    """The last number after the last "####" of `text`; thousands may be set off by commas. None where there is none."""
+    _, mark, tail = text.rpartition("####")
+    numbers = NUMBER.findall(tail) if mark else []
+    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+
+
+def verify(answer: str, response_token_ids: Sequence[int], response_text: str | None) -> float:
+    """The default verifier: +1.0 or -1.0 by one of two rules, which the reference answer chooses.
+
+    Where `answer` holds "####" and a number after it, the response must hold "####" too, and the last numbers after the
+    last "####" of both must be equal as numbers (1,000 = 1000.0). Otherwise the response must equal the answer, both
+    stripped of white space at their ends.
+    """
+    text = response_text or ""
+    expected = final_number(answer)
+    if expected is not None:
+        return 1.0 if final_number(text) == expected else -1.0
+    return 1.0 if text.strip() == answer.strip() else -1.0
+
+
+def load_tokenizer(tokenizer: str) -> Any:
+    """`ByteTokenizer` for "bytes", else the `transformers` tokenizer of a folder. No code of the folder is ever run."""
+    if tokenizer == "bytes":
+        return ByteTokenizer()
+    if not Path(tokenizer).is_dir():
+        raise UserError(
+            f"tokenizer folder {tokenizer!r} does not exist; expected a folder written by save_pretrained, or 'bytes'."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"tokenizer folder {tokenizer!r} cannot be loaded: {reason}") from error
+    if loaded.eos_token_id is None:
+        raise UserError(f"tokenizer folder {tokenizer!r} has no end token; set eos_token in its configuration.")
+    return loaded
+
+
+def read_lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line that is not blank. UserError with file:line for one that is no JSON object."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompt file {str(file)!r} cannot be read: {error.strerror}.") from error
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        where = f"{file}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); expected one JSON object in UTF-8.") from error
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: invalid JSON ({error}); expected one JSON object per line.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a JSON {type(row).__name__}; expected an object with a prompt and an answer.")
+        rows.append((number, row))
+    if not rows:
+        raise UserError(f"prompt file {str(file)!r} is empty; expected one JSON object per line.")
+    return rows
+
+
+class JsonlTask:
+    """Prompts of two jsonl files. Test ids follow the train ids; an "id" in the file is checked and not otherwise used.
+
+    train, test         files; without `test` the last `test_share` of the train file are the test split
+    tokenizer           folder of a `transformers` tokenizer, or "bytes"
+    chat_template       True: the prompt is a user's turn in the tokenizer's chat template
+    verifier            "module:function"; the default is `verify` above, whose rule it states
+    prompt_key          "" takes "prompt" or "question"
+    max_prompt_tokens   a longer prompt is a UserError, never cut
+    """
+
+    name = "jsonl"
+    max_response_tokens = None
+
+    def __init__(
+        self,
+        *,
+        train: str,
+        test: str = "",
+        test_share: float = 0.1,
+        tokenizer: str = "bytes",
+        chat_template: bool = False,
+        verifier: str = "tppo_ref.tasks.jsonl:verify",
+        prompt_key: str = "",
+        answer_key: str = "answer",
+        max_prompt_tokens: int = 1024,
+    ) -> None:
+        if not 0.0 < test_share < 1.0:
+            raise UserError(f"task 'jsonl': test_share is {test_share}, expected a share between 0 and 1.")
+        if max_prompt_tokens < 1:
+            raise UserError(f"task 'jsonl': max_prompt_tokens is {max_prompt_tokens}, expected at least 1.")
+        self.options = {
+            "train": train, "test": test, "test_share": test_share, "tokenizer": tokenizer,
+            "chat_template": chat_template, "verifier": verifier, "prompt_key": prompt_key, "answer_key": answer_key,
+            "max_prompt_tokens": max_prompt_tokens,
+        }  # fmt: skip
+        self.tokenizer = load_tokenizer(tokenizer)
+        if chat_template and not self.tokenizer.chat_template:
+            raise UserError(f"tokenizer {tokenizer!r} has no chat template; leave chat_template off.")
+        self.vocab_size = len(self.tokenizer)
+        self.end_token_id = int(self.tokenizer.eos_token_id)
+        self.verifier = verifier
+        self.max_prompt_tokens = max_prompt_tokens
+        self._chat = chat_template
+        self._prompt_keys = (prompt_key,) if prompt_key else ("prompt", "question")
+        self._answer_key = answer_key
+        train_prompts = self._read(Path(train), first_id=0)
+        if test:
+            test_prompts = self._read(Path(test), first_id=len(train_prompts))
+        else:
+            if len(train_prompts) < 2:
+                raise UserError(f"prompt file {train!r} has one prompt and no test file is given; expected at least 2.")
+            num_test = min(len(train_prompts) - 1, math.ceil(test_share * len(train_prompts)))
+            train_prompts, test_prompts = train_prompts[:-num_test], train_prompts[-num_test:]
+        self._prompts = {"train": tuple(train_prompts), "test": tuple(test_prompts)}
+
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """The prompts of "train" or "test", in the order of the file."""
+        if split not in self._prompts:
+            raise UserError(f"task 'jsonl' has no split {split!r}, expected 'train' or 'test'.")
+        return self._prompts[split]
+
+    def response_text(self, token_ids: Sequence[int]) -> str:
+        """The text that the verifier reads, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def describe(self, token_ids: Sequence[int]) -> str:
+        """The text with its special tokens."""
+        return str(self.tokenizer.decode(list(token_ids)))
+
+    def _read(self, file: Path, first_id: int) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        lines_by_id: dict[str, int] = {}
+        for number, row in read_lines(file):
+            where = f"{file}:{number}"
+            text = self._text_of(row, self._prompt_keys, where, numbers=False)
+            answer = self._text_of(row, (self._answer_key,), where, numbers=True)
+            if "id" in row:
+                key = json.dumps(row["id"], sort_keys=True)
+                if key in lines_by_id:
+                    raise UserError(f"{where}: id {key} is that of line {lines_by_id[key]} too; expected unique ids.")
+                lines_by_id[key] = number
+            token_ids = self._encode(text, where)
+            if len(token_ids) > self.max_prompt_tokens:
+                raise UserError(
+                    f"{where}: the prompt has {len(token_ids)} tokens, allowed are {self.max_prompt_tokens}; "
+                    "shorten or remove it, or raise max_prompt_tokens."
+                )
+            prompts.append(Prompt(id=first_id + len(prompts), token_ids=token_ids, answer=answer))
+        return prompts
+
+    def _text_of(self, row: dict[str, Any], keys: Sequence[str], where: str, *, numbers: bool) -> str:
+        found = [key for key in keys if key in row]
+        expected = " or ".join(repr(key) for key in keys)
+        if not found:
+            raise UserError(f"{where}: no {expected}; the keys there are {', '.join(map(repr, row)) or 'none'}.")
+        if len(found) > 1:
+            raise UserError(f"{where}: both {' and '.join(map(repr, found))}; expected one of them, or set prompt_key.")
+        value = row[found[0]]
+        if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            kind = "a text or a number" if numbers else "a text"
+            raise UserError(f"{where}: {found[0]!r} is {type(value).__name__}; expected {kind}.")
+        if not value.strip():
+            raise UserError(f"{where}: {found[0]!r} is empty; expected a text.")
+        return value
+
+    def _encode(self, text: str, where: str) -> tuple[int, ...]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: the prompt holds half of a surrogate pair; expected valid Unicode.") from error
+        if not self._chat:
+            return tuple(self.tokenizer.encode(text))
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return tuple(self.tokenizer.chat_ids(text))
+        turn = [{"role": "user", "content": text}]
+        return tuple(
+            self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
+
+
+__all__ = ["ByteTokenizer", "JsonlTask", "final_number", "load_tokenizer", "read_lines", "verify"]

@@ -1,0 +1,120 @@
+"""The process in which a user's verifier runs: `python -m tppo_ref.tasks.verifier_worker module:function timeout_s`.
+
+One JSON line in, one JSON line out, in order:
+
+    in   [seq, answer, token_ids, text]
+    out  ["ready"]                              once, after the import; or ["fatal", reason]
+    out  [seq, status, score or null, detail]   status "ok", "error" or "bad_score"
+
+The verifier may print, read its stdin, raise or exit: the protocol has file descriptors of its own. The end of stdin, which
+also means that the parent died, ends the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import numbers
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+GRACE_S = 5.0
+"""The parent kills a verifier that is over its time; this much later the kernel does, in case the parent is dead."""
+MAX_DETAIL_CHARS = 500
+
+
+def claim_descriptors() -> tuple[Any, int]:
+    """The protocol's (input file, output descriptor); afterwards 0 and 1 are the null device, for the verifier."""
+    protocol_in, protocol_out = os.dup(0), os.dup(1)  # not inherited by a verifier's own children
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    return os.fdopen(protocol_in, "rb"), protocol_out
+
+
+def silence_errors() -> None:
+    """What the verifier writes to stderr must not run through the parent's progress bars."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 2)
+    os.close(null)
+
+
+def write_line(descriptor: int, message: list[Any]) -> None:
+    """One line, whole. ASCII, so that no text can break the framing."""
+    data = json.dumps(message).encode("ascii") + b"\n"
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function "module:function". ValueError with the reason where it cannot be had."""
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ValueError("it is not of the form module:function")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except BaseException as error:  # an import may even exit
+        raise ValueError(f"importing {module_name!r} failed with {name_of(error)}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"module {module_name!r} has no {attribute!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{name} is {type(found).__name__}, not a function")
+    function: Callable[..., Any] = found
+    return function
+
+
+def name_of(error: BaseException) -> str:
+    """Type and message, cut to MAX_DETAIL_CHARS; an exception whose message raises is named by its type."""
+    try:
+        return f"{type(error).__name__}: {error}"[:MAX_DETAIL_CHARS]
+    except BaseException:
+        return type(error).__name__
+
+
+def judge(verify: Callable[..., Any], answer: str, token_ids: list[int], text: str | None) -> tuple[str, Any, str]:
+    """(status, score or None, detail) of one call."""
+    try:
+        score = verify(answer, token_ids, text)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt are the verifier's mistakes too
+        return "error", None, name_of(error)
+    if type(score) is not float:
+        if isinstance(score, bool) or not isinstance(score, numbers.Real):
+            return "bad_score", None, f"returned a {type(score).__name__}, expected a number such as +1.0 or -1.0"
+        try:
+            score = float(score)
+        except BaseException as error:
+            return "bad_score", None, f"returned a {type(score).__name__} that is no float: {name_of(error)}"
+    if not math.isfinite(score):
+        return "bad_score", None, f"returned {score}, expected a finite number"
+    return "ok", score, ""
+
+
+def main() -> None:
+    name, timeout_s = sys.argv[1], float(sys.argv[2])
+    lines, out = claim_descriptors()
+    try:
+        verify = load(name)
+    except ValueError as error:
+        write_line(out, ["fatal", str(error)[:MAX_DETAIL_CHARS]])
+        return
+    silence_errors()
+    write_line(out, ["ready"])
+    for line in lines:
+        seq, answer, token_ids, text = json.loads(line)
+        # The default action of SIGALRM ends the process from the kernel, also where C code holds the interpreter.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s + GRACE_S)
+        status, score, detail = judge(verify, answer, token_ids, text)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        write_line(out, [seq, status, score, detail])
+
+
+if __name__ == "__main__":
+    main()
