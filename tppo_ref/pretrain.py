@@ -1,0 +1,162 @@
+"""Two commands on a frozen policy: fit the value model to its responses before training, and evaluate it.
+
+Value pre-training (VC-PPO, arXiv 2503.01491; VAPO, arXiv 2504.05118) is its own cheap command: inside of the loop, every one of its
+updates would wait for a window.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from tppo_ref.advantages import monte_carlo_returns
+from tppo_ref.config import Config, writable_folder
+from tppo_ref.evaluate import evaluate, sample_answers
+from tppo_ref.learner import Learner
+from tppo_ref.models import ValueModel, load_value_model
+from tppo_ref.parallel import SingleProcess
+from tppo_ref.rows import response_mask, terminal_rewards
+from tppo_ref.run import TaskScorer, base_model, make_engine, make_policy, make_task
+from tppo_ref.tasks import Task
+from tppo_ref.types import Response, TokenBatch, UserError
+from tppo_ref.updates import explained_variance, update_value
+
+HELD_OUT = 0.2  # share of the responses that the quality report is made on
+POSITIONS = (0, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)  # column ranges of that report, in tokens
+PRETRAIN_SEED = 2**31 + 1  # its sampling is apart from every run's and from the evaluation's
+
+
+def pretrain_value(config: Config) -> Path:
+    """Sample value.pretrain_responses, store them, fit the value model, print and write how much it explains.
+
+    Writes run.out/value (a folder for --model.value), responses.jsonl and explained_variance.csv; returns the first.
+    """
+    out = writable_folder(config.run.out, "run.out")
+    if (out / "value").exists():
+        raise UserError(f"run.out: {out} holds a value model already; choose another folder")
+    torch.set_num_threads(config.run.threads)
+    task = make_task(config)
+    base = base_model(config, task)
+    responses = _sample(config, task, base)
+    with (out / "responses.jsonl").open("w") as file:
+        file.writelines(json.dumps(response.state_dict()) + "\n" for response in responses)
+    value = _load_value(config, config.model.value or base)
+    num_test = max(1, round(HELD_OUT * len(responses)))
+    fit_value(config, value, responses[num_test:])
+    report = explained_by_position(value, responses[:num_test], config.advantage.gamma)
+    with (out / "explained_variance.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["from_token", "to_token", "tokens", "explained_variance"])
+        writer.writeheader()
+        writer.writerows(report)
+    print(f"{'tokens':>14} {'count':>8}  explained variance on {num_test} held-out responses")
+    for row in report:
+        print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")
+    value.save_pretrained(out / "value")
+    print(f"value model: {out / 'value'}")
+    return out / "value"
+
+
+def _load_value(config: Config, source: str) -> ValueModel:
+    return load_value_model(source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
+                            trust_remote_code=config.model.trust_remote_code)  # fmt: skip
+
+
+def _sample(config: Config, task: Task, base: str) -> list[Response]:
+    """Whole responses of the frozen policy to the first training prompts in a seeded order, scored."""
+    policy = make_policy(config, task, base)
+    prompts = task.prompts("train")
+    order = np.random.default_rng(PRETRAIN_SEED).permutation(len(prompts))
+    wanted = config.value.pretrain_responses
+    chosen = [prompts[int(i)] for i in order[:wanted]]
+    slots = min(256, wanted)
+    scorer = TaskScorer(task, config.task)
+    try:
+        return sample_answers(
+            make_engine(config, task, policy, slots), scorer, chosen, samples_per_prompt=-(-wanted // len(chosen)), slots=slots,
+            max_response_tokens=config.rollout.max_response_tokens, seed=PRETRAIN_SEED,
+        )[:wanted]  # fmt: skip
+    finally:
+        scorer.close()
+
+
+def fit_value(config: Config, value: ValueModel, responses: Sequence[Response]) -> None:
+    """value.pretrain_epochs passes over Monte Carlo returns, without a clip: there is no older value to stay near to."""
+    learner = Learner("value", value, config.value, SingleProcess())
+    device = value.device
+    mask_BT = response_mask([len(r) for r in responses], device)
+    returns_BT = monte_carlo_returns(terminal_rewards(responses, device), mask_BT, gamma=config.advantage.gamma)
+    fed = [len(r.prompt.token_ids) + len(r) for r in responses]
+    epochs = range(config.value.pretrain_epochs)
+    for epoch in tqdm(epochs, desc="value pre-training", unit="epoch", disable=not config.run.progress, leave=False):
+        plan = learner.plan([len(r) for r in responses], fed, np.random.default_rng((PRETRAIN_SEED, epoch)))
+        update_value(learner, responses, returns_BT, mask_BT, None, [plan], step=epoch)
+
+
+@torch.no_grad()
+def explained_by_position(value: ValueModel, responses: Sequence[Response], gamma: float) -> list[dict[str, float]]:
+    """Explained variance of the returns by token position, over `responses` that the value model was not fitted to."""
+    targets, values, columns = [], [], []
+    for response in responses:  # one at a time: it is a report, and long responses should not be padded to the longest
+        value_BT, _ = value(TokenBatch.of([response]))
+        mask_BT = response_mask([len(response)], value.device)
+        targets.append(monte_carlo_returns(terminal_rewards([response], value.device), mask_BT, gamma=gamma)[0].cpu())
+        values.append(value_BT[0].cpu())
+        columns.append(torch.arange(len(response)))
+    target, estimate, column = (torch.cat(parts).double() for parts in (targets, values, columns))
+    report = []
+    for begin, stop in [*zip(POSITIONS, POSITIONS[1:], strict=False), (0, int(column.max()) + 1)]:
+        inside = (column >= begin) & (column < stop)
+        if bool(inside.any()):
+            r, e = target[inside], (target - estimate)[inside]
+            variance = explained_variance(len(r), float(r.sum()), float((r * r).sum()), float(e.sum()), float((e * e).sum()))
+            report.append({"from_token": begin, "to_token": stop, "tokens": len(r), "explained_variance": variance})
+    return report
+
+
+def cached_value(config: Config, task_fingerprint: str) -> Path:
+    """A pre-trained value model under run.cache, made where it is not there yet: one for all methods and seeds."""
+    relevant = dataclasses.asdict(config)
+    key = json.dumps([task_fingerprint, relevant["task"], relevant["model"], relevant["value"], relevant["rollout"]["temperature"],
+                      relevant["rollout"]["max_response_tokens"], relevant["rollout"]["min_response_tokens"],
+                      relevant["advantage"]["gamma"]], sort_keys=True)  # fmt: skip
+    folder = Path(config.run.cache) / f"value-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / "value").exists():
+        run = dataclasses.replace(config.run, out=str(folder))
+        return pretrain_value(dataclasses.replace(config, run=run))
+    return folder / "value"
+
+
+def evaluate_policy(config: Config) -> dict[str, float]:
+    """Print the eval/ metrics of model.policy on the task's test prompts, and write the answers to run.out/answers.jsonl."""
+    torch.set_num_threads(config.run.threads)
+    out = writable_folder(config.run.out, "run.out")
+    task = make_task(config)
+    policy = make_policy(config, task, base_model(config, task))
+    prompts = task.prompts("test")[: config.run.eval_prompts]
+    slots = min(256, len(prompts) * config.run.eval_samples)
+    scorer = TaskScorer(task, config.task)
+    try:
+        metrics, answers = evaluate(
+            make_engine(config, task, policy, slots), scorer, prompts, samples_per_prompt=config.run.eval_samples, slots=slots,
+            max_response_tokens=config.rollout.max_response_tokens,
+        )  # fmt: skip
+    finally:
+        scorer.close()
+    with (out / "answers.jsonl").open("w") as file:
+        for answer in answers:
+            text = {"prompt": task.describe(answer.prompt.token_ids), "answer": answer.prompt.answer,
+                    "response": task.describe(answer.token_ids), "end": answer.end.name, "score": answer.score}  # fmt: skip
+            file.write(json.dumps(text) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    for name, number in metrics.items():
+        print(f"{name:20} {number:.4g}")
+    print(f"{len(answers)} answers: {out / 'answers.jsonl'}")
+    return metrics
