@@ -63,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
         command = COMMANDS[argv[0]]
         config = parse(Config, argv[1:], prog=f"python -m tppo_ref {argv[0]}", description=command.__doc__ or "")
         check(config)
+        import torch  # after the arguments are known to be right: it takes seconds to import
+
+        torch.set_num_threads(config.run.threads)
         command(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

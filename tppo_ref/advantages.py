@@ -300,7 +300,7 @@ def _powers(base_R1: Tensor, n: int) -> Tensor:
 @contextlib.contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """Matrix products in the dtype of their arguments: no autocast, no TF32, no bfloat16 passes; restored afterwards."""
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [s.fp32_precision for s in settings]
     with torch.autocast(device_type, enabled=False):
         try:
@@ -351,7 +351,7 @@ def _check_like(name: str, x: Any, like: Tensor, dtype: torch.dtype, ndim: int =
 
 def _check_number(name: str, x: Any, low: float, high: float) -> float:
     """Not a bool, not a tensor; NaN is in no interval."""
-    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not low <= x <= high:
+    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not low <= float(x) <= high:
         raise ValueError(f"{name} is {_show(x)}, expected a number in [{low:g}, {high:g}]")
     return float(x)
 

@@ -13,6 +13,8 @@ Shape letters: N tokens, H query heads, K key/value heads, G = H / K, D head wid
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tppo_ref.types import UserError
+from tppo_ref.types import TokenBatch, UserError
 
 NAME = "tppo_ragged"
 
@@ -29,7 +31,7 @@ NAME = "tppo_ragged"
 # Measured on one CPU core with 2 x 16 wide keys: 15-20 us a call, 0.02 us a token. Wider models tolerate less padding
 # per call, but then a call's fixed cost is small beside the rest of the step.
 DECODE_CALL_TOKENS = 1024
-PACKED_CALL_TOKENS = 96
+PACKED_CALL_TOKENS = 64
 
 
 def group_by_length(descending: Sequence[int], call_tokens: int) -> list[tuple[int, int]]:
@@ -97,14 +99,71 @@ class PackedLayout:
         rows = [_token_rows(x) for x in (query, key, value)]
         outs = []
         for start, stop, num, longest, gather, keep in self.groups:
-            if gather is None:
-                parts = [x[start:stop] for x in rows]
-            else:
-                parts = [x.index_select(0, gather) for x in rows]
+            parts = [x[start:stop] if gather is None else x.index_select(0, gather) for x in rows]
             q, k, v = (x.unflatten(0, (num, longest)).transpose(1, 2) for x in parts)
             out = _causal(q, k, v, scaling).flatten(0, 1)
             outs.append(out if keep is None else out.index_select(0, keep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclasses.dataclass
+class Packed:
+    """A TokenBatch end to end, longest row first. M response tokens in packed order; N tokens in all.
+
+    predictor_M     place in [0, N) of the token whose hidden state predicts the response token
+    target_M        the response token
+    column_M        its response column
+    cell_M          its cell b * T + t in the padded result
+    last_B          place of each row's last token
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: PackedLayout
+    predictor_M: Tensor
+    target_M: Tensor
+    column_M: Tensor
+    cell_M: Tensor
+    last_B: Tensor
+    shape: tuple[int, int]
+
+    def unpack(self, x_M: Tensor) -> Tensor:
+        """[M] -> [B, T], 0 in padding; differentiable."""
+        rows, columns = self.shape
+        return x_M.new_zeros(rows * columns).index_copy(0, self.cell_M, x_M).view(rows, columns)
+
+
+def pack(batch: TokenBatch, device: torch.device) -> Packed:
+    """Lays a batch end to end. ValueError on an empty prompt: nothing would predict its first response token."""
+    num_prompt = np.array([len(ids) for ids in batch.prompt_ids], dtype=np.int64)
+    num_response = np.array([len(ids) for ids in batch.response_ids], dtype=np.int64)
+    if (num_prompt == 0).any():
+        raise ValueError(f"prompt_ids[{int(num_prompt.argmin())}] is empty; expected at least one token")
+    lengths = num_prompt + num_response
+    order = np.argsort(-lengths, kind="stable")
+    rows = itertools.chain.from_iterable((*batch.prompt_ids[b], *batch.response_ids[b]) for b in order)
+    ids = np.fromiter(rows, dtype=np.int64, count=int(lengths.sum()))
+    begin = np.empty_like(lengths)
+    begin[order] = np.cumsum(lengths[order]) - lengths[order]
+    row_N = np.repeat(order, lengths[order])
+    position_N = np.arange(len(ids)) - begin[row_N]
+    column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
+    response_M = np.flatnonzero(column_N >= 0)
+    num_columns = int(num_response.max(initial=0))
+    cell_M = row_N[response_M] * num_columns + column_N[response_M]
+    constant = None
+    if batch.detach_before is not None:
+        constant = torch.from_numpy(column_N < np.asarray(batch.detach_before, dtype=np.int64)[row_N])
+
+    def to(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return Packed(
+        input_ids=to(ids)[None], position_ids=to(position_N)[None],
+        layout=PackedLayout(lengths[order].tolist(), device, constant),
+        predictor_M=to(response_M - 1), target_M=to(ids[response_M]), column_M=to(column_N[response_M]),
+        cell_M=to(cell_M), last_B=to(begin + lengths - 1), shape=(len(batch), num_columns),
+    )
 
 
 class KVCache:
@@ -172,13 +231,11 @@ class StepLayout:
         self.groups = []
         device = index_N.device
         length = torch.from_numpy(length_n).to(device)[:, None, None, None]
-        zero, minus_inf = torch.zeros((), dtype=dtype, device=device), torch.full((), -torch.inf, dtype=dtype, device=device)
         for a, b in groups:
-            lengths = length_n[a:b]
-            longest = int(lengths.max())
-            mask = None
-            if longest != int(lengths.min()):
-                mask = torch.where(torch.arange(longest, device=device) < length[a:b], zero, minus_inf)  # [n, 1, 1, L]
+            longest, mask = int(length_n[a:b].max()), None
+            if longest != int(length_n[a:b].min()):
+                hidden = torch.arange(longest, device=device) >= length[a:b]  # [n, 1, 1, L]
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
             self.groups.append((a, b, longest, mask))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -207,7 +264,7 @@ def ragged_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
         raise UserError(f"{type(module).__name__}: no layout reached the attention layer; this architecture is not supported")
     window = options.get("sliding_window")
     if window is not None and ragged.max_length > window:
-        raise UserError(f"sliding_window={window} is shorter than a sequence of {ragged.max_length} tokens; only full attention is supported")
+        raise UserError(f"sliding_window={window} is shorter than a sequence of {ragged.max_length} tokens; expected none")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses {name}, which the ragged attention does not compute")
@@ -220,7 +277,7 @@ def use_ragged_attention(model: Any) -> None:
 
     kind = getattr(model.config, "model_type", type(model).__name__)
     if not getattr(model, "_supports_attention_backend", False) or getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"model type {kind!r} is not supported: its attention cannot be replaced through transformers' AttentionInterface")
+        raise UserError(f"model type {kind!r} is not supported: its attention does not go through transformers' AttentionInterface")
     odd = {t for t in getattr(model.config, "layer_types", None) or [] if t not in ("full_attention", "sliding_attention")}
     if odd:
         raise UserError(f"model type {kind!r} is not supported: it has layers of type {sorted(odd)}, expected full_attention")

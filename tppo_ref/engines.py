@@ -141,12 +141,14 @@ class TorchEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         """ValueError on a request that cannot be served: no tokens, no budget, too long, more than `slots` at a time."""
         for r in requests:
-            if not len(r.token_ids) or r.max_new_tokens < 1:
-                raise ValueError(f"response {r.response_id}: {len(r.token_ids)} tokens, max_new_tokens = {r.max_new_tokens}; expected at least 1 of both")
-            if len(r.token_ids) + r.max_new_tokens > self.max_context_tokens:
-                raise ValueError(f"response {r.response_id}: {len(r.token_ids)} tokens and {r.max_new_tokens} new ones exceed max_context_tokens = {self.max_context_tokens}")
+            num_tokens, new = len(r.token_ids), r.max_new_tokens
+            if num_tokens < 1 or new < 1:
+                raise ValueError(f"response {r.response_id}: {num_tokens} tokens, max_new_tokens = {new}; expected 1 or more")
+            if num_tokens + new > self.max_context_tokens:
+                raise ValueError(f"response {r.response_id}: {num_tokens} tokens and {new} new ones exceed "
+                                 f"max_context_tokens = {self.max_context_tokens}")
         if self.num_running + len(requests) > self.slots:
-            raise ValueError(f"{self.num_running} requests run and {len(requests)} more came; expected at most slots = {self.slots}")
+            raise ValueError(f"{self.num_running} requests run and {len(requests)} more came; at most slots = {self.slots} can")
         self._pending.extend(requests)
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -255,15 +257,14 @@ class TorchEngine:
             if forbidden.any():
                 forbid = torch.from_numpy(forbidden).to(device)
         tokens, logprobs = draw(sampling_logits(logits_nV, self.temperature, forbid, self.end_token_id), u)
-        # The sum is finite exactly where every logit is: one number per row to look at, one transfer for all three.
-        sums = logits_nV.sum(-1, dtype=torch.float32)
-        tokens, logprobs, sums = torch.stack([tokens.double(), logprobs.double(), sums.double()]).cpu().numpy()
-        bad = np.flatnonzero(~np.isfinite(sums))
-        if len(bad):
-            request = self._requests[int(state[PLACE, bad[0]])]
-            position = request.num_response_tokens + int(state[DONE, bad[0]])
+        # A sum is finite exactly where every logit is: one number per row to look at.
+        sums = logits_nV.sum(-1, dtype=torch.float32).cpu().numpy()
+        if not np.isfinite(sums).all():
+            row = int(np.flatnonzero(~np.isfinite(sums))[0])
+            request = self._requests[int(state[PLACE, row])]
+            position = request.num_response_tokens + int(state[DONE, row])
             raise FloatingPointError(f"response {request.response_id}: a logit is not finite at response position {position}")
-        return tokens.astype(np.int64), logprobs
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def _record(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[Decoded]:
         """Stores the step's tokens, and takes out the rows that ended with it."""

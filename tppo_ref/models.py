@@ -14,19 +14,16 @@ therefore off; wrap the layers instead, as scale/ does.)
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tppo_ref.attention import PackedLayout, use_ragged_attention
+from tppo_ref.attention import PackedLayout, pack, use_ragged_attention
 from tppo_ref.types import TokenBatch, UserError
 
 # A logit chunk holds at most this many numbers unless `logit_chunk_tokens` says otherwise: half a gigabyte in float32.
@@ -45,64 +42,6 @@ def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor 
         is_end = torch.arange(logits.shape[-1], device=logits.device) == end_token_id
         logits = logits.masked_fill(forbid_end_N[:, None] & is_end, -torch.inf)
     return logits
-
-
-@dataclasses.dataclass
-class Packed:
-    """A TokenBatch end to end, longest row first. M response tokens in packed order; N tokens in all.
-
-    predictor_M     place in [0, N) of the token whose hidden state predicts the response token
-    target_M        the response token
-    column_M        its response column
-    cell_M          its cell b * T + t in the padded result
-    last_B          place of each row's last token
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    layout: PackedLayout
-    predictor_M: Tensor
-    target_M: Tensor
-    column_M: Tensor
-    cell_M: Tensor
-    last_B: Tensor
-    shape: tuple[int, int]
-
-
-def pack(batch: TokenBatch, device: torch.device) -> Packed:
-    """Lays a batch end to end. ValueError on an empty prompt: nothing would predict its first response token."""
-    num_prompt = np.array([len(ids) for ids in batch.prompt_ids], dtype=np.int64)
-    num_response = np.array([len(ids) for ids in batch.response_ids], dtype=np.int64)
-    if (num_prompt == 0).any():
-        raise ValueError(f"prompt_ids[{int(num_prompt.argmin())}] is empty; expected at least one token")
-    lengths = num_prompt + num_response
-    order = np.argsort(-lengths, kind="stable")
-    rows = itertools.chain.from_iterable((*batch.prompt_ids[b], *batch.response_ids[b]) for b in order)
-    ids = np.fromiter(rows, dtype=np.int64, count=int(lengths.sum()))
-    begin = np.empty_like(lengths)
-    begin[order] = np.cumsum(lengths[order]) - lengths[order]
-    row_N = np.repeat(order, lengths[order])
-    position_N = np.arange(len(ids)) - begin[row_N]
-    column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
-    response_M = np.flatnonzero(column_N >= 0)
-    num_columns = int(num_response.max(initial=0))
-    cell_M = row_N[response_M] * num_columns + column_N[response_M]
-    constant = None
-    if batch.detach_before is not None:
-        constant = torch.from_numpy(column_N < np.asarray(batch.detach_before, dtype=np.int64)[row_N])
-    to = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    return Packed(
-        input_ids=to(ids)[None], position_ids=to(position_N)[None],
-        layout=PackedLayout(lengths[order].tolist(), device, constant),
-        predictor_M=to(response_M - 1), target_M=to(ids[response_M]), column_M=to(column_N[response_M]),
-        cell_M=to(cell_M), last_B=to(begin + lengths - 1), shape=(len(batch), num_columns),
-    )
-
-
-def _unpack(x_M: Tensor, packed: Packed) -> Tensor:
-    """[M] -> [B, T], 0 in padding; differentiable."""
-    rows, columns = packed.shape
-    return x_M.new_zeros(rows * columns).index_copy(0, packed.cell_M, x_M).view(rows, columns)
 
 
 class _Backbone(nn.Module):
@@ -165,12 +104,12 @@ class PolicyModel(_Backbone):
         hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout).index_select(0, packed.predictor_M)
         chunk = self.logit_chunk_tokens
         if len(hidden) <= chunk:
-            return _unpack(self._token_logprobs(hidden, packed.target_M, packed.column_M), packed)
+            return packed.unpack(self._token_logprobs(hidden, packed.target_M, packed.column_M))
         parts = [
             checkpoint(self._token_logprobs, *args, use_reentrant=False)
             for args in zip(hidden.split(chunk), packed.target_M.split(chunk), packed.column_M.split(chunk), strict=True)
         ]
-        return _unpack(torch.cat(parts), packed)
+        return packed.unpack(torch.cat(parts))
 
     def _token_logprobs(self, hidden_MD: Tensor, target_M: Tensor, column_M: Tensor) -> Tensor:
         forbid = column_M < self.min_response_tokens if self.min_response_tokens > 0 else None
@@ -192,7 +131,7 @@ class ValueModel(_Backbone):
         head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
         value = head(read)[:, 0].float()
         num_tokens = len(packed.predictor_M)
-        return _unpack(value[:num_tokens], packed), value[num_tokens:]
+        return packed.unpack(value[:num_tokens]), value[num_tokens:]
 
 
 def load_policy(source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False,
@@ -227,32 +166,33 @@ def load_value_model(source: Any, *, seed: int = 0, dtype: str = "float32", devi
 def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trust_remote_code: bool) -> Any:
     import transformers
 
-    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
-    if torch_dtype is None:
+    if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}; expected float32 or bfloat16")
     where = _device(device)
     auto = getattr(transformers, auto_class)
     is_value = auto_class == "AutoModelForTokenClassification"
-    folder = source if isinstance(source, (str, os.PathLike)) and not str(source).endswith(".json") else None
+    is_folder = isinstance(source, (str, os.PathLike)) and not str(source).endswith(".json")
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    missing = []
     with torch.random.fork_rng(devices=[]), _quiet(transformers):
         torch.manual_seed(seed)
         try:
             config = _config(transformers, source, trust_remote_code)
             if is_value:
                 config.num_labels, config.classifier_dropout = 1, 0.0
-            if folder is None:
-                hf = auto.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+            if is_folder:
+                hf, info = auto.from_pretrained(source, config=config, use_safetensors=True, local_files_only=True,
+                                                output_loading_info=True, **options)
+                missing = sorted(n for n in info["missing_keys"] if not (is_value and n.startswith(("score.", "classifier."))))
             else:
-                hf, info = auto.from_pretrained(
-                    folder, config=config, dtype=torch_dtype, trust_remote_code=trust_remote_code,
-                    use_safetensors=True, local_files_only=True, output_loading_info=True)
-                missing = [n for n in info["missing_keys"] if not (is_value and n.startswith(("score.", "classifier.")))]
-                if missing:
-                    raise UserError(f"{folder}: lacks {len(missing)} of the model's weights, {sorted(missing)[0]} first")
+                hf = auto.from_config(config, **options)
         except UserError:
             raise
         except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder or config
-            raise UserError(f"{source if folder else 'model config'}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+            what = source if isinstance(source, (str, os.PathLike)) else "model config"
+            raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+    if missing:
+        raise UserError(f"{source}: lacks {len(missing)} of the model's weights, {missing[0]} first")
     return hf.to(where)
 
 
@@ -304,16 +244,21 @@ def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
 
     Catches what no flag announces: attention scores with extra terms, logits scaled or capped after the head.
     """
-    hf = model.hf
-    name = hf.config._attn_implementation
-    lengths = (5, 3)
+    hf, lengths = model.hf, (5, 3)
+    kind, name = hf.config.model_type, hf.config._attn_implementation
     ids = [torch.arange(n, device=model.device) % hf.config.vocab_size for n in lengths]
     positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
-    ours = head(model.hidden(torch.cat(ids)[None], positions[None], PackedLayout(lengths, model.device)))
-    hf.set_attn_implementation("eager")
-    plain = torch.cat([hf(input_ids=x[None], use_cache=False).logits[0] for x in ids])
-    hf.set_attn_implementation(name)
+    try:
+        ours = head(model.hidden(torch.cat(ids)[None], positions[None], PackedLayout(lengths, model.device)))
+        hf.set_attn_implementation("eager")
+        plain = torch.cat([hf(input_ids=x[None], use_cache=False).logits[0] for x in ids])
+    except UserError:
+        raise
+    except Exception as error:  # a config may be legal to build and still fail to run; each architecture in its own way
+        raise UserError(f"model type {kind!r} does not run: {str(error).strip().splitlines()[0][:200]}") from error
+    finally:
+        hf.set_attn_implementation(name)
     tolerance = (1e-4 if ours.dtype == torch.float32 else 0.05) * max(1.0, plain.abs().max().item())
     error = (ours - plain).abs().max().item()
     if not error <= tolerance:
-        raise UserError(f"model type {hf.config.model_type!r} is not supported: packed and plain forward differ by {error:.1e}")
+        raise UserError(f"model type {kind!r} is not supported: packed and plain forward differ by {error:.1e}")

@@ -42,7 +42,6 @@ def pretrain_value(config: Config) -> Path:
     out = writable_folder(config.run.out, "run.out")
     if (out / "value").exists():
         raise UserError(f"run.out: {out} holds a value model already; choose another folder")
-    torch.set_num_threads(config.run.threads)
     task = make_task(config)
     base = base_model(config, task)
     responses = _sample(config, task, base)
@@ -136,7 +135,6 @@ def cached_value(config: Config, task_fingerprint: str) -> Path:
 
 def evaluate_policy(config: Config) -> dict[str, float]:
     """Print the eval/ metrics of model.policy on the task's test prompts, and write the answers to run.out/answers.jsonl."""
-    torch.set_num_threads(config.run.threads)
     out = writable_folder(config.run.out, "run.out")
     task = make_task(config)
     policy = make_policy(config, task, base_model(config, task))

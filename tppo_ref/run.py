@@ -126,7 +126,6 @@ class Session:
     """A run in one process: task, Trainer, evaluation and the run's files."""
 
     def __init__(self, config: Config):
-        torch.set_num_threads(config.run.threads)
         self.config = config
         self.out = writable_folder(config.run.out, "run.out")
         self.checkpoints = self.out / "checkpoints"

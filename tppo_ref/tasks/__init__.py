@@ -71,7 +71,7 @@ TASKS: dict[str, str] = {
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """" Did you mean 'x'?" for the closest of `names`, or an empty string."""
+    """The end of an error message: "Did you mean ...?" with the closest of `names`, or nothing."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f" Did you mean {close[0]!r}?" if close else ""
 

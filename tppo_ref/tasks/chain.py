@@ -5,9 +5,9 @@
 
 Four maps on 20 states, fixed. In each map five states form a cycle and the others lead into it within at most three
 steps (6, 5 and 4 states at distance 1, 2 and 3). The base model knows the cycles and misremembers the way in: at a state off
-the cycle it takes the right step with probability 0.44 and otherwise mostly one fixed wrong step. So a chain
-of any length has at most three doubtful steps as long as they are right, all of them early, and then a mechanical
-rest: about 0.4 of the sampled responses are right, long or short. A wrong step changes no length.
+the cycle it takes the right step with probability 0.44 and otherwise mostly one fixed wrong step. So a chain of any length
+has at most three doubtful steps as long as they are right, all of them early, and then a mechanical rest: about 0.4 of the
+sampled responses are right, long or short. A wrong step changes no length.
 
 Test problems are (map, k, start) triples that are in no train prompt. The table entries are shared, they are what is learnt.
 """
@@ -38,7 +38,8 @@ def _make_world() -> tuple[list[list[int]], list[list[int]], list[list[bool]]]:
     for _ in range(NUM_MAPS):
         order = rng.sample(range(NUM_STATES), NUM_STATES)
         table, unsure = [0] * NUM_STATES, [True] * NUM_STATES
-        begin, nearer = 0, []
+        begin = 0
+        nearer: list[int] = []  # the states one step closer to the cycle
         for distance, num in enumerate(STATES_BY_DISTANCE):
             layer = order[begin : begin + num]
             for i, state in enumerate(layer):

@@ -3,10 +3,10 @@
     prompt      left2 right5 0_ _3      which mark belongs to this pair, and three steps
     response    C 03 D 02 E 01 F END
 
-The right mark is the entry of a fixed table of 8 x 8 pairs. After it everything is mechanical: count down, and take the next mark of
-the circle A ... H. The value of a response jumps at its first token and hardly moves after it, however long the rest is;
-the length says nothing about the choice, because a wrong mark is carried on just as far. This is the task on which a
-truncated method has to believe its critic: toy.md's counter-example.
+The right mark is the entry of a fixed table of 8 x 8 pairs. After it everything is mechanical: count down, and take the
+next mark of the circle A ... H. The value of a response jumps at its first token and hardly moves after it, however long the
+rest is; the length says nothing about the choice, because a wrong mark is carried on just as far. Credit for the choice in a
+response that a window cuts rests on the critic alone: a task on which truncation need not win.
 
 The base model knows the table poorly: the right mark has probability 0.38, for short and long problems alike.
 

@@ -40,7 +40,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of the bytes; invalid UTF-8 shows as U+FFFD. Ids beyond the specials are an error."""
+        """The text of the bytes; invalid UTF-8, and an id that a model with a larger vocabulary sampled, show as U+FFFD."""
         parts, run = [], bytearray()
         for token in token_ids:
             if 0 <= token < 256:
@@ -48,8 +48,11 @@ class ByteTokenizer:
                 continue
             parts.append(run.decode("utf-8", errors="replace"))
             run.clear()
-            special = self.special_tokens[token - 256]
-            parts.append("" if skip_special_tokens else special)
+            special = self.special_tokens[token - 256] if 256 <= token < len(self) else None
+            if special is None:
+                parts.append("\ufffd")
+            elif not skip_special_tokens:
+                parts.append(special)
         return "".join(parts) + run.decode("utf-8", errors="replace")
 
     def chat_ids(self, text: str) -> list[int]:
@@ -83,9 +86,7 @@ def load_tokenizer(tokenizer: str) -> Any:
     if tokenizer == "bytes":
         return ByteTokenizer()
     if not Path(tokenizer).is_dir():
-        raise UserError(
-            f"tokenizer folder {tokenizer!r} does not exist; expected a folder written by save_pretrained, or 'bytes'."
-        )
+        raise UserError(f"tokenizer folder {tokenizer!r} does not exist; expected a folder written by save_pretrained, or 'bytes'.")
     from transformers import AutoTokenizer
 
     try:
@@ -110,7 +111,8 @@ def read_lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); expected one JSON object in UTF-8.") from error
+            place = f"byte {error.start + 1} of the line"
+            raise UserError(f"{where}: not UTF-8 ({place}); expected one JSON object in UTF-8.") from error
         if not line:
             continue
         try:
@@ -243,9 +245,7 @@ class JsonlTask:
         if isinstance(self.tokenizer, ByteTokenizer):
             return tuple(self.tokenizer.chat_ids(text))
         turn = [{"role": "user", "content": text}]
-        return tuple(
-            self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+        return tuple(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 __all__ = ["ByteTokenizer", "JsonlTask", "final_number", "load_tokenizer", "read_lines", "verify"]

@@ -4,8 +4,8 @@
     response    01 bolt 02 bolt 03 bolt END
 
 Nothing about the response is doubtful except where it ends: the decision comes last, where `fork` has it first. For each
-item the base model has a habit of its own, to stop up to three units early or late; it is right with probability 0.4 whatever n
-is, because the mistake is a distance from n and not a chance per step.
+item the base model has a habit of its own, to stop one unit early or one late; it is right with probability 0.4
+whatever n is, because the mistake is a distance from n and not a chance per step.
 
 Test problems are (item, n) pairs that are in no train prompt; the items and the habits are shared.
 """
@@ -19,16 +19,17 @@ from tppo_ref.tasks.synthetic import END, FIRST_OWN_TOKEN, LONG_STEPS, Problem, 
 
 NUM_ITEMS = 16
 RIGHT_STOP_PROBABILITY = 0.4
-HABIT_SHARE = 0.6
-"""Share of the wrong stops that follow the item's habit; the others are any other distance up to MAX_DISTANCE."""
-MAX_DISTANCE = 3
+HABIT_SHARE = 0.5
+"""Share of the wrong stops that follow the item's habit; the others go either way, each as often."""
+MAX_DISTANCE = 1
 MAX_UNITS = LONG_STEPS[1] - MAX_DISTANCE
-"""So that a response that is three units too long still has a two-digit counter."""
+"""So that a response that is one unit too long still has a two-digit counter."""
 
 _ITEM = FIRST_OWN_TOKEN
 DISTANCES = tuple(d for d in range(-MAX_DISTANCE, MAX_DISTANCE + 1) if d != 0)
 HABIT = tuple(random.Random("length world 0").choice(DISTANCES) for _ in range(NUM_ITEMS))
-"""Per item: by how many units the base model likes to miss n."""
+"""Per item: by how many units the base model likes to miss n. One, not more: to see that a counter is n - 3 is
+arithmetic with a borrow, which a model of this size gets wrong for large n, and then long problems have no signal."""
 
 
 def response_of(item: int, num_units: int) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ COMMON_TOKENS = (*DIGITS, "END", *(f"{d}_" for d in DIGITS), *(f"_{d}" for d in 
 
 SHORT_STEPS = (2, 12)
 LONG_STEPS = (24, 99)
-TOKENS_PER_STEP = 3
+DEMONSTRATED_LONG_SHARE = 0.15
+"""Long problems are shown more often than they are asked: each of their numbers is rare otherwise."""
 
 Problem = tuple[int, ...]
 """A task's own numbers, which determine prompt, answer and right response."""
@@ -120,8 +121,7 @@ class SyntheticTask:
             first_id, num = (0, self.num_train) if split == "train" else (self.num_train, self.num_test)
             problems = self.problems(split, num, self.seed, self.long_share)
             self._prompts[split] = tuple(
-                Prompt(id=first_id + i, token_ids=self.prompt_ids(p), answer=self.answer(p))
-                for i, p in enumerate(problems)
+                Prompt(id=first_id + i, token_ids=self.prompt_ids(p), answer=self.answer(p)) for i, p in enumerate(problems)
             )
         return self._prompts[split]
 
@@ -138,7 +138,7 @@ class SyntheticTask:
     def demonstrations(self, rng_seed: int, num: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """`num` pairs (prompt_ids, response_ids) of train problems, with the mistakes of the base model."""
         rng = random.Random(f"{self.name} demonstrations {rng_seed}")
-        problems = self.problems("train", num, rng.getrandbits(48), self.long_share)
+        problems = self.problems("train", num, rng.getrandbits(48), DEMONSTRATED_LONG_SHARE)
         return [(self.prompt_ids(p), self.demonstrate(p, rng)) for p in problems]
 
     def response_text(self, token_ids: Sequence[int]) -> None:

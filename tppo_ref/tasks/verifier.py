@@ -27,6 +27,8 @@ from tppo_ref.types import UserError
 STATUSES = ("ok", "timeout", "error", "bad_score")
 MAX_SENT = 32
 """Requests that a worker holds at a time: enough to hide a pipe's latency, few enough to share between workers."""
+LINGER_S = 0.01
+"""While nobody waits, the thread acts this often at most: every time it runs, it takes the interpreter from decoding."""
 MAX_LINE_BYTES = 1 << 16
 """A worker's answer is shorter than this; a longer one is the verifier writing into the protocol."""
 
@@ -123,6 +125,7 @@ class Verifier:
         self.startup_timeout_s = startup_timeout_s
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(STATUSES, 0))
         self._changed = threading.Condition()
+        self._hurry = threading.Event()
         # Guarded by _changed:
         self._queue: collections.deque[_Request] = collections.deque()
         self._pending: dict[Hashable, None] = {}
@@ -130,6 +133,7 @@ class Verifier:
         self._failure: BaseException | None = None
         self._num_ready = 0
         self._asleep = False
+        self._num_waiting = 0
         self._closing = False
         self._next_seq = 0
         # The thread's own:
@@ -159,6 +163,8 @@ class Verifier:
             self._next_seq += 1
             self._pending[response_id] = None
             self._queue.append(_Request(seq, response_id, line))
+            if len(self._queue) >= MAX_SENT:
+                self._hurry.set()
             if self._asleep:
                 self._wake()
 
@@ -171,19 +177,26 @@ class Verifier:
         with self._changed:
             if timeout_s is None:
                 timeout_s = (len(self._pending) + 1) * (self.timeout_s + self.startup_timeout_s)
-            deadline_s = time.monotonic() + timeout_s
-            while self._pending:
-                self._raise_failure()
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
-                    some = ", ".join(map(repr, list(self._pending)[:5]))
-                    raise TimeoutError(
-                        f"verifier {self.verifier}: {len(self._pending)} responses not scored within {timeout_s:g} s, "
-                        f"among them {some}"
-                    )
-                self._changed.wait(min(left_s, 1.0))
+            self._num_waiting += 1
+            self._hurry.set()
+            try:
+                self._wait_for_scores(timeout_s)
+            finally:
+                self._num_waiting -= 1
             self._raise_failure()
             return self._take()
+
+    def _wait_for_scores(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while self._pending:
+            self._raise_failure()
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                some = ", ".join(map(repr, list(self._pending)[:5]))
+                raise TimeoutError(
+                    f"verifier {self.verifier}: {len(self._pending)} responses not scored within {timeout_s:g} s, among them {some}"
+                )
+            self._changed.wait(min(left_s, 1.0))
 
     def poll(self) -> dict[Hashable, Score]:
         """The scores that are there, without waiting; each score is given once."""
@@ -201,6 +214,7 @@ class Verifier:
         """Kills the workers. May be called twice; scores that were not collected are gone."""
         with self._changed:
             self._closing = True
+            self._hurry.set()
             if self._wake_write >= 0:
                 self._wake()
         self._thread.join(timeout=10.0)
@@ -248,8 +262,10 @@ class Verifier:
             for _ in range(num_workers):
                 self._start_worker()
             while not self._closing:
-                self._feed()
-                self._wait_and_read()
+                may_linger = self._feed()
+                if may_linger:
+                    self._hurry.wait(LINGER_S)
+                self._wait_and_read(0.0 if may_linger else 5.0)
                 self._check_clocks()
         except BaseException as error:  # told to whoever submits or collects next
             with self._changed:
@@ -265,8 +281,11 @@ class Verifier:
         self._workers.append(worker)
         self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
 
-    def _feed(self) -> None:
-        """Deals queued requests to the workers with the fewest, and writes what their pipes take."""
+    def _feed(self) -> bool:
+        """Deals queued requests to the workers with the fewest, and writes what their pipes take.
+
+        True while there is something to do and nobody waits for it: then the thread may linger.
+        """
         with self._changed:
             ready = [worker for worker in self._workers if worker.ready]
             while self._queue and ready:
@@ -278,10 +297,15 @@ class Verifier:
                     worker.clock_s = time.monotonic()
                 worker.sent.append(request)
                 worker.unwritten += request.line
-            self._asleep = True  # from here on `submit` wakes the selector
+            leisure = self._num_waiting == 0 and len(self._queue) < MAX_SENT
+            if leisure and not self._closing:
+                self._hurry.clear()
+            may_linger = leisure and bool(self._pending)
+            self._asleep = not may_linger  # from here on `submit` wakes the selector
         for worker in list(self._workers):
             if worker.unwritten:
                 self._write(worker)
+        return may_linger
 
     def _write(self, worker: _Worker) -> None:
         try:
@@ -297,10 +321,10 @@ class Verifier:
         elif not worker.unwritten and registered:
             self._selector.unregister(worker.stdin)
 
-    def _wait_and_read(self) -> None:
+    def _wait_and_read(self, longest_s: float) -> None:
         now_s = time.monotonic()
         deadlines_s = [self._deadline_s(worker) for worker in self._workers]
-        wait_s = max(0.0, min([deadline_s - now_s for deadline_s in deadlines_s] + [5.0]))
+        wait_s = max(0.0, min([deadline_s - now_s for deadline_s in deadlines_s] + [longest_s]))
         events = self._selector.select(wait_s)
         with self._changed:
             self._asleep = False
@@ -328,7 +352,7 @@ class Verifier:
         scores: list[tuple[_Request, Score]] = []
         problem = "its answer is too long" if len(rest) > MAX_LINE_BYTES else ""
         for line in lines:
-            problem = problem or self._understand(worker, line, scores)
+            problem = problem or self._understand(worker, bytes(line), scores)
         if scores:
             worker.clock_s = time.monotonic()
             self._publish(scores)

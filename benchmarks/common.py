@@ -1,0 +1,43 @@
+"""What every benchmark shares: who measured, when, with which command; a CSV and a table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from tppo_ref.run import processor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, str | int]:
+    """Columns that say under which conditions a row was measured."""
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    command = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {sys.argv[0]}"
+    return {
+        "machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(), "command": shlex.join([*command.split(), *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def report(name: str, rows: Sequence[Mapping[str, object]], path: Path | None = None) -> None:
+    """Print rows as a table, and write them with their provenance to results/<name>.csv."""
+    path = path or RESULTS / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = [dict(row) | provenance() for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(whole[0]))
+        writer.writeheader()
+        writer.writerows(whole)
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+    print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for row in rows:
+        print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()))
+    print(f"-> {path}")

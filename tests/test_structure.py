@@ -1,0 +1,211 @@
+"""The import law and other promises about the source as such, held by reading it (ast) and by importing it apart."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOUSES = ("tppo_ref", "sim", "scale")
+OUTSIDE = ("notebooks", "tests", "benchmarks")
+
+
+def sources(house: str) -> list[Path]:
+    return sorted((ROOT / house).rglob("*.py"))
+
+
+ALL_SOURCES = [path for house in HOUSES for path in sources(house)]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources("tppo_ref")]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def imported(tree: ast.AST, package: str = "tppo_ref") -> Iterator[str]:
+    """Top-level names of everything that a file imports, wherever in the file; relative imports stay in their house."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield package if node.level else (node.module or "").partition(".")[0]
+        elif isinstance(node, ast.Call) and called(node).endswith("import_module") and node.args:
+            if isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value).partition(".")[0]
+
+
+def called(node: ast.Call) -> str:
+    """Dotted name of what a call calls, as written."""
+    parts, function = [], node.func
+    while isinstance(function, ast.Attribute):
+        parts.append(function.attr)
+        function = function.value
+    return ".".join([*([function.id] if isinstance(function, ast.Name) else []), *reversed(parts)])
+
+
+# --------------------------------------------------------------------------------------------------------- the import law
+
+
+def law_breakers(house: str, tree: ast.AST) -> set[str]:
+    """Houses that a file of `house` imports and must not."""
+    forbidden = {"tppo_ref": {"sim", "scale"}, "sim": {"scale"}, "scale": {"sim"}}[house] | {*OUTSIDE}
+    return forbidden & set(imported(tree, house))
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=names(ALL_SOURCES))
+def test_the_import_law(path):
+    house = path.relative_to(ROOT).parts[0]
+    assert not law_breakers(house, ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("house", "line", "breaks"),
+    [
+        ("tppo_ref", "import sim.bias", {"sim"}),
+        ("tppo_ref", "def f():\n    from scale.config import ScaleConfig", {"scale"}),
+        ("sim", "import numpy, scale as s", {"scale"}),
+        ("scale", "import importlib; importlib.import_module('sim.plan')", {"sim"}),
+        ("sim", "from tests import helpers", {"tests"}),
+        ("scale", "from tppo_ref.trainer import Trainer", set()),
+        ("tppo_ref", "from . import types\nimport simplejson", set()),
+    ],
+)
+def test_the_checker_of_the_import_law_sees_every_form(house, line, breaks):
+    assert law_breakers(house, ast.parse(line)) == breaks
+
+
+@pytest.mark.parametrize("house", ["sim", "scale"])
+def test_the_other_houses_build_on_tppo_ref(house):
+    paths = sources(house)
+    if not paths:
+        pytest.skip(f"{house}/ is not there yet")
+    assert any("tppo_ref" in set(imported(ast.parse(path.read_text()), house)) for path in paths)
+
+
+# -------------------------------------------------------------------------------------------------- importing runs nothing
+
+PROBE = """
+import io, json, os, sys, contextlib
+import torch
+def state():
+    import random, warnings, signal
+    import numpy as np
+    return {
+        "threads": torch.get_num_threads(), "grad": torch.is_grad_enabled(), "dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(), "precision": torch.get_float32_matmul_precision(),
+        "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        "rng": torch.get_rng_state().sum().item(), "seed": torch.initial_seed(), "cwd": os.getcwd(),
+        "environ": sorted(k for k in os.environ if not k.startswith(("KMP_", "TF_", "TORCHINDUCTOR"))),
+        "python_rng": hash(random.getstate()), "numpy_rng": int(np.random.get_state()[1].sum()),
+        "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+    }
+import transformers  # whatever other packages do to the process is theirs
+names = json.loads(sys.argv[1])
+found = {}
+for name in names:
+    before, out = state(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        __import__(name)
+    after = state()
+    found[name] = {"output": out.getvalue(), "changed": [k for k in before if before[k] != after[k]]}
+print(json.dumps(found))
+"""
+
+
+def test_importing_any_module_prints_nothing_and_changes_no_global_setting(tmp_path):
+    modules = [name.removesuffix(".__init__") for name in MODULES]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(modules)], capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env=clean_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: seen for name, seen in found.items() if seen["output"] or seen["changed"]} == {}
+    assert len(found) == len(modules) > 20
+    assert list(tmp_path.iterdir()) == [], "importing wrote a file"
+
+
+def clean_environment() -> dict[str, str]:
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+TASK_MODULES = [name.removesuffix(".__init__") for name in MODULES if name.startswith("tppo_ref.tasks")]
+
+
+@pytest.mark.parametrize("module", TASK_MODULES)
+def test_tasks_import_neither_torch_nor_transformers(module):
+    """The verifier's processes import them, and must start fast."""
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'jsonargparse', 'pandas', 'scipy'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_the_core_imports_neither_vllm_nor_ray():
+    for path in sources("tppo_ref"):
+        assert not {"vllm", "ray", "deepspeed"} & set(imported(ast.parse(path.read_text()))), path
+
+
+# --------------------------------------------------------------------------------------------------- loading runs no code
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """Calls that would run code from a file, or a shell."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = called(node)
+        keywords = {k.arg: k.value for k in node.keywords}
+        is_true = [k for k, v in keywords.items() if isinstance(v, ast.Constant) and v.value is True]
+        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"):
+            found.append(name)
+        if name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "np.load", "numpy.load"):
+            found.append(name)
+        if name == "torch.load" and "weights_only" not in is_true:
+            found.append("torch.load without weights_only=True")
+        found += [f"{k}=True" for k in ("trust_remote_code", "shell", "allow_pickle") if k in is_true]
+    return found
+
+
+@pytest.mark.parametrize("path", sources("tppo_ref"), ids=names(sources("tppo_ref")))
+def test_nothing_loads_code_or_starts_a_shell(path):
+    assert dangers(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["pickle.load(f)", "torch.load(f)", "torch.load(f, weights_only=False)", "g(x, trust_remote_code=True)",
+     "subprocess.run('ls', shell=True)", "eval('1')", "def f():\n  return pickle.loads(b)"],
+)  # fmt: skip
+def test_the_checker_of_dangers_sees_each(line):
+    assert dangers(ast.parse(line))
+
+
+def test_the_checker_of_dangers_lets_the_right_form_pass():
+    assert dangers(ast.parse("torch.load(f, weights_only=True); g(trust_remote_code=config.trust)")) == []
+
+
+def test_code_of_a_checkpoint_folder_runs_only_when_asked_for():
+    from tppo_ref.config import Config
+
+    assert Config().model.trust_remote_code is False
+
+
+# ---------------------------------------------------------------------------------------------------------- small rooms
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=names(ALL_SOURCES))
+def test_every_file_and_public_class_says_what_it_is(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the file says nothing of itself"
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
