@@ -323,3 +323,12 @@ def test_draw_follows_the_distribution_and_never_takes_probability_zero():
     torch.testing.assert_close(logprobs, probs.log()[tokens])
     edges = torch.tensor([0.0, 0.49999, 0.50001, 0.70001, 1 - 2.0**-53], dtype=torch.float64)
     assert draw(probs.log().expand(5, -1), edges)[0].tolist() == [1, 1, 3, 4, 4]
+
+
+def test_draw_with_the_largest_uniform_number_stays_on_possible_tokens():
+    """Totals on both sides of 1: the last token has probability 0 and must not be drawn even so."""
+    logits = torch.randn(2000, 30, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 25:] = -torch.inf
+    tokens, logprobs = draw(logits, torch.full((2000,), 1 - 2.0**-53, dtype=torch.float64))
+    assert logprobs.isfinite().all()
+    assert (tokens == 24).all()

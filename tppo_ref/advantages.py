@@ -6,21 +6,33 @@ The three estimators are one recursion. Inside a row's run, from its last token 
 
 and they differ in what follows the last token (nothing, a given value, or its own value) and in lam. This is the
 recursion A_t = delta_t + gamma lam A_{t+1} with V added on both sides. Scanning G is closer to float64 near lam = 1,
-where the terms V_{t+1} nearly vanish instead of having to cancel. `_scan` computes it in chunks; everything else here
-checks arguments. Suffixes: B responses, T response tokens, R rows and W columns of one tile, K chunks of C tokens.
+where the terms V_{t+1} nearly vanish instead of having to cancel. `_scan` computes it in chunks; the arguments are checked
+in checks.py. Suffixes: B responses, T response tokens, R rows and W columns of one tile, K chunks of C tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tppo_ref.checks import (
+    Runs,
+    check_finite,
+    check_float_BT,
+    check_lam,
+    check_last_value,
+    check_like,
+    check_number,
+    check_tensor,
+    check_tokens,
+    show,
+)
 
 CutValue = Literal["previous", "critic", "zero"]
 WHITEN_EPS = 1e-8  # added to the standard deviation by `whiten`
@@ -51,12 +63,12 @@ def gae(
     Raises ValueError for a wrong rank, shape, dtype or device, a hole in a run, gamma or lam out of range, and values
     that are read but not finite. Departs from the paper only in that the sum is finite: a run has an end.
     """
-    runs = _check_tokens(rewards_BT, mask_BT, values_BT)
-    lam_B1 = _check_lam(lam, rewards_BT)
+    runs = check_tokens(rewards_BT, mask_BT, values_BT)
+    lam_B1 = check_lam(lam, rewards_BT)
     end_B = rewards_BT.new_zeros(len(rewards_BT))
     if last_value_B is not None:
-        end_B = _check_last_value(last_value_B, rewards_BT, read_B=runs.stop_B > runs.first_B)
-    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, _check_number("gamma", gamma, 0, 1), lam_B1)
+        end_B = check_last_value(last_value_B, rewards_BT, read_B=runs.stop_B > runs.first_B)
+    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, check_number("gamma", gamma, 0, 1), lam_B1)
 
 
 @torch.no_grad()
@@ -86,21 +98,21 @@ def egae(
     The other arguments, the result and the errors are those of `gae`. No departure from the paper under "previous";
     the other two rules are there to be compared with it.
     """
-    runs = _check_tokens(rewards_BT, mask_BT, values_BT)
-    lam_B1 = _check_lam(lam, rewards_BT)
-    _check_like("cut_B", cut_B, rewards_BT, torch.bool, ndim=1)
+    runs = check_tokens(rewards_BT, mask_BT, values_BT)
+    lam_B1 = check_lam(lam, rewards_BT)
+    check_like("cut_B", cut_B, rewards_BT, torch.bool, ndim=1)
     if cut_value not in ("previous", "critic", "zero"):
         raise ValueError(f'cut_value is {cut_value!r}, expected "previous", "critic" or "zero"')
     if (last_value_B is not None) != (cut_value == "critic"):
         rule = "is required" if cut_value == "critic" else "must be None"
-        raise ValueError(f"last_value_B {rule} with cut_value={cut_value!r}, got {_show(last_value_B)}")
+        raise ValueError(f"last_value_B {rule} with cut_value={cut_value!r}, got {show(last_value_B)}")
     used_B = cut_B & (runs.stop_B > runs.first_B)
     end_B = rewards_BT.new_zeros(len(rewards_BT))
     if last_value_B is not None:
-        end_B = _check_last_value(last_value_B, rewards_BT, read_B=used_B)
+        end_B = check_last_value(last_value_B, rewards_BT, read_B=used_B)
     elif cut_value == "previous" and values_BT.shape[1]:
         end_B = torch.where(used_B, _at(values_BT, runs.stop_B - 1), end_B)
-    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, _check_number("gamma", gamma, 0, 1), lam_B1)
+    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, check_number("gamma", gamma, 0, 1), lam_B1)
 
 
 @torch.no_grad()
@@ -112,10 +124,10 @@ def monte_carlo_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) ->
     Equals `gae` with lam = 1 and V = 0. Meaningful for ended responses only: nothing is added after the last token.
     Shapes, dtypes, masks and errors are those of `gae`.
     """
-    runs = _check_tokens(rewards_BT, mask_BT, None)
+    runs = check_tokens(rewards_BT, mask_BT, None)
     lam_B1 = torch.ones(1, 1, dtype=torch.float64, device=rewards_BT.device)
     end_B = rewards_BT.new_zeros(len(rewards_BT))
-    return _scan(rewards_BT, None, mask_BT, runs, end_B, _check_number("gamma", gamma, 0, 1), lam_B1)
+    return _scan(rewards_BT, None, mask_BT, runs, end_B, check_number("gamma", gamma, 0, 1), lam_B1)
 
 
 @torch.no_grad()
@@ -128,7 +140,7 @@ def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: floa
     positive and finite, floor outside [0, 1]. Departs from VAPO by the floor: the formula alone is negative at
     L < 1/alpha, and below 0.95, PPO's usual lambda, up to L = 20/alpha.
     """
-    _check_tensor("length_B", length_B, ndim=1)
+    check_tensor("length_B", length_B, ndim=1)
     if length_B.dtype is torch.bool or length_B.dtype.is_complex:
         raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
     if length_B.is_floating_point() and length_B.dtype not in (torch.float32, torch.float64):
@@ -136,10 +148,10 @@ def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: floa
     bad_B = (length_B < 0) | ~torch.isfinite(length_B)
     if bad_B.any():
         raise ValueError(f"length_B holds {length_B[bad_B][0].item()}, expected finite lengths, 0 or more")
-    _check_number("alpha", alpha, 0.0, math.inf)
+    check_number("alpha", alpha, 0.0, math.inf)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha!r}, expected a positive finite number")
-    _check_number("floor", floor, 0.0, 1.0)
+    check_number("floor", floor, 0.0, 1.0)
     lam_B = (1 - 1 / (alpha * length_B.double())).clamp(min=floor)  # length 0: 1 - inf, clamped
     return lam_B.to(length_B.dtype if length_B.is_floating_point() else torch.float32)
 
@@ -159,8 +171,8 @@ def whiten(
     no gradient. Raises ValueError for a wrong rank, shape, dtype or device, x not finite on the mask, a mean or std
     that is not finite, a negative std, and one of the two without the other.
     """
-    _check_float_BT("x_BT", x_BT)
-    _check_like("mask_BT", mask_BT, x_BT, torch.bool)
+    check_float_BT("x_BT", x_BT)
+    check_like("mask_BT", mask_BT, x_BT, torch.bool)
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std go together, expected both or neither, got mean={mean!r}, std={std!r}")
     zero = x_BT.new_zeros(())
@@ -168,11 +180,11 @@ def whiten(
     count = int(mask_BT.count_nonzero())
     total = x_BT.sum(dtype=torch.float64).item() if count else 0.0
     if not math.isfinite(total):
-        _check_finite("x_BT", x_BT, mask_BT)
+        check_finite("x_BT", x_BT, mask_BT)
     if mean is not None and std is not None:
         mean, std = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (mean, std))
         largest = torch.finfo(x_BT.dtype).max
-        mean, std = _check_number("mean", mean, -largest, largest), _check_number("std", std, 0, largest)
+        mean, std = check_number("mean", mean, -largest, largest), check_number("std", std, 0, largest)
         negligible = 0.0
     else:
         mean = total / max(count, 1)
@@ -187,18 +199,11 @@ def whiten(
 # The scan
 
 
-class _Runs(NamedTuple):
-    """Per row the columns [first, stop) of its run; both 0 where it is empty."""
-
-    first_B: Tensor
-    stop_B: Tensor
-
-
 def _scan(
     rewards_BT: Tensor,
     values_BT: Tensor | None,
     mask_BT: Tensor,
-    runs: _Runs,
+    runs: Runs,
     end_B: Tensor,
     gamma: float,
     lam_B1: Tensor,
@@ -228,9 +233,9 @@ def _scan(
     if values_BT is not None:  # the scan reads V_{t+1}: the first V of each run is left to check
         finite_B.append(_at(values_BT, runs.first_B).isfinite() | (runs.stop_B == 0))
     if not torch.cat(finite_B).all():  # finite numbers whose sum overflows are no error of the arguments
-        _check_finite("rewards_BT", rewards_BT, mask_BT)
+        check_finite("rewards_BT", rewards_BT, mask_BT)
         if values_BT is not None:
-            _check_finite("values_BT", values_BT, mask_BT)
+            check_finite("values_BT", values_BT, mask_BT)
     return out_BT
 
 
@@ -322,90 +327,3 @@ def _empty_like(x_BT: Tensor) -> Tensor:
 def _at(x_BT: Tensor, column_B: Tensor) -> Tensor:
     """x_BT[b, column_B[b]]; columns below 0 (of empty runs) give column 0."""
     return x_BT.gather(1, column_B.clamp(min=0)[:, None])[:, 0]
-
-
-# The door
-
-
-def _show(x: Any) -> str:
-    return f"a tensor {x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
-
-
-def _check_tensor(name: str, x: Any, ndim: int) -> None:
-    if not isinstance(x, Tensor) or x.ndim != ndim:
-        raise ValueError(f"{name} is {_show(x)}, expected a tensor with {ndim} dimension{'s' * (ndim > 1)}")
-
-
-def _check_float_BT(name: str, x_BT: Any) -> None:
-    _check_tensor(name, x_BT, ndim=2)
-    if x_BT.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} has dtype {x_BT.dtype}, expected torch.float32 or torch.float64")
-
-
-def _check_like(name: str, x: Any, like: Tensor, dtype: torch.dtype, ndim: int = 2) -> None:
-    """`x` has the dtype given, the device of `like` and the first `ndim` sizes of it."""
-    shape = like.shape[:ndim]
-    if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:
-        raise ValueError(f"{name} is {_show(x)}, expected a tensor {dtype} {list(shape)} on {like.device}")
-
-
-def _check_number(name: str, x: Any, low: float, high: float) -> float:
-    """Not a bool, not a tensor; NaN is in no interval."""
-    if not isinstance(x, numbers.Real) or isinstance(x, bool) or not low <= float(x) <= high:
-        raise ValueError(f"{name} is {_show(x)}, expected a number in [{low:g}, {high:g}]")
-    return float(x)
-
-
-def _check_lam(lam: Any, rewards_BT: Tensor) -> Tensor:
-    """float64, [1, 1] for a number, [B, 1] for a tensor."""
-    if not isinstance(lam, Tensor):
-        return rewards_BT.new_full((1, 1), _check_number("lam", lam, 0, 1), dtype=torch.float64)
-    if lam.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"lam is {_show(lam)}, expected a number or a tensor of float32 or float64")
-    _check_like("lam", lam, rewards_BT, lam.dtype, ndim=1)
-    bad_B = ~((lam >= 0) & (lam <= 1))
-    if bad_B.any():
-        raise ValueError(f"lam holds {lam[bad_B][0].item()}, expected numbers in [0, 1]")
-    return lam.double()[:, None]
-
-
-def _check_last_value(last_value_B: Any, rewards_BT: Tensor, read_B: Tensor) -> Tensor:
-    """0 in the rows that are not read."""
-    _check_like("last_value_B", last_value_B, rewards_BT, rewards_BT.dtype, ndim=1)
-    bad_B = read_B & ~last_value_B.isfinite()
-    if bad_B.any():
-        b = int(bad_B.nonzero()[0])
-        raise ValueError(f"last_value_B[{b}] is {last_value_B[b].item()}, expected a finite number")
-    return last_value_B.masked_fill(~read_B, 0)
-
-
-def _check_finite(name: str, x_BT: Tensor, mask_BT: Tensor) -> None:
-    bad = (mask_BT & ~x_BT.isfinite()).nonzero()
-    if len(bad):
-        b, t = bad[0].tolist()
-        raise ValueError(f"{name}[{b}, {t}] is {x_BT[b, t].item()}, expected finite numbers inside the mask")
-
-
-def _check_tokens(rewards_BT: Any, mask_BT: Any, values_BT: Any) -> _Runs:
-    """All but finiteness, which the scan sees for nothing."""
-    _check_float_BT("rewards_BT", rewards_BT)
-    if values_BT is not None:
-        _check_like("values_BT", values_BT, rewards_BT, rewards_BT.dtype)
-    _check_like("mask_BT", mask_BT, rewards_BT, torch.bool)
-    (B, T), device = mask_BT.shape, mask_BT.device
-    first_B, stop_B = torch.zeros(2, B, dtype=torch.int64, device=device)
-    if B == 0 or T == 0:
-        return _Runs(first_B, stop_B)
-    if mask_BT.view(torch.uint8).amin() == 1:  # bytes: many times faster than all() on bools
-        return _Runs(first_B, stop_B + T)
-    edge_BT = mask_BT[:, 1:] != mask_BT[:, :-1]
-    row, column = edge_BT.nonzero().unbind(1)
-    rises = mask_BT[row, column + 1]
-    num_runs_B = mask_BT[:, 0] + torch.bincount(row[rises], minlength=B)
-    if (num_runs_B > 1).any():
-        b = int((num_runs_B > 1).nonzero()[0])
-        raise ValueError(f"mask_BT[{b}] has {int(num_runs_B[b])} runs of True, expected one run without a hole")
-    first_B[row[rises]] = column[rises] + 1
-    stop_B[mask_BT[:, -1]] = T
-    stop_B[row[~rises]] = column[~rises] + 1
-    return _Runs(first_B, stop_B)

@@ -188,15 +188,15 @@ class KVCache:
         old, old_width = self.store, self.width
         self.width = min(self.max_tokens, max(num_tokens, 2 * old_width, 128))
         if old is not None:
-            self._allocate(old)
-            self.store[:, :, :, :old_width] = old
+            self._allocate(old)[:, :, :, :old_width] = old
 
-    def _allocate(self, like: Tensor) -> None:
+    def _allocate(self, like: Tensor) -> Tensor:
         shape = (self.num_layers, 2, self.num_rows, self.width, *like.shape[-2:])
         self.store = like.new_zeros(shape)
         flat = self.store.flatten(2, 3)
         self.flat = [(flat[i, 0], flat[i, 1]) for i in range(self.num_layers)]
         self.rows = [(self.store[i, 0], self.store[i, 1]) for i in range(self.num_layers)]
+        return self.store
 
     def write(self, layer: int, index_N: Tensor, key_NKD: Tensor, value_NKD: Tensor) -> None:
         """Stores tokens at flat places row * width + column."""
@@ -242,7 +242,7 @@ class StepLayout:
         """query [1, H, P + n, D], key and value [1, K, P + n, D] -> [P + n, H, D]."""
         self.cache.write(layer, self.index, _token_rows(key), _token_rows(value))
         p, outs = self.num_prefill, []
-        if p:
+        if self.packed is not None:
             outs.append(self.packed.attend(layer, query[:, :, :p], key[:, :, :p], value[:, :, :p], scaling))
         keys, values = self.cache.rows[layer]
         # Query heads that share a key head become its query rows: no key is repeated.
@@ -253,7 +253,7 @@ class StepLayout:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def ragged_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
+def ragged_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
                      ragged: PackedLayout | StepLayout | None = None, scaling: float | None = None, **options: Any):
     """The function that transformers' attention layers call; returns ([1, N, H, D], None).
 

@@ -91,10 +91,8 @@ def draw(logits_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     """
     logprobs = logits_nV.log_softmax(-1)
     cdf = logprobs.double().exp_().cumsum(-1)
-    total = cdf[:, -1:]
-    # u * total may round up to the total, which no cumulative sum exceeds.
-    threshold = torch.minimum(uniform_n[:, None] * total, total * (1 - 2.0**-52))
-    tokens = torch.searchsorted(cdf, threshold, right=True).clamp_(max=cdf.shape[-1] - 1)
+    # u <= 1 - 2**-53, so u * total rounds to less than the total and some cumulative sum exceeds it; NaN alone needs the clamp.
+    tokens = torch.searchsorted(cdf, uniform_n[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
@@ -131,7 +129,8 @@ class TorchEngine:
         self._tokens = np.zeros((slots, 0), dtype=np.int64)
         self._logprobs = np.zeros((slots, 0), dtype=np.float32)
         self._state = np.zeros((7, 0), dtype=np.int64)
-        self._cache_row = np.zeros(0, dtype=np.int64)  # where each row's keys lie, -1: nowhere yet
+        # Where each row's keys lie, -1: nowhere yet; None: row i at cache row i, as `_arrange` leaves it.
+        self._cache_row: np.ndarray | None = np.zeros(0, dtype=np.int64)
         self._groups: list[tuple[int, int]] = []
 
     @property
@@ -174,8 +173,8 @@ class TorchEngine:
         arrivals, self._pending = self._pending, []
         if arrivals:
             self._admit(arrivals)
-        if arrivals or self._cache_row is not None:
-            self._arrange()
+        if self._cache_row is not None:
+            self._arrange(self._cache_row)
         input_ids, positions, layout = self._layout()
         num_rows = self._state.shape[1]
         hidden = self.policy.hidden(input_ids, positions, layout)[-num_rows:]
@@ -198,9 +197,9 @@ class TorchEngine:
         self._state = np.concatenate([self._state, np.array(columns, dtype=np.int64).T], axis=1)
         self._cache_row = np.concatenate([self._cache_row, np.full(len(arrivals), -1)])
 
-    def _arrange(self) -> None:
+    def _arrange(self, old: np.ndarray) -> None:
         """Gives every row its place in the cache: groups of similar length side by side, as few rows moved as possible."""
-        length, old = self._state[LENGTH], self._cache_row
+        length = self._state[LENGTH]
         order = np.argsort(-length, kind="stable")
         self._groups = group_by_length(length[order].tolist(), DECODE_CALL_TOKENS)
         new = np.empty_like(old)
@@ -223,7 +222,7 @@ class TorchEngine:
 
         A new row's last token is its decode token, so P counts the tokens before it.
         """
-        device = self.policy.device
+        device, dtype = self.policy.weight.device, self.policy.weight.dtype
         state = self._state
         length = state[LENGTH]
         self._cache.reserve(int(length.max()) + 1)
@@ -242,8 +241,8 @@ class TorchEngine:
             positions = np.concatenate([columns, positions])
             places = np.concatenate([rows * width + columns, places])
             packed = PackedLayout(lengths, device)
-        layout = StepLayout(self._cache, packed, num_prefill, torch.from_numpy(places).to(device), length + 1, self._groups,
-                            self.policy.hf.dtype)
+        layout = StepLayout(self._cache, packed, num_prefill, torch.from_numpy(places).to(device), length + 1,
+                            self._groups, dtype)
         return torch.from_numpy(ids).to(device)[None], torch.from_numpy(positions).to(device)[None], layout
 
     def _sample(self, logits_nV: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ No pyplot: importing this file changes no backend.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,15 @@ def headline(comparison: Comparison) -> str:
         return f"Comparison void: {comparison.void}"
     parts: list[str] = []
     for method in sorted(comparison.pair, key=lambda m: comparison.median_crossing(m).train_s):
-        time_s, target = comparison.median_crossing(method).train_s, "" if parts else f"{comparison.target:.2f}"
-        if math.isfinite(time_s):
-            parts.append(f"{display(method)}{f' reaches {target}' if target else ''} in {number(time_s, 's')}")
-        else:
-            reached = sum(math.isfinite(c.train_s) for c in comparison.crossings[method])
-            parts.append(f"{display(method)}{f' reaches {target}' if target else ''} in {reached or 'none'} of {comparison.num_seeds} seeds")
+        time_s, reaches = comparison.median_crossing(method).train_s, "" if parts else f" reaches {comparison.target:.2f}"
+        when = number(time_s, "s") if math.isfinite(time_s) else seeds_reached(comparison, method)
+        parts.append(f"{display(method)}{reaches} in {when}")
     return ", ".join(parts) + (f" (median of {comparison.num_seeds} seeds)" if comparison.num_seeds > 1 else " (one seed)")
+
+
+def seeds_reached(comparison: Comparison, method: str) -> str:
+    reached = sum(math.isfinite(crossing.train_s) for crossing in comparison.crossings[method])
+    return f"{reached} of {comparison.num_seeds} seeds"
 
 
 def number(value: float, unit: str) -> str:
@@ -54,13 +56,16 @@ def number(value: float, unit: str) -> str:
     return {"accuracy": f"{value:.3f}", "share": f"{100 * value:.1f} %", "x": f"{value:.2f}x"}.get(unit, f"{value:,.0f}")
 
 
-def style(comparison: Comparison, method: str) -> dict[str, Any]:
+def style(comparison: Comparison, method: str) -> tuple[dict[str, Any], str]:
+    """Line and marker of a method, the same in all figures."""
     at = list(comparison.runs).index(method) % len(COLOURS)
-    return {"color": COLOURS[at], "linestyle": LINES[at]}
+    return {"color": COLOURS[at], "linestyle": LINES[at]}, MARKERS[at]
 
 
-def marker(comparison: Comparison, method: str) -> str:
-    return MARKERS[list(comparison.runs).index(method) % len(MARKERS)]
+def method_handle(comparison: Comparison, method: str, label: str) -> Line2D:
+    """The legend's sample of a method."""
+    line, mark = style(comparison, method)
+    return Line2D([], [], **line, linewidth=2.0, marker=mark, markersize=6, markeredgecolor="white", label=label)
 
 
 def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
@@ -71,11 +76,11 @@ def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def below(figure: Figure, handles: Sequence[Any], ncols: int = 3) -> None:
+def below(figure: Figure, handles: Sequence[Any]) -> None:
     """One legend under all panels: it covers no data, however many methods there are."""
     labels = [(h[0] if isinstance(h, tuple) else h).get_label() for h in handles]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(ncols, len(handles)), frameon=False, fontsize=SMALL,
-                  handlelength=3.2, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})  # fmt: skip
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=SMALL,
+                  handlelength=3.2, columnspacing=1.5, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})  # fmt: skip
 
 
 def select(rows: Rows, **wanted: Any) -> Rows:
@@ -84,9 +89,6 @@ def select(rows: Rows, **wanted: Any) -> Rows:
 
 def values(rows: Rows, name: str) -> np.ndarray:
     return np.array([row[name] for row in rows], dtype=float)
-
-
-# --------------------------------------------------------------------------------------------------------------- learning curves
 
 
 def learning_curve_rows(comparison: Comparison) -> Rows:
@@ -114,56 +116,53 @@ def curve_row(method: str, line: str, train_s: float, tokens: float, accuracy: f
 def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None:
     """Accuracy against training-clock seconds (left) and generated response tokens (right)."""
     figure = Figure(figsize=(8, 4.2), dpi=DPI, layout="constrained")
+    target: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 4)), "linewidth": 1.0}
     for axes, x, scale in zip(figure.subplots(1, 2, sharey=True), ("train_s", "generated"), (1.0, 1e-3), strict=True):
-        axes.axhline(comparison.target, color="#444444", linestyle=(0, (4, 4)), linewidth=1.0)
+        axes.axhline(comparison.target, **target)
         for method, runs in comparison.runs.items():
-            line, mark = style(comparison, method), marker(comparison, method)
+            line, mark = style(comparison, method)
             for run in runs if len(runs) > 1 else []:
                 seed = select(rows, method=method, line=f"seed {run.seed}")
                 axes.plot(values(seed, x) * scale, values(seed, "accuracy"), color=line["color"], linewidth=0.6, alpha=0.45)
             mean = select(rows, method=method, line="mean")
             band = (values(mean, "low"), values(mean, "high"))
-            axes.fill_between(values(mean, x) * scale, *band, color=line["color"], alpha=0.13, linewidth=0)
+            alpha = 0.13 if len(comparison.runs) < 4 else 0.05
+            axes.fill_between(values(mean, x) * scale, *band, color=line["color"], alpha=alpha, linewidth=0)
             axes.plot(values(mean, x) * scale, values(mean, "accuracy"), **line, linewidth=2.0)
             for point in select(rows, method=method, line="median crossing"):
                 if np.isfinite(point[x]):
                     axes.plot(point[x] * scale, point["accuracy"], mark, color=line["color"], markersize=8, markeredgecolor="white")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
         axes.set_xlim(left=0)
+        drawn = np.concatenate([line.get_ydata() for line in axes.lines])
+        margin = 0.2 * np.ptp(drawn) + 0.01  # the band of 2 seeds would dwarf the lines: it is cut here, and whole in the CSV
+        axes.set_ylim(drawn.min() - margin, drawn.max() + margin)
     left, right = figure.axes
     tidy(left, title="against time", x="training clock (s)", y="accuracy (share of answers, 3-point mean)")
     tidy(right, title="against data", x="generated response tokens (thousands)", y="")
     figure.suptitle(headline(comparison), fontsize=FONT + 1.5, fontweight="bold", wrap=True)
-    handles = [Line2D([], [], **style(comparison, m), linewidth=2.0, marker=marker(comparison, m), markersize=7, markeredgecolor="white",
-                      label=curve_label(comparison, m)) for m in comparison.runs]  # fmt: skip
-    label = f"target {comparison.target:.3f}"
-    below(figure, [*handles, Line2D([], [], color="#444444", linestyle=(0, (4, 4)), linewidth=1.0, label=label)])
+    handles: list[Any] = [method_handle(comparison, m, curve_label(comparison, m)) for m in comparison.runs]
+    handles.append(Line2D([], [], **target, label=f"target {comparison.target:.3f}"))
+    if comparison.num_seeds > 1:
+        handles.append(Patch(facecolor="#cccccc", label="95 % band of the mean"))
+    below(figure, handles)
     figure.savefig(path)
 
 
 def curve_label(comparison: Comparison, method: str) -> str:
     crossing = comparison.median_crossing(method)
     if not np.isfinite(crossing.train_s):
-        return f"{display(method)}: target not reached"
+        return f"{display(method)}: in {seeds_reached(comparison, method)}"
     return f"{display(method)}: {number(crossing.train_s, 's')}, {crossing.tokens / 1e3:,.0f}k tokens"
 
 
-# ---------------------------------------------------------------------------------------------------------------------- timeline
-
-
 def timeline_rows(comparison: Comparison) -> Rows:
-    """The same number of seconds of the first seed of two methods, from the step in the middle of each run on: a step of the first
+    """The same number of seconds of two methods' first seed, from the step in the middle of each run on: a step of the first
     method and a quarter more. begin_s and stop_s count from there, and are cut at the edges."""
     runs = [comparison.runs[method][0] for method in comparison.pair]
-    starts, durations = zip(*map(middle_step, runs), strict=True)
-    seconds = 1.25 * durations[0]
-    rows: Rows = []
-    for run, start_s in zip(runs, starts, strict=True):
-        found = list(window_rows(run, start_s, start_s + seconds))
-        if not select(found, kind="decoding"):
-            return []
-        rows += found
-    return rows
+    seconds = 1.25 * middle_step(runs[0])[1]
+    panels = [list(window_rows(run, middle_step(run)[0], middle_step(run)[0] + seconds)) for run in runs]
+    return [row for panel in panels for row in panel] if all(select(panel, kind="decoding") for panel in panels) else []
 
 
 def middle_step(run: Run) -> tuple[float, float]:
@@ -184,13 +183,14 @@ def window_rows(run: Run, from_s: float, to_s: float) -> Iterator[dict[str, Any]
         if begin_s < to_s and stop_s > from_s:
             inside = [round(float(min(max(t, from_s), to_s) - from_s), 4) for t in (begin_s, stop_s)]
             yield {"method": run.method, "seed": run.seed, "from_s": round(from_s, 4), "seconds": round(to_s - from_s, 4),
-                   "kind": kind, "slot": slot, "response": response, "begin_s": inside[0], "stop_s": inside[1], "end": end}  # fmt: skip
+                   "kind": kind, "slot": slot, "response": response, "begin_s": inside[0], "stop_s": inside[1],
+                   "end": end}  # fmt: skip
 
 
 def busy_share(rows: Rows, slots: int) -> float:
     """Busy slot-seconds / (slots x seconds of decoding) in one panel."""
-    seconds = {kind: sum(row["stop_s"] - row["begin_s"] for row in select(rows, kind=kind)) for kind in ("decoding", "rollout")}
-    return float(seconds["decoding"] / (slots * seconds["rollout"]))
+    decoding_s, rollout_s = (sum(r["stop_s"] - r["begin_s"] for r in select(rows, kind=kind)) for kind in ("decoding", "rollout"))
+    return float(decoding_s / (slots * rollout_s))
 
 
 def draw_timeline(path: Path, rows: Rows, comparison: Comparison) -> None:
@@ -205,16 +205,17 @@ def draw_timeline(path: Path, rows: Rows, comparison: Comparison) -> None:
         if busy_share(panel, slots) < 0.5:
             say_idle(axes, panel, slots)
         ended = sum(row["end"] in ("END_TOKEN", "LENGTH_CAP") and row["stop_s"] < row["seconds"] for row in panel)
-        busy.append(f"{display(method)} {busy_share(panel, slots):.0%}")
+        busy.append(f"{display(method)} {100 * busy_share(panel, slots):.0f} %")
         tidy(axes, title=f"{display(method)}: {ended} responses ended in {panel[0]['seconds']:.1f} s "
              f"(seed {panel[0]['seed']}, from {panel[0]['from_s']:.1f} s on)", x="", y="decoding slot")  # fmt: skip
     panels[-1].set_xlabel("training clock since the panel's beginning (s)", fontsize=FONT)
-    figure.suptitle(f"Share of the decoding slots that are busy: {', '.join(busy)}", fontsize=FONT + 1.5, fontweight="bold")
+    figure.suptitle(f"Busy share of the slots while decoding: {', '.join(busy)}", fontsize=FONT + 1.5, fontweight="bold")
     handles = [tuple(Patch(facecolor=shade, label=f"{display(m)}: responses, shades alternate") for shade in SHADES[at])
                for at, m in enumerate(comparison.pair)]  # fmt: skip
     below(figure, [*handles, Patch(facecolor="white", edgecolor="#888888", label="idle slot"),
                    Patch(facecolor="#d9d9d9", hatch="////", edgecolor="white", label="training: no decoding"),
-                   Line2D([], [], color="black", linestyle="", marker=">", markersize=4, label="cut, goes on in the next window")])  # fmt: skip
+                   Line2D([], [], color="black", linestyle="", marker=">", markersize=4,
+                          label="cut, goes on in the next window")])  # fmt: skip
     figure.savefig(path)
 
 
@@ -222,9 +223,8 @@ def say_idle(axes: Axes, panel: Rows, slots: int) -> None:
     """Write into the highest run of slots that idle late in the panel's first rollout why they do."""
     rollout = select(panel, kind="rollout")[0]
     at_s = rollout["begin_s"] + 0.6 * (rollout["stop_s"] - rollout["begin_s"])
-    decoding = select(panel, kind="decoding")
-    busy = sorted({-1, slots, *(row["slot"] for row in decoding if row["stop_s"] > 0.3 * at_s and row["begin_s"] < rollout["stop_s"])})
-    gap, below_slot = max((b - a, a) for a, b in pairwise(busy))
+    late = [r["slot"] for r in select(panel, kind="decoding") if r["begin_s"] < rollout["stop_s"] and r["stop_s"] > 0.4 * at_s]
+    gap, below_slot = max((b - a, a) for a, b in pairwise(sorted({-1, slots, *late})))
     if gap > 4:
         axes.text(at_s, below_slot + gap / 2, "idle: waiting for the longest response", fontsize=SMALL, ha="center", va="center")
 
@@ -251,16 +251,14 @@ def draw_slots(axes: Axes, panel: Rows, shades: tuple[str, str]) -> None:
     axes.plot(values(cut, "stop_s"), values(cut, "slot"), linestyle="", marker=">", color="black", markersize=2.2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- lengths
-
-
 def length_rows(comparison: Comparison) -> Rows:
-    """Lengths in tokens. shares: of the responses that ended in the first and in the last quarter of the training clock, seeds
-    together, the share at least that long. means: over seeds, of ended responses in bins of the clock and of evaluations."""
+    """Lengths in tokens. shares: of the responses that ended in the first and the last quarter of the training clock, seeds
+    together, the share at least that long. means: over seeds, of ended responses in bins of the clock, and of evaluations."""
     rows: Rows = []
 
-    def add(method: str, panel: str, line: str, x: np.ndarray, y: np.ndarray) -> None:
-        rows.extend({"panel": panel, "method": method, "line": line, "x": float(a), "y": float(b)} for a, b in zip(x, y, strict=True))
+    def add(method: str, panel: str, line: str, x: Iterable[float], y: Iterable[float]) -> None:
+        points = zip(x, y, strict=True)
+        rows.extend({"panel": panel, "method": method, "line": line, "x": float(a), "y": float(b)} for a, b in points)
 
     for method, runs in comparison.runs.items():
         ends = [run.steps["time/train_s"][-1] for run in runs]
@@ -279,6 +277,8 @@ def length_rows(comparison: Comparison) -> Rows:
         seconds, mean = (np.array([np.mean([run.evaluations[name][i] for run in runs]) for i in common])
                          for name in ("time/train_s", "eval/length_mean"))  # fmt: skip
         add(method, "means", "evaluation", seconds, mean)
+        trained = np.mean([run.steps["ledger/trained"][-1] / run.steps["ledger/generated"][-1] for run in runs])
+        add(method, "trained", "share of the generated tokens", [np.mean(ends)], [trained])
     return rows
 
 
@@ -286,9 +286,10 @@ def draw_lengths(path: Path, rows: Rows, comparison: Comparison) -> None:
     """Left: does the long tail stay? Right: are the responses that ended as long as those that the policy would give?"""
     figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
-    thin, thick = {"linewidth": 1.1, "alpha": 0.55}, {"linewidth": 2.0}
+    thin: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.55}
+    thick: dict[str, Any] = {"linewidth": 2.0}
     for method in comparison.runs:
-        line, mark = style(comparison, method), marker(comparison, method)
+        line, mark = style(comparison, method)
         for name, weight in (("first quarter", thin), ("last quarter", thick)):
             found = select(rows, method=method, panel="shares", line=name)
             left.step(values(found, "x"), values(found, "y"), **line, **weight, where="pre")
@@ -299,16 +300,14 @@ def draw_lengths(path: Path, rows: Rows, comparison: Comparison) -> None:
     left.grid(color="#e5e5e5", linewidth=0.6)
     right.set(xlim=(0, None), ylim=(0, None))
     right.grid(axis="y", color="#e5e5e5", linewidth=0.6)
-    tails = ", ".join(f"{display(m)} {p99(rows, m, 'first quarter')} to {p99(rows, m, 'last quarter')}" for m in comparison.pair)
-    tidy(left, title=f"99th percentile, first to last quarter:\n{tails} tokens", x="response length (tokens)",
-         y="share of responses at least that long")  # fmt: skip
-    tidy(right, title="mean length", x="training clock (s)", y="mean response length (tokens)")
-    told = [f"{display(m)} on {np.mean([q(run) for run in comparison.runs[m]]):.0%}" for m in comparison.pair]
-    figure.suptitle(f"Of the tokens that it generated, {' and '.join(told)} trained", fontsize=FONT + 1.5, fontweight="bold")
-    handles = [Line2D([], [], **style(comparison, m), **thick, marker=marker(comparison, m), markeredgecolor="white", label=display(m))
-               for m in comparison.runs]  # fmt: skip
-    notes = ("thick: last quarter of training (left), responses that ended (right)",
-             "thin: first quarter of training (left), the evaluation's whole answers (right)")  # fmt: skip
+    tidy(left, title="thin: first quarter of training, thick: last", x="length (tokens)", y="share of responses at least as long")
+    tidy(right, title="thin: evaluation, thick: responses that ended", x="training clock (s)", y="mean length (tokens)")
+    quarters = {m: [p99(rows, m, f"{name} quarter") for name in ("first", "last")] for m in comparison.pair}
+    tails = ", ".join(f"{display(m)} {first} to {last}" for m, (first, last) in quarters.items())
+    trained = ", ".join(f"{display(m)} {100 * select(rows, panel='trained', method=m)[0]['y']:.0f} %" for m in comparison.pair)
+    title = f"99th percentile of the length, first to last quarter: {tails} tokens\nTrained share of generated tokens: {trained}"
+    figure.suptitle(title, fontsize=FONT + 0.5, fontweight="bold")
+    below(figure, [method_handle(comparison, method, display(method)) for method in comparison.runs])
     figure.savefig(path)
 
 

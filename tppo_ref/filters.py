@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from tppo_ref.checks import runs_of
+
 
 def policy_token_mask(
     response_mask_BT: torch.Tensor, window_start_B: torch.Tensor, cut_B: torch.Tensor, *, skip_tail: int = 0
@@ -35,7 +37,7 @@ def policy_token_mask(
         raise ValueError(f"skip_tail: expected an integer of at least 0, got {skip_tail!r}")
 
     column_T = torch.arange(response_mask_BT.shape[1], device=response_mask_BT.device)
-    stop_B = torch.where(response_mask_BT, column_T + 1, 0).amax(1) if column_T.numel() else window_start_B
+    stop_B = runs_of("response_mask_BT", response_mask_BT).stop_B
     # An arithmetic bound, not a slice: [-0:] would select the whole row when the tail is 0.
     last_B = torch.where(cut_B, stop_B - skip_tail, stop_B)
     return response_mask_BT & (column_T >= window_start_B[:, None]) & (column_T < last_B[:, None])
@@ -48,6 +50,7 @@ def value_token_mask(response_mask_BT: torch.Tensor, ended_B: torch.Tensor) -> t
     Raises ValueError that names the argument.
     """
     _check_mask("response_mask_BT", response_mask_BT)
+    runs_of("response_mask_BT", response_mask_BT)
     _check_rows("ended_B", ended_B, response_mask_BT)
     if ended_B.dtype != torch.bool:
         raise ValueError(f"ended_B: expected bool, got {ended_B.dtype}")

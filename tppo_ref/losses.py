@@ -14,6 +14,8 @@ import torch
 
 Stats = dict[str, float]
 
+MAX_LOG_RATIO = 60.0  # e^60 is far beyond every clip, and finite in float32: an infinite ratio times an advantage of 0 would be NaN
+
 
 def policy_loss(
     logprob_BT: torch.Tensor,
@@ -50,7 +52,7 @@ def policy_loss(
     advantages = _inside(advantages_BT, mask_BT).detach()
 
     log_ratio = logprob - old_logprob
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     surrogate = torch.minimum(unclipped, clipped)
@@ -61,6 +63,7 @@ def policy_loss(
         stats["dual_clipped_tokens"] = float((surrogate < floor).sum())
         surrogate = torch.maximum(surrogate, floor)
     if weight_BT is not None:
+        _check(denominator, mask_BT, weight_BT=weight_BT)
         surrogate = surrogate * _inside(weight_BT, mask_BT).detach()
     with torch.no_grad():
         stats["kl_sum"] = float((ratio - 1 - log_ratio).sum())

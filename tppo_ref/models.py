@@ -58,8 +58,13 @@ class _Backbone(nn.Module):
         return super().train(False)
 
     @property
+    def weight(self) -> Tensor:
+        """The input embedding's weight: where the model lives (.device) and computes (.dtype), without a walk over modules."""
+        return self.hf.get_input_embeddings().weight
+
+    @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        return self.weight.device
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
         """Last hidden states [N, width] of one ragged row [1, N]."""
@@ -259,6 +264,6 @@ def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
     finally:
         hf.set_attn_implementation(name)
     tolerance = (1e-4 if ours.dtype == torch.float32 else 0.05) * max(1.0, plain.abs().max().item())
-    error = (ours - plain).abs().max().item()
-    if not error <= tolerance:
-        raise UserError(f"model type {kind!r} is not supported: packed and plain forward differ by {error:.1e}")
+    difference = (ours - plain).abs().max().item()
+    if not difference <= tolerance:
+        raise UserError(f"model type {kind!r} is not supported: packed and plain forward differ by {difference:.1e}")

@@ -37,11 +37,10 @@ DEFINITIONS = (
     "Speed-up: time to target of {first} / that of the other method, seed by seed, then the median; a seed in which the other "
     "method never reaches the target counts as 0, one in which only {first} does not as infinite.",
     "Throughput ratio: generated tokens per second of the training clock, other method / {first}, seed by seed, then the median.",
-    "Intervals: means with a 95 % Student-t interval over seeds; medians with {interval}.",
-    "Occupancy: busy slot-steps / (slots x decode steps) of the whole run; clock: shares of the training clock, where other is "
-    "waiting for scores, weights to the engine and the rest.",
+    "Intervals: means with a 95 % Student-t interval over seeds; medians with {interval}; one seed has none.",
+    "Occupancy: busy slot-steps / (slots x decode steps) of the whole run. Trained tokens: those that the policy trained on / all "
+    "generated. Clock: shares of the training clock; other is waiting for scores, weights to the engine and the rest.",
     "Lengths: tokens of the evaluation's full-length answers, at the first evaluation and as the mean of the last three.",
-    "Trained tokens: tokens that the policy trained on, once per epoch / generated ones, over the whole run.",
 )
 
 
@@ -62,7 +61,7 @@ class Crossing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run: evaluations and training steps (arrays by metric name), and the responses that ended."""
+    """A finished run: evaluations and training steps as arrays by metric name, and (train_s, tokens) of responses that ended."""
 
     method: str
     seed: int
@@ -70,7 +69,7 @@ class Run:
     slots: int
     evaluations: Mapping[str, np.ndarray]
     steps: Mapping[str, np.ndarray]
-    responses: Sequence[tuple[float, int]]  # (seconds on the training clock, tokens)
+    responses: Sequence[tuple[float, int]]
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -145,11 +144,10 @@ def read_run(out: Path, method: str, seed: int) -> Run:
     path = folder / "metrics.jsonl"
     records = [_parse(line, f"{path}, line {i}") for i, line in enumerate(_read_text(path).splitlines(), 1)]
     evaluations = {r.get("step"): r for r in records if "eval/accuracy" in r}
-    steps = [r for r in records if "eval/accuracy" not in r]
     return Run(
         method=method, seed=seed, folder=folder, slots=_read_json(folder / "config.json")["rollout"]["slots"],
         evaluations=_columns(path, list(evaluations.values()), EVALUATION, "evaluation"),
-        steps=_columns(path, steps, STEP, "training step"),
+        steps=_columns(path, [r for r in records if "eval/accuracy" not in r], STEP, "training step"),
         responses=read_table(folder / "responses.csv", {"train_s": float, "tokens": int}),
     )  # fmt: skip
 
@@ -157,9 +155,8 @@ def read_run(out: Path, method: str, seed: int) -> Run:
 def _columns(path: Path, records: Sequence[Mapping[str, Any]], names: Sequence[str], kind: str) -> dict[str, np.ndarray]:
     if len(records) < (2 if names is EVALUATION else 1):
         raise UserError(f"{path}: expected an evaluation before and after at least a step, found {len(records)} {kind}s; {RERUN}")
-    for name in names:
-        if not all(isinstance(record.get(name), int | float) for record in records):
-            raise UserError(f"{path}: expected a number for {name} in each {kind}, found none in one; {RERUN}")
+    if lacking := [name for name in names for record in records if not isinstance(record.get(name), int | float)]:
+        raise UserError(f"{path}: expected a number for {lacking[0]} in each {kind}, found none in one; {RERUN}")
     return {name: np.array([record[name] for record in records], dtype=float) for name in names}
 
 
@@ -200,7 +197,7 @@ def read_table(path: Path, types: Mapping[str, Callable[[str], Any]]) -> list[tu
 
 def running_mean(x: np.ndarray) -> np.ndarray:
     """Trailing mean of POINTS entries; the first ones are means of what is there."""
-    return np.array([x[max(0, i + 1 - POINTS) : i + 1].mean() for i in range(len(x))])
+    return np.array([x[max(0, stop - POINTS) : stop].mean() for stop in range(1, len(x) + 1)])
 
 
 def whole_means(x: np.ndarray) -> np.ndarray:
@@ -246,8 +243,7 @@ def median_interval(values: Sequence[float]) -> Estimate:
         return Estimate(float(np.median(x)), low, high)
     finite = np.where(np.isfinite(x), x, 1e300)  # percentiles are interpolated, and inf - inf is not a number
     found = scipy.stats.bootstrap((finite,), np.median, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
-    low, high = (math.inf if bound > 1e200 else float(bound) for bound in found.confidence_interval)
-    return Estimate(float(np.median(x)), low, high)
+    return Estimate(float(np.median(x)), *(math.inf if bound > 1e200 else float(bound) for bound in found.confidence_interval))
 
 
 def speed_up(first_s: float, other_s: float) -> float:
@@ -279,8 +275,8 @@ def summary_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
     def add(method: str, quantity: str, unit: str, statistic: str, values: Sequence[float]) -> None:
         row = {"method": method, "quantity": quantity, "unit": unit}
-        estimate = (median_interval if statistic == "median" else mean_interval)(values)
-        rows.append(row | {"statistic": statistic} | estimate._asdict() | {"reached": sum(map(math.isfinite, values))})
+        estimate = (median_interval if statistic == "median" else mean_interval)(values)._asdict()
+        rows.append(row | {"statistic": statistic} | estimate | {"reached": sum(map(math.isfinite, values))})
         for run, value in zip(comparison.runs[method], values, strict=True):
             rows.append(row | {"statistic": f"seed {run.seed}", "value": float(value)})
 
@@ -300,7 +296,7 @@ def summary_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def summary_markdown(comparison: Comparison, rows: Sequence[Mapping[str, Any]], versions: Mapping[str, str]) -> str:
     """summary.md: what came out, whether it is valid, the table, how each number was made, and where."""
-    from tppo_ref.figures import headline, number
+    from tppo_ref.figures import headline, number  # they speak in the figures too
 
     first, num_seeds = display(comparison.first), comparison.num_seeds
     valid = f"Valid: {first} improved in every seed (final accuracy above its start), and the target is above its mean start."
@@ -315,14 +311,12 @@ def summary_markdown(comparison: Comparison, rows: Sequence[Mapping[str, Any]], 
                 cell += f", {row['reached']} of {num_seeds} seeds"
             unit = f" ({row['unit']})" if row["unit"] == "tokens/s" or row["quantity"].startswith("length") else ""
             table.setdefault(row["quantity"] + unit, {})[row["method"]] = cell
-    lines = [["", *map(display, comparison.runs)]]
-    lines += [[name, *(cells.get(method, "") for method in comparison.runs)] for name, cells in table.items()]
+    body = [[name, *(cells.get(method, "") for method in comparison.runs)] for name, cells in table.items()]
+    lines = [["", *map(display, comparison.runs)], *body]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     grid = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
-    interval = "a 95 % percentile bootstrap interval over seeds"
-    if num_seeds < BOOTSTRAP_SEEDS:
-        interval = f"the range over seeds, [min, max], because {num_seeds} are too few for a bootstrap (fewer than {BOOTSTRAP_SEEDS})"
+    interval = "a 95 % percentile bootstrap interval" if num_seeds >= BOOTSTRAP_SEEDS else "their range: there are fewer than 5 seeds"
     notes = [d.format(share=comparison.share, first=first, target=comparison.target, interval=interval) for d in DEFINITIONS]
     return "\n".join([
         f"# {headline(comparison)}", "", valid, "", *grid, "", *(f"- {note}" for note in notes), "",

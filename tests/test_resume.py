@@ -1,0 +1,374 @@
+"""Exact resume: N steps, an end of whatever kind, and N more give bit for bit what 2N steps give. And broken checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tppo_ref.checkpoint import MANIFEST, complete_checkpoints
+from tppo_ref.config import Config, apply_method, replace_fields
+from tppo_ref.metrics import read_metrics
+from tppo_ref.run import Session
+from tppo_ref.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "task.name": "length", "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2,
+    "rollout.slots": 6, "rollout.window": 8, "rollout.max_response_tokens": 30, "rollout.min_response_tokens": 2,
+    "rollout.samples_per_prompt": 2, "advantage.tail_tokens": 2, "policy.mini_batches": 2, "policy.mini_batch_tokens": 0,
+    "value.mini_batches": 2, "value.mini_batch_tokens": 0, "policy.lr": 2e-3, "policy.lr_warmup_steps": 3, "value.warmup_steps": 1,
+    "run.eval_prompts": 2, "run.eval_every_s": 0.0, "run.checkpoint_every": 0, "run.progress": False, "run.checkpoints_kept": 50,
+}  # fmt: skip
+CASES = {
+    "tppo": ("tppo", {}),
+    "tppo-defer": ("tppo-defer", {"advantage.tail_tokens": 5}),
+    "tppo-ewma": ("tppo-ewma", {}),
+    "partial-is": ("partial-is", {}),
+    "ppo": ("ppo", {}),
+    "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
+}
+
+
+@pytest.fixture(scope="session", name="cache")
+def _cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def config_of(case: str, out: Path, cache: Path, **run: object) -> Config:
+    method, changes = CASES[case]
+    fields = TINY | changes | {"run.out": str(out), "run.cache": str(cache)} | {f"run.{k}": v for k, v in run.items()}
+    return apply_method(replace_fields(Config(), fields), method)
+
+
+def train(config: Config) -> Path:
+    """As `run.train`; whoever comes next in this process gets another torch random state."""
+    torch.manual_seed(random.randrange(2**31))
+    session = Session(config)
+    try:
+        session.train()
+        return complete_checkpoints(session.checkpoints)[-1]
+    finally:
+        session.close()
+
+
+def arguments(config: Config, path: Path) -> list[str]:
+    import dataclasses
+
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    return ["train", "--config", str(path)]
+
+
+CLOCKS = ("rollout/tokens_per_s", "rollout/idle_s", "eval/time_s")
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """The records of training steps, without what a clock says."""
+    records = [r for r in read_metrics(out / "metrics.jsonl") if "rollout/tokens" in r]
+    return [{k: v for k, v in r.items() if not k.startswith("time/") and k not in CLOCKS} for r in records]
+
+
+def rows_of(path: Path, clocks: tuple[str, ...]) -> list[dict]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in clocks} for row in csv.DictReader(file)]
+
+
+def flat(thing: object, name: str = "") -> dict[str, object]:
+    """Leaves of nested dicts and lists, by path."""
+    if isinstance(thing, dict):
+        return {k: v for key, x in thing.items() for k, v in flat(x, f"{name}/{key}").items()}
+    if isinstance(thing, list | tuple):
+        return {k: v for i, x in enumerate(thing) for k, v in flat(x, f"{name}/{i}").items()}
+    return {name: thing}
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
+    """Bit for bit, but for the clock and the config's words on where and how long."""
+    assert one.name == two.name
+    files = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
+    assert files == {str(p.relative_to(two)) for p in two.rglob("*") if p.is_file()}
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert len(weights) >= 2
+    for name in weights:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    states = []
+    for folder in (one, two):
+        state = json.loads((folder / "state.json").read_text())
+        assert state.pop("train_s") > 0
+        state.pop("config")
+        states.append(state)
+    assert states[0] == states[1]
+    optimisers = [flat(torch.load(folder / "optimisers.pt", weights_only=True)) for folder in (one, two)]
+    assert optimisers[0].keys() == optimisers[1].keys()
+    assert len(optimisers[0]) > 20
+    for key, a in optimisers[0].items():
+        b = optimisers[1][key]
+        if "torch_rng" not in key:  # the loop draws nothing from it, and this file stirs it on purpose
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, key
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert metrics_of(one) == metrics_of(two)
+    clocks = ("train_s", "begin_s", "stop_s")
+    for table in ("responses.csv", "timeline.csv"):
+        assert rows_of(one / table, clocks) == rows_of(two / table, clocks), table
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_N_steps_a_restart_and_the_rest_are_bit_for_bit_one_run(case, tmp_path, cache):
+    total = 8
+    at = random.Random(case).randint(2, total - 2)
+    whole = train(config_of(case, tmp_path / "whole", cache, steps=total))
+    half = train(config_of(case, tmp_path / "parts", cache, steps=at))
+    state = json.loads((half / "state.json").read_text())
+    in_flight = state["batcher"]["in_flight"]
+    if case != "ppo":
+        assert in_flight
+        assert any(r["logprobs"] and r["versions"] for r in in_flight)
+    if case == "held back":
+        assert state["held"], "nothing was held back at this step: choose another"
+    if case == "tppo-defer":
+        assert any(0 < r["num_settled"] < len(r["token_ids"]) for r in in_flight)
+    parts = train(config_of(case, tmp_path / "parts", cache, steps=total, resume=True))
+    assert_same_checkpoint(whole, parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_resumed_run_goes_on_counting_failed_verifications(tmp_path, cache):
+    """verify/timeouts and verify/errors are sums over the run (the glossary): a restart does not forget them."""
+
+    def config(out: str, **run: object) -> Config:
+        return replace_fields(config_of("tppo", tmp_path / out, cache, **run), {"task.verifier": "operator:not_a_verifier"})
+
+    broken = "statistics:mean"  # importable, and raises on (answer, ids, text)
+
+    def of(out: str, **run: object) -> Config:
+        return replace_fields(config(out, **run), {"task.verifier": broken})
+
+    train(of("whole", steps=6))
+    train(of("parts", steps=3))
+    train(of("parts", steps=6, resume=True))
+    whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
+    assert whole[2]["verify/errors"] > 0
+    assert [m["verify/errors"] for m in parts] == [m["verify/errors"] for m in whole]
+
+
+def test_a_kill_9_in_the_middle_loses_nothing_that_a_checkpoint_held(tmp_path, cache):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "tppo_ref", *arguments(config_of("tppo", out, cache, steps=10**6, checkpoint_every=2), tmp_path / "c.json")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(complete_checkpoints(out / "checkpoints")) < 3:
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    last = int(complete_checkpoints(out / "checkpoints")[-1].name[5:])
+    resumed = train(config_of("tppo", out, cache, steps=last + 3, resume=True))
+    whole = train(config_of("tppo", tmp_path / "whole", cache, steps=last + 3))
+    assert_same_checkpoint(whole, resumed)
+    assert_same_run(tmp_path / "whole", out)
+    assert not list((out / "checkpoints").glob(".unfinished-*"))
+
+
+@pytest.mark.parametrize("torn", ["9", "9999,0.5", "4", "", '4,"'])
+def test_a_table_whose_last_line_a_kill_cut_off_is_whole_again_after_the_resume(torn, tmp_path, cache):
+    """A row of step 4x, of which only the first figure reached the disk, is no row of step 4."""
+    from tppo_ref.metrics import Table
+
+    path = tmp_path / "t.csv"
+    table = Table(path, ("step", "tokens", "end"))
+    table.write([(1, 10, "END_TOKEN"), (4, 12, "LENGTH_CAP"), (41, 3, "END_TOKEN")])
+    table.close()
+    path.write_text(path.read_text() + torn)
+    table = Table(path, ("step", "tokens", "end"), resume_step=40)
+    table.write([(41, 5, "END_TOKEN")])
+    table.close()
+    with path.open(newline="") as file:
+        assert list(csv.reader(file)) == [["step", "tokens", "end"], ["1", "10", "END_TOKEN"], ["4", "12", "LENGTH_CAP"], ["41", "5", "END_TOKEN"]]
+
+
+# ------------------------------------------------------------------------------------------------------ broken checkpoints
+
+
+@pytest.fixture(scope="module", name="good")
+def _good(tmp_path_factory, cache) -> Path:
+    """A run of two steps with a checkpoint of each."""
+    out = tmp_path_factory.mktemp("run") / "good"
+    train(config_of("tppo-ewma", out, cache, steps=2, checkpoint_every=1))
+    assert [p.name for p in complete_checkpoints(out / "checkpoints")] == ["step-00000001", "step-00000002"]
+    return out
+
+
+@pytest.fixture(name="run_folder")
+def _run_folder(good, tmp_path) -> Path:
+    shutil.copytree(good, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resume(out: Path, cache: Path, steps: int = 3) -> Path:
+    return train(config_of("tppo-ewma", out, cache, steps=steps, resume=True))
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """As if the files had been written like that."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+    manifest = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_checkpoint_without_its_manifest_or_name_is_never_picked_up(run_folder, cache, tmp_path):
+    checkpoints = run_folder / "checkpoints"
+    good = checkpoints / "step-00000002"
+    shutil.copytree(good, checkpoints / ".unfinished-step-00000007-123")  # killed before the rename
+    shutil.copytree(good, checkpoints / "step-00000009")
+    (checkpoints / "step-00000009" / MANIFEST).unlink()  # killed before the manifest
+    (checkpoints / "step-00000011").mkdir()
+    assert complete_checkpoints(checkpoints)[-1] == good
+    resumed = resume(run_folder, cache)
+    assert resumed.name == "step-00000003"
+    whole = train(config_of("tppo-ewma", tmp_path / "whole", cache, steps=3))
+    assert_same_checkpoint(whole, resumed)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink, lambda path: path.write_bytes(b"")],
+                         ids=["flipped byte", "truncated", "missing", "empty"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["policy/model.safetensors", "value/model.safetensors", "ewma.safetensors", "optimisers.pt", "state.json", "policy/config.json"]
+)
+def test_a_file_that_is_not_as_it_was_written_is_one_line_that_names_the_checkpoint(name, harm, run_folder, cache):
+    newest = run_folder / "checkpoints" / "step-00000002"
+    harm(newest / name)
+    with pytest.raises(UserError) as error:
+        resume(run_folder, cache)
+    one_line(error, "step-00000002", name)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"x"', '{"state.json": 3}'])
+def test_a_manifest_that_is_garbage_is_one_line_that_names_the_checkpoint(content, run_folder, cache):
+    (run_folder / "checkpoints" / "step-00000002" / MANIFEST).write_text(content)
+    with pytest.raises(UserError) as error:
+        resume(run_folder, cache)
+    one_line(error, "step-00000002")
+
+
+@pytest.mark.parametrize("content", ["garbage", "{}", "[]", "null", '{"config": {}}'])
+def test_a_state_that_is_garbage_is_one_line_even_where_the_manifest_fits(content, run_folder, cache):
+    newest = run_folder / "checkpoints" / "step-00000002"
+    (newest / "state.json").write_text(content)
+    rewrite_manifest(newest)
+    with pytest.raises(UserError) as error:
+        resume(run_folder, cache)
+    one_line(error, "step-00000002")
+
+
+class Payload:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("form", ["torch", "plain pickle"])
+def test_a_pickle_payload_in_the_optimisers_is_refused_and_not_run(form, run_folder, cache, tmp_path):
+    newest, mark = run_folder / "checkpoints" / "step-00000002", tmp_path / "was-run"
+    if form == "torch":
+        torch.save({"policy": Payload(mark)}, newest / "optimisers.pt")
+    else:
+        (newest / "optimisers.pt").write_bytes(pickle.dumps(Payload(mark)))
+    rewrite_manifest(newest)
+    try:
+        with pytest.raises(UserError) as error:
+            resume(run_folder, cache)
+    finally:
+        assert not mark.exists(), "loading a checkpoint ran its code"
+    one_line(error, "step-00000002")
+
+
+def test_removing_the_broken_one_goes_on_from_the_one_before(run_folder, cache, tmp_path):
+    """The remedy that the message gives."""
+    broken = run_folder / "checkpoints" / "step-00000002"
+    flip(broken / "state.json")
+    with pytest.raises(UserError):
+        resume(run_folder, cache)
+    shutil.rmtree(broken)
+    whole = train(config_of("tppo-ewma", tmp_path / "whole", cache, steps=3))
+    assert_same_checkpoint(whole, resume(run_folder, cache))
+    assert_same_run(tmp_path / "whole", run_folder)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_saving_the_same_step_again_keeps_it_good(tmp_path, cache):
+    out = tmp_path / "run"
+    train(config_of("tppo", out, cache, steps=4, checkpoint_every=1, checkpoints_kept=2))
+    assert [p.name for p in complete_checkpoints(out / "checkpoints")] == ["step-00000003", "step-00000004"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_number_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tmp_path, cache):
+    out = tmp_path / "run"
+    session = Session(config_of("tppo", out, cache, steps=9, checkpoint_every=1))
+    real = session.trainer.step
+
+    def step():
+        if session.trainer.num_steps == 2:
+            with torch.no_grad():
+                next(session.trainer.value.module.parameters())[:] = math.nan
+        return real()
+
+    session.trainer.step = step
+    try:
+        with pytest.raises(UserError) as error:
+            session.train()
+    finally:
+        session.close()
+    one_line(error, "step 3", "value", "step-00000002")
+    assert [p.name for p in complete_checkpoints(out / "checkpoints")][-1] == "step-00000002"
+    train(config_of("tppo", out, cache, steps=3, resume=True))
+
+
+def test_the_saved_models_load_with_plain_transformers(good):
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    newest = good / "checkpoints" / "step-00000002"
+    policy = AutoModelForCausalLM.from_pretrained(newest / "policy", local_files_only=True)
+    value = AutoModelForTokenClassification.from_pretrained(newest / "value", local_files_only=True)
+    assert policy.config.hidden_size == 16
+    assert value.config.num_labels == 1
+    assert torch.isfinite(policy(input_ids=torch.tensor([[1, 2, 3]])).logits).all()
