@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -99,9 +101,7 @@ def trained_over_windows(edges: list[int], ended: bool, tail: int, defer: bool) 
     return times[0], length - begin
 
 
-WINDOWS = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(
-    lambda sizes: [sum(sizes[: i + 1]) for i in range(len(sizes))]
-)
+WINDOWS = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(lambda sizes: [*itertools.accumulate(sizes)])
 
 
 @LAW

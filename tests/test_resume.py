@@ -18,12 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import one_thread  # noqa: F401  (a fixture)
 
 from tppo_ref.checkpoint import MANIFEST, complete_checkpoints
 from tppo_ref.config import Config, apply_method, replace_fields
 from tppo_ref.metrics import read_metrics
 from tppo_ref.run import Session
 from tppo_ref.types import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -56,6 +59,7 @@ def config_of(case: str, out: Path, cache: Path, **run: object) -> Config:
 
 def train(config: Config) -> Path:
     """As `run.train`; whoever comes next in this process gets another torch random state."""
+    torch.set_num_threads(1)  # as __main__ does: sums over another number of threads are other sums
     torch.manual_seed(random.randrange(2**31))
     session = Session(config)
     try:
@@ -150,13 +154,10 @@ def test_N_steps_a_restart_and_the_rest_are_bit_for_bit_one_run(case, tmp_path, 
 def test_a_resumed_run_goes_on_counting_failed_verifications(tmp_path, cache):
     """verify/timeouts and verify/errors are sums over the run (the glossary): a restart does not forget them."""
 
-    def config(out: str, **run: object) -> Config:
-        return replace_fields(config_of("tppo", tmp_path / out, cache, **run), {"task.verifier": "operator:not_a_verifier"})
-
     broken = "statistics:mean"  # importable, and raises on (answer, ids, text)
 
     def of(out: str, **run: object) -> Config:
-        return replace_fields(config(out, **run), {"task.verifier": broken})
+        return replace_fields(config_of("tppo", tmp_path / out, cache, **run), {"task.verifier": broken})
 
     train(of("whole", steps=6))
     train(of("parts", steps=3))
@@ -213,7 +214,7 @@ def test_a_table_whose_last_line_a_kill_cut_off_is_whole_again_after_the_resume(
 def _good(tmp_path_factory, cache) -> Path:
     """A run of two steps with a checkpoint of each."""
     out = tmp_path_factory.mktemp("run") / "good"
-    train(config_of("tppo-ewma", out, cache, steps=2, checkpoint_every=1))
+    train(config_of("tppo", out, cache, steps=2, checkpoint_every=1))
     assert [p.name for p in complete_checkpoints(out / "checkpoints")] == ["step-00000001", "step-00000002"]
     return out
 
@@ -225,7 +226,7 @@ def _run_folder(good, tmp_path) -> Path:
 
 
 def resume(out: Path, cache: Path, steps: int = 3) -> Path:
-    return train(config_of("tppo-ewma", out, cache, steps=steps, resume=True))
+    return train(config_of("tppo", out, cache, steps=steps, resume=True))
 
 
 def rewrite_manifest(folder: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_checkpoint_without_its_manifest_or_name_is_never_picked_up(run_folder
     assert complete_checkpoints(checkpoints)[-1] == good
     resumed = resume(run_folder, cache)
     assert resumed.name == "step-00000003"
-    whole = train(config_of("tppo-ewma", tmp_path / "whole", cache, steps=3))
+    whole = train(config_of("tppo", tmp_path / "whole", cache, steps=3))
     assert_same_checkpoint(whole, resumed)
 
 
@@ -268,7 +269,7 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("harm", [flip, truncate, Path.unlink, lambda path: path.write_bytes(b"")],
                          ids=["flipped byte", "truncated", "missing", "empty"])  # fmt: skip
 @pytest.mark.parametrize(
-    "name", ["policy/model.safetensors", "value/model.safetensors", "ewma.safetensors", "optimisers.pt", "state.json", "policy/config.json"]
+    "name", ["policy/model.safetensors", "value/model.safetensors", "optimisers.pt", "state.json", "policy/config.json"]
 )
 def test_a_file_that_is_not_as_it_was_written_is_one_line_that_names_the_checkpoint(name, harm, run_folder, cache):
     newest = run_folder / "checkpoints" / "step-00000002"
@@ -329,7 +330,7 @@ def test_removing_the_broken_one_goes_on_from_the_one_before(run_folder, cache, 
     with pytest.raises(UserError):
         resume(run_folder, cache)
     shutil.rmtree(broken)
-    whole = train(config_of("tppo-ewma", tmp_path / "whole", cache, steps=3))
+    whole = train(config_of("tppo", tmp_path / "whole", cache, steps=3))
     assert_same_checkpoint(whole, resume(run_folder, cache))
     assert_same_run(tmp_path / "whole", run_folder)
 

@@ -58,14 +58,16 @@ class ModelConfig:
     """Checkpoint folder, or config.json of a fresh model; none = the task's own warm-started base model. [O]"""
     value: str | None = None
     """Checkpoint folder of a (pre-trained) value model; none = the policy's weights under a new scalar head. [P]"""
-    hidden_size: int = 48
+    hidden_size: int = 32
     """Width of the built-in base model. [M]"""
     num_layers: int = 3
     """Layers of the built-in base model. [M]"""
-    num_heads: int = 4
+    num_heads: int = 2
     """Attention heads of the built-in base model. [M]"""
-    warm_start_steps: int = 600
+    warm_start_steps: int = 700
     """Supervised steps on imperfect demonstrations that make the built-in base model. [M]"""
+    warm_start_lr: float = 5e-3
+    """Peak learning rate of these steps. [M]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; losses and advantages are float32 always. [O]"""
     device: str = "cpu"
@@ -84,7 +86,7 @@ class RolloutConfig:
     """Decoding slots; under synchronous PPO also the responses per step. The port: 512 prompts x 16. [M]"""
     window: int = 64
     """Decode steps per window, in tokens. The paper: 8k, a third of the longest response. [M]"""
-    max_response_tokens: int = 400
+    max_response_tokens: int = 320
     """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The paper: 24k. [M]"""
     min_response_tokens: int = 0
     """The end token is forbidden before this many tokens. [O]"""
@@ -194,7 +196,7 @@ class ValueConfig:
     """First steps that train the value model alone; the policy's tokens of these are excluded. The port: 10. [M]"""
     pretrain_responses: int = 1024
     """pretrain-value: responses sampled from the frozen policy. [M]"""
-    pretrain_epochs: int = 2
+    pretrain_epochs: int = 4
     """pretrain-value: passes over them. [M]"""
 
 
@@ -387,7 +389,7 @@ def check(config: Config) -> None:
     for path in at_least_one:
         if get_field(config, path) < 1:
             raise UserError(f"{path}: expected an integer of at least 1, got {get_field(config, path)}")
-    positive = ("policy.lr", "value.lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
+    positive = ("policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
                 "task.verifier_timeout_s", "advantage.clamp", "advantage.lam_alpha", "policy.importance_cap")  # fmt: skip
     for path in positive:
         if not 0 < get_field(config, path) < float("inf"):

@@ -241,9 +241,9 @@ def median_interval(values: Sequence[float]) -> Estimate:
     if len(x) < BOOTSTRAP_SEEDS:
         low, high = (float(x.min()), float(x.max())) if len(x) > 1 else (math.nan, math.nan)
         return Estimate(float(np.median(x)), low, high)
-    finite = np.where(np.isfinite(x), x, 1e300)  # percentiles are interpolated, and inf - inf is not a number
+    finite = np.where(np.isfinite(x), x, 1e150)  # percentiles are interpolated, and inf - inf is not a number
     found = scipy.stats.bootstrap((finite,), np.median, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
-    return Estimate(float(np.median(x)), *(math.inf if bound > 1e200 else float(bound) for bound in found.confidence_interval))
+    return Estimate(float(np.median(x)), *(math.inf if bound > 1e100 else float(bound) for bound in found.confidence_interval))
 
 
 def speed_up(first_s: float, other_s: float) -> float:
@@ -316,7 +316,7 @@ def summary_markdown(comparison: Comparison, rows: Sequence[Mapping[str, Any]], 
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     grid = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
-    interval = "a 95 % percentile bootstrap interval" if num_seeds >= BOOTSTRAP_SEEDS else "their range: there are fewer than 5 seeds"
+    interval = "a 95 % percentile bootstrap interval" if num_seeds >= BOOTSTRAP_SEEDS else "their range (fewer than 5 seeds)"
     notes = [d.format(share=comparison.share, first=first, target=comparison.target, interval=interval) for d in DEFINITIONS]
     return "\n".join([
         f"# {headline(comparison)}", "", valid, "", *grid, "", *(f"- {note}" for note in notes), "",

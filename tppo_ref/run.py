@@ -92,7 +92,7 @@ def base_model(config: Config, task: Task) -> str:
     size = config.model
     tiny = tiny_policy_config(task, num_layers=size.num_layers, width=size.hidden_size, num_heads=size.num_heads)
     cache = writable_folder(config.run.cache, "run.cache")
-    return str(warm_start(task, tiny, steps=size.warm_start_steps, cache_dir=cache, progress=config.run.progress))
+    return str(warm_start(task, tiny, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache, progress=config.run.progress))
 
 
 def make_policy(config: Config, task: Task, source: str) -> PolicyModel:

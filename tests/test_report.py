@@ -1,0 +1,322 @@
+"""The report of a comparison, on run folders with numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tppo_ref import figures, report
+from tppo_ref.types import UserError
+
+SLOTS = 2
+STEP_S = 10.0  # of each training step: 6 rollout, 1 forward, 1.5 policy, 1 value, 0.5 the rest
+TOKENS = 100  # sampled by each training step
+SEGMENTS = [  # of each step: slot, response, begin_s, stop_s, tokens, end
+    (0, 0, 0.0, 2.0, 2, "END_TOKEN"), (0, 1, 2.0, 6.0, 4, "RUNNING"), (1, 2, 0.0, 6.0, 6, "LENGTH_CAP"),
+]  # fmt: skip
+
+
+def make_run(out: Path, method: str, seed: int, accuracies: list[float], *, step_s: float = STEP_S, trained: float = 0.9) -> Path:
+    """A finished run: an evaluation, then a training step before each further one; response r of step k is 10 k + r tokens long."""
+    folder = out / "runs" / f"{method}-seed{seed}"
+    folder.mkdir(parents=True)
+    scale = step_s / STEP_S
+    records, responses, timeline = [], [], []
+    for step, accuracy in enumerate(accuracies):
+        clock = {"step": step, "time/train_s": step_s * step, "ledger/generated": TOKENS * step}
+        if step:
+            phases = {"step": 10.0, "rollout": 6.0, "forward": 1.0, "policy": 1.5, "value": 1.0}
+            seconds = {f"time/{name}_s": value * scale for name, value in phases.items()}
+            busy = {"rollout/occupancy": 0.5 if step == 1 else 1.0, "rollout/decode_steps": 3 if step == 1 else 1}
+            records.append(clock | seconds | busy | {"ledger/trained": trained * TOKENS * step})
+            responses += [(step, step_s * step, r, 0, 10 * step + r, "END_TOKEN", 1.0) for r in (0, 2)]
+            at = step_s * (step - 1)
+            timeline += [(step, slot, 10 * step + r, at + scale * begin, at + scale * stop, tokens, end)
+                         for slot, r, begin, stop, tokens, end in SEGMENTS]  # fmt: skip
+        lengths = {"eval/length_mean": 20.0 + step, "eval/length_p99": 200.0 - step}
+        records.append(clock | lengths | {"eval/accuracy": accuracy})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "config.json").write_text(json.dumps({"rollout": {"slots": SLOTS}}) + "\n")
+    write_rows(folder / "responses.csv", "step train_s response prompt tokens end score", responses)
+    write_rows(folder / "timeline.csv", "step slot response begin_s stop_s tokens end", timeline)
+    (folder / "finished").touch()
+    return folder
+
+
+def write_rows(path: Path, columns: str, rows: list[tuple]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns.split(), *rows])
+
+
+def make_comparison(out: Path, curves: dict[str, list[list[float]]], *, first_seed: int = 0, **step_s: float) -> Path:
+    """A finished comparison; `curves` are accuracies by method and seed, `step_s` seconds per step by method."""
+    out.mkdir(exist_ok=True)
+    num_seeds = len(next(iter(curves.values())))
+    (out / "config.json").write_text(json.dumps({"run": {"seed": first_seed}, "compare": {"seeds": num_seeds}}) + "\n")
+    (out / "versions.json").write_text(json.dumps({"torch": "2.13.0"}) + "\n")
+    for method, seeds in curves.items():
+        for k, accuracies in enumerate(seeds):
+            make_run(out, method, first_seed + k, accuracies, step_s=step_s.get(method, STEP_S))
+    return out
+
+
+def load(out: Path, methods: list[str], seeds: range, share: float = 0.9) -> report.Comparison:
+    return report.compare_runs({m: [report.read_run(out, m, k) for k in seeds] for m in methods}, share)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Three seeds; PPO's mean curve is .1 .3 .5 .7 .9, its 3-point means .3 .5 .7: best .7, target at 0.9 is .63.
+PPO = [[0.1, 0.3, 0.5, 0.7, 0.9], [0.1, 0.4, 0.7, 0.9, 0.9], [0.1, 0.2, 0.3, 0.5, 0.9]]
+# whole 3-point means per seed:  .3 .5 .7 -> 4;  .4 .667 .833 -> 3;  .2 .333 .567 -> never
+TPPO = [[0.1, 0.8, 1.0, 1.0, 1.0], [0.1, 0.3, 0.8, 0.9, 0.9], [0.1, 0.1, 0.2, 0.9, 1.0]]
+# .633 -> 2;  .4 .667 -> 3;  .133 .4 .7 -> 4
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    return make_comparison(tmp_path / "out", {"ppo": PPO, "tppo": TPPO}, tppo=4.0)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same comparison with its report, for tests that only read it."""
+    out = make_comparison(tmp_path_factory.mktemp("reported") / "out", {"ppo": PPO, "tppo": TPPO}, tppo=4.0)
+    report.write_report(out, methods=["ppo", "tppo"], target_share=0.9)
+    return out
+
+
+def test_target_and_crossings_are_those_worked_out_by_hand(three: Path) -> None:
+    comparison = load(three, ["ppo", "tppo"], range(3))
+    assert comparison.target == pytest.approx(0.63)
+    assert comparison.void == ""
+    assert comparison.crossings["ppo"] == [(40.0, 400.0), (30.0, 300.0), (math.inf, math.inf)]
+    assert comparison.crossings["tppo"] == [(8.0, 200.0), (12.0, 300.0), (16.0, 400.0)]
+    assert figures.headline(comparison) == "T-PPO reaches 0.63 in 12.0 s, PPO in 40.0 s (median of 3 seeds)"
+
+
+def test_crossing_at_exactly_the_target_counts_and_nothing_is_interpolated(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path / "out", {"ppo": [[0.1, 0.7, 0.7, 0.7, 0.7]]})
+    run = report.read_run(out, "ppo", 0)
+    assert report.crossing(run, 0.7) == (30.0, 300.0)  # (.7 + .7 + .7) / 3 is below .7 by a bit in floating point
+    assert report.crossing(run, 0.5000001) == (30.0, 300.0)
+    assert report.crossing(run, 0.4) == (20.0, 200.0)
+    assert report.crossing(run, 0.01) == (20.0, 200.0)  # not before there are three points
+    assert report.crossing(run, 0.71) == (math.inf, math.inf)
+
+
+def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
+    rows = {(r["method"], r["quantity"], r["statistic"]): r for r in read_csv(reported / "summary.csv")}
+
+    def estimate(*key: str) -> tuple[float, ...]:
+        return tuple(float(rows[key][name]) for name in ("value", "low", "high"))
+
+    assert estimate("ppo", "time to target", "median") == (40, 30, math.inf)
+    assert rows["ppo", "time to target", "median"]["reached"] == "2"
+    assert estimate("tppo", "time to target", "median") == (12, 8, 16)
+    assert estimate("tppo", "tokens to target", "median") == (300, 200, 400)
+    assert estimate("tppo", "speed-up", "median") == (5, 2.5, math.inf)  # 40/8, 30/12, only PPO never
+    assert float(rows["tppo", "speed-up", "seed 1"]["value"]) == 2.5
+    assert estimate("tppo", "throughput ratio", "median") == pytest.approx((2.5, 2.5, 2.5))  # 10 s against 4 s a step
+    assert float(rows["ppo", "throughput", "mean"]["value"]) == pytest.approx(10.0)
+    assert float(rows["ppo", "accuracy, final", "seed 2"]["value"]) == pytest.approx((0.3 + 0.5 + 0.9) / 3)
+    assert float(rows["tppo", "accuracy, best", "seed 0"]["value"]) == pytest.approx(1.0)
+    assert float(rows["ppo", "occupancy", "mean"]["value"]) == pytest.approx((0.5 * 3 + 3) / 6)  # weighted by decode steps
+    clock = [float(rows["tppo", f"clock, {name}", "mean"]["value"]) for name in ("rollout", "forward", "policy", "value", "other")]
+    assert clock == pytest.approx([0.6, 0.1, 0.15, 0.1, 0.05])
+    assert float(rows["ppo", "length, end, p99", "mean"]["value"]) == pytest.approx(197.0)
+    assert float(rows["ppo", "trained tokens", "mean"]["value"]) == pytest.approx(0.9)
+    text = (reported / "summary.md").read_text()
+    assert "40.0 s [30.0 s, never], 2 of 3 seeds" in text
+    assert "their range (fewer than 5 seeds)" in text
+    assert "Valid: PPO improved in every seed" in text
+    assert "here 0.630." in text
+
+
+def test_mean_interval_is_students(tmp_path: Path) -> None:
+    half = 4.302652729911275 / math.sqrt(3)  # t at 0.975 with 2 degrees of freedom
+    assert report.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half))
+    assert math.isnan(report.mean_interval([1.0]).low)
+
+
+def test_median_interval_bootstraps_from_five_seeds_on() -> None:
+    assert report.median_interval([4.0, 1.0, 2.0, 9.0]) == (3.0, 1.0, 9.0)  # four: the range
+    many = list(range(101))
+    estimate = report.median_interval(many)
+    assert estimate.value == 50
+    # order statistics of the binomial: about 50 +- 1.96 * sqrt(101) / 2, far inside of the range
+    assert estimate.low == pytest.approx(40, abs=3)
+    assert estimate.high == pytest.approx(60, abs=3)
+    assert report.median_interval(many) == estimate  # seeded
+    assert report.median_interval([1.0, 2.0, 3.0, math.inf, math.inf]) == (3.0, 1.0, math.inf)
+    assert report.median_interval([1.0, 2.0, math.inf, math.inf, math.inf]).value == math.inf
+
+
+def test_speed_up_of_seeds_that_never_arrive_is_against_the_claim() -> None:
+    assert report.speed_up(40.0, 10.0) == 4.0
+    assert report.speed_up(40.0, math.inf) == 0.0
+    assert report.speed_up(math.inf, math.inf) == 0.0
+    assert report.speed_up(math.inf, 10.0) == math.inf
+
+
+def test_void_when_the_first_method_did_not_improve_in_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = [0.5, 0.4, 0.5, 0.5, 0.5]  # final is the start, no more
+    out = make_comparison(tmp_path / "out", {"ppo": [PPO[0], flat, flat], "tppo": TPPO}, first_seed=7)
+    report.write_report(out, methods=["ppo", "tppo"], target_share=0.9)
+    text = (out / "summary.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "**Void: PPO did not improve in seeds 8, 9." in text
+    assert "Valid" not in text
+    assert text.startswith("# Comparison void: PPO did not improve in seeds 8, 9\n")
+    swapped = load(out, ["tppo", "ppo"], range(7, 10))  # only the first method has to
+    assert swapped.void == ""
+
+
+def test_void_when_the_target_is_below_the_start(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path / "out", {"ppo": [[0.50, 0.51, 0.51, 0.52]]})
+    assert load(out, ["ppo"], range(1), share=0.95).void == "the target 0.488 is not above PPO's accuracy at the start, 0.500"
+    assert load(out, ["ppo"], range(1), share=1.0).void == ""
+
+
+def test_a_method_that_never_reaches_the_target_is_told(tmp_path: Path) -> None:
+    low = [[0.1, 0.1, 0.1, 0.1, 0.1]] * 3
+    out = make_comparison(tmp_path / "out", {"ppo": [PPO[0]] * 3, "tppo": low})
+    report.write_report(out, methods=["ppo", "tppo"], target_share=0.9)
+    text = (out / "summary.md").read_text()
+    assert text.startswith("# PPO reaches 0.63 in 40.0 s, T-PPO in 0 of 3 seeds (median of 3 seeds)\n")
+    assert "never [never, never], 0 of 3 seeds" in text
+    assert "0.00x [0.00x, 0.00x]" in text
+
+
+def test_learning_curves_csv_holds_what_was_put_in(reported: Path) -> None:
+    rows = read_csv(reported / "learning_curves.csv")
+    seed = [r for r in rows if (r["method"], r["line"]) == ("tppo", "seed 1")]
+    assert [float(r["train_s"]) for r in seed] == [0, 4, 8, 12, 16]
+    assert [float(r["generated"]) for r in seed] == [0, 100, 200, 300, 400]
+    assert [float(r["accuracy"]) for r in seed] == pytest.approx([0.1, 0.2, 0.4, 2 / 3, 2.6 / 3])
+    mean = [r for r in rows if (r["method"], r["line"]) == ("ppo", "mean")]
+    assert [float(r["accuracy"]) for r in mean] == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.7])
+    points = [0.7, 2.5 / 3, 1.7 / 3]
+    half = 4.302652729911275 * np.std(points, ddof=1) / math.sqrt(3)
+    assert (float(mean[-1]["low"]), float(mean[-1]["high"])) == pytest.approx((0.7 - half, 0.7 + half))
+    crossing = next(r for r in rows if (r["method"], r["line"]) == ("tppo", "median crossing"))
+    assert [float(crossing[name]) for name in ("train_s", "generated", "accuracy")] == pytest.approx([12, 300, 0.63])
+
+
+def test_timeline_csv_is_a_quarter_more_than_a_step_of_the_first_method(reported: Path) -> None:
+    rows = [r for r in read_csv(reported / "timeline.csv") if r["method"] == "ppo"]
+    assert {(r["seed"], r["from_s"], r["seconds"]) for r in rows} == {("0", "10.0", "12.5")}  # step 2 of 4: 10 s to 20 s
+    spans = [(r["kind"], r["slot"], r["response"], float(r["begin_s"]), float(r["stop_s"]), r["end"]) for r in rows]
+    assert spans == [
+        ("rollout", "", "", 0.0, 6.0, ""), ("training", "", "", 6.0, 10.0, ""), ("rollout", "", "", 10.0, 12.5, ""),
+        ("decoding", "0", "20", 0.0, 2.0, "END_TOKEN"), ("decoding", "0", "21", 2.0, 6.0, "RUNNING"),
+        ("decoding", "1", "22", 0.0, 6.0, "LENGTH_CAP"), ("decoding", "0", "30", 10.0, 12.0, "END_TOKEN"),
+        ("decoding", "0", "31", 12.0, 12.5, "RUNNING"), ("decoding", "1", "32", 10.0, 12.5, "LENGTH_CAP"),
+    ]  # fmt: skip
+    others = [r for r in read_csv(reported / "timeline.csv") if r["method"] == "tppo"]
+    assert {r["seconds"] for r in others} == {"12.5"}
+
+
+def test_busy_share_counts_decoding_time_only() -> None:
+    rows = [{"kind": "rollout", "begin_s": 0.0, "stop_s": 4.0}, {"kind": "training", "begin_s": 4.0, "stop_s": 9.0},
+            {"kind": "decoding", "begin_s": 0.0, "stop_s": 4.0}, {"kind": "decoding", "begin_s": 0.0, "stop_s": 1.0}]  # fmt: skip
+    assert figures.busy_share(rows, slots=2) == 5 / 8
+
+
+def test_lengths_csv_holds_shares_and_means_worked_out_by_hand(reported: Path) -> None:
+    rows = [r for r in read_csv(reported / "lengths.csv") if r["method"] == "ppo"]
+
+    def line(name: str) -> list[tuple[float, float]]:
+        return [(float(r["x"]), float(r["y"])) for r in rows if r["line"] == name]
+
+    assert line("first quarter") == [(10, 1.0), (12, 0.5)]  # three seeds, each with 10 and 12 tokens in step 1 of 4
+    assert line("last quarter") == [(40, 1.0), (42, 0.5)]
+    assert line("evaluation") == [(0, 20), (10, 21), (20, 22), (30, 23), (40, 24)]
+    assert [y for _, y in line("ended responses")] == [11, 21, 31, 41]  # bins without a response are left out
+    assert line("share of the generated tokens")[0][1] == pytest.approx(0.9)
+
+
+def test_evaluations_of_one_step_count_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "ppo", 0, [0.1, 0.2, 0.6])
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(last + "\n")
+    run = report.read_run(tmp_path, "ppo", 0)
+    assert run.accuracy.tolist() == [0.1, 0.2, 0.6]
+
+
+def test_eight_methods_and_one_seed_are_drawn_1200_px_wide(tmp_path: Path) -> None:
+    methods = ["ppo", "ppo-dual", "partial-is", "tppo-critic-cut", "tppo", "tppo-zero-cut", "tppo-defer", "tppo-ewma"]
+    out = make_comparison(tmp_path / "out", {m: [PPO[0]] for m in methods})
+    report.write_report(out, methods=methods, target_share=0.9)
+    assert {r["method"] for r in read_csv(out / "timeline.csv")} == {"ppo", "tppo-critic-cut"}
+    assert "(one seed)" in (out / "summary.md").read_text()
+    for name in ("learning_curves", "timeline", "lengths"):
+        header = (out / f"{name}.png").read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(header[16:20], "big") == 1200
+
+
+def test_one_method_alone_has_a_report(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path / "out", {"tppo": TPPO})
+    report.write_report(out, methods=["tppo"], target_share=0.9)
+    assert "speed-up" not in {r["quantity"] for r in read_csv(out / "summary.csv")}
+    assert (out / "timeline.png").exists()
+
+
+def test_no_timeline_is_drawn_where_none_was_written(three: Path) -> None:
+    for path in three.glob("runs/*/timeline.csv"):
+        path.write_text("step,slot,response,begin_s,stop_s,tokens,end\n")
+    report.write_report(three, methods=["ppo", "tppo"], target_share=0.9)
+    assert not (three / "timeline.png").exists()
+    assert (three / "lengths.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("runs/tppo-seed1/finished", None, "tppo-seed1: expected a finished run, found one that is not finished"),
+        ("runs/ppo-seed2/metrics.jsonl", None, "ppo-seed2/metrics.jsonl: cannot be read"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text[:-20], "ppo-seed2/metrics.jsonl: its last line is cut off"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text + "{\n", "ppo-seed2/metrics.jsonl, line 10: expected a JSON object"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text.replace("eval/length_p99", "x"), "a number for eval/length_p99"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text.splitlines()[0] + "\n", "expected an evaluation before and after"),
+        ("runs/ppo-seed0/responses.csv", lambda text: text[:-3], "ppo-seed0/responses.csv: its last line is cut off"),
+        ("runs/ppo-seed0/responses.csv", lambda text: text + "9,x,1,1,1,END_TOKEN,1\n", "ppo-seed0/responses.csv, line 10: cannot"),
+        ("runs/ppo-seed0/responses.csv", lambda text: text + "9,1.0\n", "ppo-seed0/responses.csv, line 10: cannot"),
+        ("runs/ppo-seed0/timeline.csv", lambda text: text.replace("begin_s", "b"), "timeline.csv: expected a column begin_s"),
+        ("runs/tppo-seed0/config.json", lambda text: "", "tppo-seed0/config.json: it is empty"),
+        ("config.json", None, "out/config.json: cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_half_written_file_is_named(three: Path, file: str, change, told: str) -> None:
+    path = three / file
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change(path.read_text()))
+    with pytest.raises(UserError) as error:
+        report.write_report(three, methods=["ppo", "tppo"], target_share=0.9)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_seed_that_one_method_lacks_is_an_error(three: Path) -> None:
+    (three / "config.json").write_text(json.dumps({"run": {"seed": 0}, "compare": {"seeds": 4}}) + "\n")
+    with pytest.raises(UserError, match="ppo-seed3: expected a finished run, found nothing"):
+        report.write_report(three, methods=["ppo", "tppo"], target_share=0.9)
+
+
+def test_importing_the_figures_leaves_the_notebooks_backend_alone() -> None:
+    code = "import sys, tppo_ref.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
