@@ -158,6 +158,7 @@ def test_median_interval_bootstraps_from_five_seeds_on() -> None:
     assert estimate.low == pytest.approx(40, abs=3)
     assert estimate.high == pytest.approx(60, abs=3)
     assert report.median_interval(many) == estimate  # seeded
+    # of five: the median of a resample is the smallest with probability 0.058, more than 0.025, so the interval is the range
     assert report.median_interval([1.0, 2.0, 3.0, math.inf, math.inf]) == (3.0, 1.0, math.inf)
     assert report.median_interval([1.0, 2.0, math.inf, math.inf, math.inf]).value == math.inf
 
@@ -206,6 +207,7 @@ def test_learning_curves_csv_holds_what_was_put_in(reported: Path) -> None:
     assert [float(r["accuracy"]) for r in seed] == pytest.approx([0.1, 0.2, 0.4, 2 / 3, 2.6 / 3])
     mean = [r for r in rows if (r["method"], r["line"]) == ("ppo", "mean")]
     assert [float(r["accuracy"]) for r in mean] == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.7])
+    assert [(float(r["train_s"]), float(r["generated"])) for r in mean] == [(0, 0), (10, 100), (20, 200), (30, 300), (40, 400)]
     points = [0.7, 2.5 / 3, 1.7 / 3]
     half = 4.302652729911275 * np.std(points, ddof=1) / math.sqrt(3)
     assert (float(mean[-1]["low"]), float(mean[-1]["high"])) == pytest.approx((0.7 - half, 0.7 + half))

@@ -421,7 +421,7 @@ def test_a_mini_batch_in_micro_batches_has_the_gradient_of_one_batch(method):
 
         parallel = RecordingParallel()
         trainer = make_trainer(method, parallel=parallel, policy_spy=see, policy__micro_batch_tokens=budget,
-                               value__micro_batch_tokens=budget, rollout__slots=12)  # fmt: skip
+                               value__micro_batch_tokens=budget, rollout__slots=12, rollout__window=12)  # fmt: skip
         trainer.step()
         num_forward.append(count["training"])
         gradients.append((parallel.of(trainer.policy.module), parallel.of(trainer.value.module)))

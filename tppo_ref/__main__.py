@@ -63,9 +63,11 @@ def main(argv: Sequence[str]) -> int:
         command = COMMANDS[argv[0]]
         config = parse(Config, argv[1:], prog=f"python -m tppo_ref {argv[0]}", description=command.__doc__ or "")
         check(config)
-        import torch  # after the arguments are known to be right: it takes seconds to import
+        import torch  # after the arguments are known to be right: these take seconds to import
+        import transformers
 
         torch.set_num_threads(config.run.threads)
+        transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file that is read or written
         command(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def _run_all(runs: list[Config], config: Config) -> None:
                         _check(folder, process.returncode)
                         done += run.run.train_seconds or run.run.steps
                         del active[folder]
-                bar.n = done + sum(_progress(run) for run, _ in active.values())
+                bar.n = done + sum(min(_progress(run), run.run.train_seconds or run.run.steps) for run, _ in active.values())
                 bar.set_postfix_str(", ".join(Path(folder).name for folder in active), refresh=False)
                 bar.refresh()
         finally:
@@ -119,10 +120,7 @@ def _run_all(runs: list[Config], config: Config) -> None:
 def _start(run: Config) -> subprocess.Popen[bytes]:
     folder = Path(run.run.out)
     for stale in ("checkpoints", "tensorboard"):
-        if (folder / stale).exists():
-            import shutil
-
-            shutil.rmtree(folder / stale)
+        shutil.rmtree(folder / stale, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(run.run.threads), "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "tppo_ref", "train", "--config", str(folder / "wanted.json")]

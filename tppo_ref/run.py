@@ -152,7 +152,7 @@ class Session:
         )  # fmt: skip
         if self.start is not None:
             load_checkpoint(self.trainer, self.start)
-        self.accuracy = math.nan  # of the last evaluation, for the progress line
+        self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
         self._warned: Counter[str] = Counter()
         self._open_files(self.trainer.num_steps if self.start else None)
 
@@ -188,20 +188,20 @@ class Session:
     def train(self) -> None:
         """Step until run.steps or run.train_seconds, or until Ctrl-C, which ends at the step's edge; then a checkpoint."""
         config, trainer = self.config.run, self.trainer
-        eval_at_s = trainer.train_s + config.eval_every_s
+        evaluations = 0 if not config.eval_every_s else trainer.train_s // config.eval_every_s
         with PoliteStop() as stop, self._progress() as bar:
             if trainer.num_steps == 0:
                 self.evaluate()
             while not self._finished() and not stop.asked:
                 metrics = self._step()
                 self._warn(metrics)
-                if config.eval_every_s and trainer.train_s >= eval_at_s:
-                    self.evaluate()
-                    eval_at_s += config.eval_every_s
+                if config.eval_every_s and trainer.train_s // config.eval_every_s > evaluations:
+                    self.evaluate()  # a step longer than the interval is followed by one evaluation, not by several
+                    evaluations = trainer.train_s // config.eval_every_s
                 if config.checkpoint_every and trainer.num_steps % config.checkpoint_every == 0:
                     self.save()
                 self._show(bar, metrics)
-            if not stop.asked:
+            if not stop.asked and self.evaluated_at != trainer.num_steps:
                 self.evaluate()
             self.save()
         if stop.asked:
@@ -240,7 +240,7 @@ class Session:
         self.eval_engine.load_weights(None, self.trainer.version)  # the next step changes the weights under its cache
         generated = self.trainer.batcher.num_generated_tokens
         self.log.log(self.trainer.num_steps, metrics | {"time/train_s": self.trainer.train_s, "ledger/generated": generated})
-        self.accuracy = metrics["eval/accuracy"]
+        self.accuracy, self.evaluated_at = metrics["eval/accuracy"], self.trainer.num_steps
 
     def save(self) -> Path:
         for table in (self.responses, self.timeline):

@@ -1,0 +1,442 @@
+"""The command line: a mistake is one line that names the thing and the remedy, exit code 2, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, make_policy
+
+from tppo_ref.__main__ import COMMANDS, main
+from tppo_ref.checkpoint import complete_checkpoints, read_state
+from tppo_ref.config import METHODS, Config, apply_method, check, field_paths, get_field, parse, replace_fields
+from tppo_ref.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = {
+    "task.name": "length", "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2,
+    "rollout.slots": 4, "rollout.window": 6, "rollout.max_response_tokens": 12, "run.eval_prompts": 2, "run.eval_every_s": 0,
+    "run.steps": 2, "run.progress": "false",
+}  # fmt: skip
+
+
+def options(**changes: object) -> list[str]:
+    """--section.field VALUE; section__field as keyword."""
+    fields = FAST | {name.replace("__", "."): value for name, value in changes.items()}
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session", name="cache")
+def _cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(name="refuse")
+def _refuse(capfd, tmp_path, cache):
+    """Runs a command that must be refused; its one line."""
+
+    def refuse(*argv: str, words: tuple[str, ...] = (), paths: bool = True) -> str:
+        if paths:
+            argv = (*argv, *(["--run.out", str(tmp_path / "out")] if "--run.out" not in argv else []), "--run.cache", str(cache))
+        capfd.readouterr()
+        code = main(list(argv))
+        out, err = capfd.readouterr()
+        assert code == 2, (code, out, err)
+        lines = err.splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in out + err
+        for word in words:
+            assert word in lines[0], lines[0]
+        return lines[0]
+
+    return refuse
+
+
+# ------------------------------------------------------------------------------------------------------------ before anything
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rollout.windw", "8"], ("rollout.windw", "rollout.window")),
+        (["--rolout.window", "8"], ("rolout.window", "rollout.window")),
+        (["--policy.window", "8"], ("policy.window", "rollout.window")),
+        (["--policy.learning_rte=1"], ("policy.learning_rte",)),
+        (["--widnow", "8"], ("widnow", "window")),
+        (["--rollout.window", "0"], ("rollout.window", "0", "at least 1")),
+        (["--rollout.window", "-3"], ("rollout.window", "-3")),
+        (["--rollout.window", "eight"], ("rollout.window", "eight")),
+        (["--rollout.slots", "2.5"], ("rollout.slots", "2.5")),
+        (["--advantage.lam", "1.5"], ("advantage.lam", "1.5", "0 to 1")),
+        (["--advantage.lam", "nan"], ("advantage.lam", "nan")),
+        (["--advantage.gamma", "-0.1"], ("advantage.gamma", "-0.1")),
+        (["--advantage.tail", "keep"], ("advantage.tail", "keep", "defer")),
+        (["--policy.lr", "0"], ("policy.lr", "positive")),
+        (["--policy.lr", "inf"], ("policy.lr", "inf")),
+        (["--policy.dual_clip", "0.5"], ("policy.dual_clip", "0.5")),
+        (["--policy.ewma_decay", "1"], ("policy.ewma_decay", "1")),
+        (["--policy.clip_low", "-0.2"], ("policy.clip_low", "-0.2")),
+        (["--policy.clip_low", "nan"], ("policy.clip_low", "nan")),
+        (["--value.clip_high", "-1"], ("value.clip_high", "-1")),
+        (["--value.lr", "nan"], ("value.lr", "nan")),
+        (["--run.seed", "-1"], ("run.seed", "-1")),
+        (["--model.hidden_size", "0"], ("model.hidden_size", "0")),
+        (["--model.warm_start_steps", "0"], ("warm", "0")),
+        (["--task.failure_score", "nan"], ("failure_score", "nan")),
+        (["--rollout.min_response_tokens", "12"], ("rollout.min_response_tokens", "12")),
+        (["--run.method", "tpo"], ("run.method", "tpo", "tppo")),
+        (["--run.train_seconds", "0"], ("run.train_seconds", "0")),
+        (["--task.name", "chian"], ("chian", "chain")),
+        (["--task.name", "jsonl"], ("task.path",)),
+        (["--config", "/no/such/file.yaml"], ("/no/such/file.yaml",)),
+        (["--model.device", "cuda:99"], ("cuda:99",)),
+        (["--model.device", "teapot"], ("teapot",)),
+        (["--model.policy", "/no/such/model"], ("/no/such/model",)),
+        (["--model.dtype", "float16"], ("model.dtype", "float16", "bfloat16")),
+        (["--task.verifier", "no_such_module:verify"], ("no_such_module",)),
+        (["stray"], ("stray",)),
+        (["--rollout.window"], ("rollout.window",)),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_it(argv, words, refuse, tmp_path):
+    refuse("train", *options(), *argv, words=words)
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def test_an_unknown_command_is_named_with_the_nearest_one(refuse):
+    refuse("trian", words=("trian", "train", "compare"), paths=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("rollout:\n  windw: 8\n", ("windw", "rollout.window")),
+        ("rolout:\n  window: 8\n", ("rolout", "rollout")),
+        ("rollout:\n  window: 0\n", ("rollout.window", "0")),
+        ("rollout:\n  window: many\n", ("rollout.window", "many")),
+        ("rollout: [1, 2]\n", ("rollout",)),
+        ("a: b: c\n", ("c.yaml",)),
+        ("\x00\x01", ("c.yaml",)),
+    ],
+    ids=["misspelt field", "misspelt section", "bad value", "bad type", "a list for a section", "no YAML", "no text"],
+)
+def test_a_mistake_in_a_config_file_is_one_line(content, words, refuse, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    argv = ["train", "--config", str(tmp_path / "c.yaml")]
+    refuse(*argv, words=words)
+
+
+def test_a_field_that_the_method_fixes_is_refused(refuse):
+    refuse("train", *options(run__method="ppo", rollout__refill="immediate", rollout__window=7), words=("rollout.window", "ppo", "7"))
+
+
+def test_no_command_and_help_print_the_commands(capsys):
+    for argv in ([], ["--help"]):
+        assert main(argv) == 0
+        out = capsys.readouterr().out
+        assert all(re.search(rf"^  {name} ", out, re.M) for name in ("train", "compare", "pretrain-value", "evaluate"))
+
+
+# ---------------------------------------------------------------------------------------------------- files, models, folders
+
+
+@pytest.mark.parametrize("field", ["run.out", "run.cache"])
+def test_a_folder_that_cannot_be_written_is_named(field, refuse, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    below = str(tmp_path / "file" / "run")
+    argv = ["train", *options(model__warm_start_steps=3), "--run.out", str(tmp_path / "out")]
+    code_line = refuse(*argv, *(["--run.out", below] if field == "run.out" else []), words=(below,)) if field == "run.out" else None
+    if code_line is None:
+        code_line = refuse(*argv, "--run.cache", below, words=(below,), paths=False)
+    assert field in code_line
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+GOOD_LINE = '{"prompt": "1+1", "answer": "2"}'
+
+
+def jsonl(tmp_path: Path, *lines: str) -> list[str]:
+    (tmp_path / "p.jsonl").write_text("\n".join([GOOD_LINE, *lines, GOOD_LINE]) + "\n")
+    changes = {"task__name": "jsonl", "task__path": tmp_path / "p.jsonl", "task__tokenizer": "bytes", "task__max_prompt_tokens": 30}
+    return options(**changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "x", "answer": ', ("JSON",)),
+        ('{"answer": "2"}', ("prompt",)),
+        ('{"prompt": "x"}', ("answer",)),
+        ('["prompt"]', ("object",)),
+        ('{"prompt": 3, "answer": "2"}', ("prompt",)),
+        ('{"prompt": "' + "x" * 31 + '", "answer": "2"}', ("31", "30")),
+    ],
+    ids=["half a line", "no prompt", "no answer", "no object", "prompt of another type", "longer than max_prompt_tokens"],
+)
+def test_a_bad_line_of_a_prompt_file_is_named_with_file_and_line(line, words, refuse, tmp_path):
+    refuse("train", *jsonl(tmp_path, GOOD_LINE, line), words=(f"{tmp_path / 'p.jsonl'}:3", *words))
+
+
+def test_a_prompt_file_that_is_not_there_is_named(refuse, tmp_path):
+    refuse("train", *options(task__name="jsonl", task__path=tmp_path / "none.jsonl", task__tokenizer="bytes"), words=("none.jsonl",))
+
+
+@pytest.fixture(scope="module", name="model_folder")
+def _model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_policy().save_pretrained(folder)
+    return folder
+
+
+def test_prompt_and_response_longer_than_the_models_context_are_refused(refuse, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 300, "max_position_embeddings": 32}))
+    refuse("train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "32"))
+
+
+def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(refuse, tmp_path, model_folder):
+    refuse("train", *jsonl(tmp_path), "--model.policy", str(model_folder), words=(str(model_folder), "20", "260"))
+
+
+@pytest.mark.parametrize("harm", ["empty folder", "no weights", "truncated weights", "garbage config"])
+def test_a_broken_model_folder_is_one_line(harm, refuse, tmp_path, model_folder):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    if harm == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif harm == "no weights":
+        weights.unlink()
+    elif harm == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:500])
+    else:
+        (folder / "config.json").write_text("{")
+    refuse("train", *options(model__policy=folder), words=(str(folder),))
+
+
+def test_evaluate_and_pretrain_value_refuse_in_one_line_too(refuse, tmp_path):
+    refuse("evaluate", *options(), "--model.policy", str(tmp_path / "none"), words=(str(tmp_path / "none"),))
+    refuse("pretrain-value", *options(), "--model.policy", str(tmp_path / "none"), words=(str(tmp_path / "none"),))
+    refuse("compare", *options(), "--compare.methods", "[ppo, tpo]", words=("tpo", "tppo"))
+
+
+# --------------------------------------------------------------------------------------------------------- runs that are there
+
+
+@pytest.fixture(scope="module", name="run_folder")
+def _run_folder(tmp_path_factory, cache) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *options(), "--run.out", str(out), "--run.cache", str(cache)]) == 0
+    return out
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_neither_overwritten_nor_touched(refuse, run_folder):
+    before = files_of(run_folder)
+    refuse("train", *options(), "--run.out", str(run_folder), words=(str(run_folder), "step 2", "run.resume"))
+    assert files_of(run_folder) == before
+
+
+def test_resume_without_a_checkpoint_is_refused(refuse, tmp_path):
+    refuse("train", *options(run__resume="true"), "--run.out", str(tmp_path / "new"), words=("run.resume", str(tmp_path / "new")))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("policy.lr", "0.5"), ("rollout.window", "5"), ("run.seed", "3"), ("advantage.tail", "defer")]
+)
+def test_another_config_on_resume_is_refused_and_leaves_the_run_as_it_was(field, value, refuse, run_folder):
+    before = files_of(run_folder)
+    argv = ["train", *options(run__resume="true"), "--run.out", str(run_folder), f"--{field}", value]
+    then = get_field(Config(), field) if field != "rollout.window" else 6
+    refuse(*argv, words=(field, value, str(then)))
+    assert files_of(run_folder) == before
+
+
+def test_another_method_on_resume_is_refused(refuse, run_folder):
+    refuse("train", *options(run__resume="true", run__method="tppo-defer"), "--run.out", str(run_folder), words=("exclude", "defer"))
+
+
+def test_a_run_leaves_its_config_versions_metrics_and_tables(run_folder):
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["rollout"]["window"] == 6
+    assert {"torch", "transformers", "python", "numpy"} <= json.loads((run_folder / "versions.json").read_text()).keys()
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 1, 2, 2], "an evaluation before, two steps, an evaluation after"
+    assert "eval/accuracy" in records[0]
+    assert "eval/accuracy" in records[-1]
+    timeline = (run_folder / "timeline.csv").read_text().splitlines()
+    assert sum(int(line.split(",")[5]) for line in timeline[1:]) == records[2]["ledger/generated"]
+    assert list((run_folder / "tensorboard").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------ configuration
+
+
+def test_every_option_of_the_command_line_wins_over_the_file_which_wins_over_the_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("rollout: {window: 7, slots: 9}\npolicy: {dual_clip: null}\n")
+    config = parse(Config, ["--config", str(tmp_path / "c.yaml"), "--rollout.window", "5"], prog="x")
+    assert (config.rollout.window, config.rollout.slots, config.rollout.refill) == (5, 9, "immediate")
+    assert config.policy.dual_clip is None
+    assert config.value == Config().value
+
+
+def test_a_config_survives_the_file_that_a_run_writes(tmp_path):
+    config = replace_fields(Config(), {"policy.dual_clip": None, "run.train_seconds": 2.5, "compare.per_method": {"ppo": {"policy.lr": 0.1}}})
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert parse(Config, ["--config", str(tmp_path / "config.json")], prog="x") == config
+
+
+def test_the_config_is_frozen_and_keyword_only():
+    for section in dataclasses.fields(Config):
+        part = getattr(Config(), section.name)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, 1)
+        with pytest.raises(TypeError):
+            type(part)(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_set_of_fields_that_can_run(method):
+    config = apply_method(Config(), method)
+    check(config)
+    assert config.run.method == method
+    if method.startswith("ppo"):
+        assert config.rollout.window == config.rollout.max_response_tokens
+        assert config.rollout.refill == "step"
+
+
+def test_the_defaults_can_run_and_the_papers_are_the_papers():
+    config = Config()
+    check(config)
+    assert (config.advantage.gamma, config.advantage.lam, config.advantage.lam_alpha) == (1.0, 0.95, 0.05)
+    assert (config.policy.clip_low, config.policy.clip_high, config.policy.dual_clip) == (0.2, 0.28, 10.0)
+    assert (config.value.clip_low, config.value.clip_high) == (0.5, 0.6)
+    assert (config.advantage.tail, config.advantage.tail_tokens, config.advantage.clamp) == ("exclude", 8, 10.0)
+    assert (config.policy.lm_loss_weight, config.policy.weight_decay, config.policy.epochs) == (0.1, 0.1, 1)
+
+
+def helps() -> dict[str, str]:
+    """field -> its line of help, read from the source of config.py."""
+    import ast
+    import inspect
+
+    import tppo_ref.config
+
+    found = {}
+    sections = {type(getattr(Config(), f.name)).__name__: f.name for f in dataclasses.fields(Config)}
+    for node in ast.parse(inspect.getsource(tppo_ref.config)).body:
+        if isinstance(node, ast.ClassDef) and node.name in sections:
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    found[f"{sections[node.name]}.{field.target.id}"] = text.value.value
+    return found
+
+
+@pytest.mark.parametrize("field", field_paths(Config))
+def test_every_field_has_a_line_of_help_that_ends_in_the_provenance_of_its_default(field):
+    text = helps()[field]
+    assert "\n" not in text
+    assert re.search(r"[.:)] \[(S|P|R|V|2|I|M|O)\]$", text), text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_line_per_field_with_its_default(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    body = " ".join(out[out.index("options:") if "options:" in out else 0 :].split())
+    for field, text in helps().items():
+        assert f"--{field} " in body, field
+        assert " ".join(text.split()) in body, field
+    assert "default: 64" in body
+
+
+def test_every_leaf_of_the_config_has_a_type_that_the_command_line_can_fill():
+    for section in dataclasses.fields(Config):
+        for name, hint in typing.get_type_hints(type(getattr(Config(), section.name))).items():
+            assert "Any" not in str(hint) or name == "per_method", f"{section.name}.{name}"
+
+
+@pytest.mark.parametrize("written", ["rollout.windw", "window", "value.window"])
+def test_replacing_an_unknown_field_names_it_and_the_nearest(written):
+    """`compare.per_method` comes this way."""
+    with pytest.raises(UserError) as error:
+        replace_fields(Config(), {written: 1})
+    assert str(error.value).startswith(f"{written}:")
+    assert "rollout.window" in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- in a process
+
+
+def start(*argv: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "tppo_ref", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+
+
+def test_ctrl_c_ends_at_a_steps_edge_with_a_checkpoint_and_exit_code_130(tmp_path, cache):
+    out = tmp_path / "run"
+    process = start("train", *options(run__steps=10**6, run__checkpoint_every=0), "--run.out", str(out), "--run.cache", str(cache))
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no step within two minutes"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stdout + stderr
+    (checkpoint,) = complete_checkpoints(out / "checkpoints")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert read_state(checkpoint)["num_steps"] == steps[-1] >= 3
+
+
+def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_path, run_folder, cache):
+    """In a process of its own: whatever was started before the mistake was found must end, too."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(run_folder, out)
+    (newest,) = complete_checkpoints(out / "checkpoints")
+    state = json.loads((newest / "state.json").read_text())
+    del state["ledger"]
+    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "manifest.json").write_text("{}")
+    process = start("train", *options(run__resume="true", run__steps=3), "--run.out", str(out), "--run.cache", str(cache))
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    assert newest.name in lines[0]
