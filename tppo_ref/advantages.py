@@ -157,9 +157,7 @@ def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: floa
 
 
 @torch.no_grad()
-def whiten(
-    x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None, std: float | Tensor | None = None
-) -> Tensor:
+def whiten(x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None, std: float | Tensor | None = None) -> Tensor:
     """(x - mean) / (std + 1e-8) on the mask, exactly 0 outside it.
 
     Without `mean` and `std` the moments are those of the masked elements (population standard deviation, divided by

@@ -159,10 +159,15 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
         return torch.from_numpy(array).to(device)
 
     return Packed(
-        input_ids=to(ids)[None], position_ids=to(position_N)[None],
+        input_ids=to(ids)[None],
+        position_ids=to(position_N)[None],
         layout=PackedLayout(lengths[order].tolist(), device, constant),
-        predictor_M=to(response_M - 1), target_M=to(ids[response_M]), column_M=to(column_N[response_M]),
-        cell_M=to(cell_M), last_B=to(begin + lengths - 1), shape=(len(batch), num_columns),
+        predictor_M=to(response_M - 1),
+        target_M=to(ids[response_M]),
+        column_M=to(column_N[response_M]),
+        cell_M=to(cell_M),
+        last_B=to(begin + lengths - 1),
+        shape=(len(batch), num_columns),
     )
 
 
@@ -224,8 +229,16 @@ class StepLayout:
     groups      runs [start, stop) of rows, as `group_by_length` cuts them
     """
 
-    def __init__(self, cache: KVCache, packed: PackedLayout | None, num_prefill: int, index_N: Tensor, length_n: np.ndarray,
-                 groups: Sequence[tuple[int, int]], dtype: torch.dtype):
+    def __init__(
+        self,
+        cache: KVCache,
+        packed: PackedLayout | None,
+        num_prefill: int,
+        index_N: Tensor,
+        length_n: np.ndarray,
+        groups: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+    ):
         self.cache, self.packed, self.num_prefill, self.index = cache, packed, num_prefill, index_N
         self.max_length = int(length_n.max())
         self.groups = []
@@ -253,8 +266,17 @@ class StepLayout:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def ragged_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
-                     ragged: PackedLayout | StepLayout | None = None, scaling: float | None = None, **options: Any):
+def ragged_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    ragged: PackedLayout | StepLayout | None = None,
+    scaling: float | None = None,
+    **options: Any,
+):
     """The function that transformers' attention layers call; returns ([1, N, H, D], None).
 
     UserError where the layer asks for something this attention does not compute (a sliding window shorter than a

@@ -71,8 +71,8 @@ class SlotSchedule:
     def open_window(self, draw: Callable[[], int | None]) -> list[Grant]:
         """Grants at decode step 0: carried responses go on in their slots, the free slots draw."""
         assert not self.running, "open_window: the last window is still open"
-        grants = [self._grant(slot, 0, *(self.carried[slot] or (None, 0)), draw) for slot in range(self.slots)]
-        self.carried = [None] * self.slots
+        carried, self.carried = self.carried, [None] * self.slots
+        grants = [self._grant(slot, 0, seated, draw) for slot, seated in enumerate(carried)]
         return [grant for grant in grants if grant]
 
     def finish(
@@ -85,7 +85,8 @@ class SlotSchedule:
         segments, grants = [], []
         for response, num_new, end_token in finished:
             slot, num_tokens, granted, begin = self.running.pop(response)
-            assert 0 < num_new == now - begin <= granted and (end_token or num_new == granted), (response, num_new, granted, now)
+            assert 0 < num_new == now - begin <= granted, (response, num_new, granted, now)
+            assert end_token or num_new == granted, (response, num_new, granted)
             num_tokens += num_new
             if end_token:
                 end = End.END_TOKEN
@@ -96,16 +97,18 @@ class SlotSchedule:
                 self.carried[slot] = (response, num_tokens)
             segments.append(Segment(slot, response, begin, now, end))
             if end is not End.RUNNING and self.refill == "immediate" and now < self.window:
-                grant = self._grant(slot, now, None, 0, draw)
+                grant = self._grant(slot, now, None, draw)
                 if grant:
                     grants.append(grant)
         return segments, grants
 
-    def _grant(self, slot: int, now: int, response: int | None, num_tokens: int, draw: Callable[[], int | None]) -> Grant | None:
-        if response is None:
-            response = draw()
-            if response is None:
+    def _grant(self, slot: int, now: int, seated: tuple[int, int] | None, draw: Callable[[], int | None]) -> Grant | None:
+        if seated is None:
+            drawn = draw()
+            if drawn is None:
                 return None
+            seated = (drawn, 0)
+        response, num_tokens = seated
         granted = min(self.window - now, self.max_response_tokens - num_tokens)
         self.running[response] = (slot, num_tokens, granted, now)
         return Grant(slot, response, granted)

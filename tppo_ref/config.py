@@ -297,7 +297,7 @@ def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     return config
 
 
-def field_paths(config_class: type, prefix: str = "") -> list[str]:
+def field_paths(config_class: Any, prefix: str = "") -> list[str]:
     """Dotted names of all leaf fields of a nested config class, in order."""
     paths: list[str] = []
     hints = typing.get_type_hints(config_class)
@@ -325,7 +325,9 @@ def apply_method(config: Config, method: str, *, strict: bool = True) -> Config:
     one command line serves several methods).
     """
     if method not in METHODS:
-        raise UserError(f"run.method: unknown method {method!r}, expected one of {', '.join(METHODS)}{nearest(method, list(METHODS))}")
+        raise UserError(
+            f"run.method: unknown method {method!r}, expected one of {', '.join(METHODS)}{nearest(method, list(METHODS))}"
+        )
     overrides = {path: get_field(config, value) if value == WHOLE else value for path, value in METHODS[method].items()}
     for path, value in overrides.items():
         current = get_field(config, path)
@@ -350,7 +352,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     import jsonargparse  # slow to import, and nothing else of the library needs it
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, env_prefix=None)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML or JSON file with any of the fields below.")
     parser.add_class_arguments(config_class, None)
     names = field_paths(config_class)
@@ -378,25 +380,35 @@ def _one_line(message: str, names: Sequence[str]) -> str:
     return re.sub(r"Expected a (?:<class '(\w+)'>|typing\.)", r"expected \1", message).replace(" Got value:", " got")
 
 
+AT_LEAST_ONE = (
+    "rollout.slots", "rollout.window", "rollout.max_response_tokens", "rollout.samples_per_prompt", "policy.epochs",
+    "policy.mini_batches", "policy.micro_batch_tokens", "value.epochs", "value.mini_batches", "value.micro_batch_tokens",
+    "run.steps", "run.threads", "run.eval_prompts", "run.eval_samples", "run.checkpoints_kept", "compare.seeds", "compare.jobs",
+    "task.verifier_workers", "model.warm_start_steps", "value.pretrain_epochs",
+)  # fmt: skip
+POSITIVE = (
+    "policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
+    "task.verifier_timeout_s", "advantage.clamp", "advantage.lam_alpha", "policy.importance_cap",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "advantage.tail_tokens", "rollout.min_response_tokens", "policy.mini_batch_tokens", "value.mini_batch_tokens",
+    "policy.lr_warmup_steps", "value.lr_warmup_steps", "value.warmup_steps", "value.batch_responses", "run.checkpoint_every",
+    "run.eval_every_s", "model.logit_chunk_tokens", "policy.lm_loss_weight", "policy.weight_decay", "value.weight_decay",
+    "value.pretrain_responses", "policy.clip_low", "policy.clip_high",
+)  # fmt: skip
+
+
 def check(config: Config) -> None:
     """Refuse what cannot run, before anything is loaded: UserError with the field, its value and what was expected."""
     lam, gamma = config.advantage.lam, config.advantage.gamma
     rollout, run = config.rollout, config.run
-    at_least_one = ("rollout.slots", "rollout.window", "rollout.max_response_tokens", "rollout.samples_per_prompt",
-                    "policy.epochs", "policy.mini_batches", "policy.micro_batch_tokens", "value.epochs", "value.mini_batches",
-                    "value.micro_batch_tokens", "run.steps", "run.threads", "run.eval_prompts", "run.eval_samples",
-                    "run.checkpoints_kept", "compare.seeds", "compare.jobs", "task.verifier_workers")  # fmt: skip
-    for path in at_least_one:
+    for path in AT_LEAST_ONE:
         if get_field(config, path) < 1:
             raise UserError(f"{path}: expected an integer of at least 1, got {get_field(config, path)}")
-    positive = ("policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
-                "task.verifier_timeout_s", "advantage.clamp", "advantage.lam_alpha", "policy.importance_cap")  # fmt: skip
-    for path in positive:
+    for path in POSITIVE:
         if not 0 < get_field(config, path) < float("inf"):
             raise UserError(f"{path}: expected a positive number, got {get_field(config, path)}")
-    for path in ("advantage.tail_tokens", "rollout.min_response_tokens", "policy.mini_batch_tokens", "value.mini_batch_tokens",
-                 "policy.lr_warmup_steps", "value.lr_warmup_steps", "value.warmup_steps", "value.batch_responses",
-                 "run.checkpoint_every", "run.eval_every_s", "model.logit_chunk_tokens", "policy.lm_loss_weight", "policy.weight_decay"):  # fmt: skip
+    for path in NOT_NEGATIVE:
         if get_field(config, path) < 0:
             raise UserError(f"{path}: expected a number of at least 0, got {get_field(config, path)}")
     for path, number in (("advantage.lam", lam), ("advantage.gamma", gamma)):

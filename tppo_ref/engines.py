@@ -111,8 +111,16 @@ class TorchEngine:
     by one token a step, so groups only change when a request comes or goes.
     """
 
-    def __init__(self, policy: PolicyModel, *, slots: int, max_context_tokens: int, end_token_id: int,
-                 temperature: float = 1.0, min_response_tokens: int = 0):
+    def __init__(
+        self,
+        policy: PolicyModel,
+        *,
+        slots: int,
+        max_context_tokens: int,
+        end_token_id: int,
+        temperature: float = 1.0,
+        min_response_tokens: int = 0,
+    ):
         config = policy.hf.config
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and max_context_tokens > longest:
@@ -144,8 +152,10 @@ class TorchEngine:
             if num_tokens < 1 or new < 1:
                 raise ValueError(f"response {r.response_id}: {num_tokens} tokens, max_new_tokens = {new}; expected 1 or more")
             if num_tokens + new > self.max_context_tokens:
-                raise ValueError(f"response {r.response_id}: {num_tokens} tokens and {new} new ones exceed "
-                                 f"max_context_tokens = {self.max_context_tokens}")
+                raise ValueError(
+                    f"response {r.response_id}: {num_tokens} tokens and {new} new ones exceed "
+                    f"max_context_tokens = {self.max_context_tokens}"
+                )
         if self.num_running + len(requests) > self.slots:
             raise ValueError(f"{self.num_running} requests run and {len(requests)} more came; at most slots = {self.slots} can")
         self._pending.extend(requests)
@@ -241,8 +251,7 @@ class TorchEngine:
             positions = np.concatenate([columns, positions])
             places = np.concatenate([rows * width + columns, places])
             packed = PackedLayout(lengths, device)
-        layout = StepLayout(self._cache, packed, num_prefill, torch.from_numpy(places).to(device), length + 1,
-                            self._groups, dtype)
+        layout = StepLayout(self._cache, packed, num_prefill, torch.from_numpy(places).to(device), length + 1, self._groups, dtype)
         return torch.from_numpy(ids).to(device)[None], torch.from_numpy(positions).to(device)[None], layout
 
     def _sample(self, logits_nV: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -282,9 +291,14 @@ class TorchEngine:
             place, count = int(state[PLACE, row]), int(state[DONE, row])
             request = self._requests.pop(place)
             self._places.append(place)
-            results.append(Decoded(
-                response_id=request.response_id, token_ids=self._tokens[place, :count].tolist(),
-                logprobs=self._logprobs[place, :count].tolist(), end_token=bool(ended_by_token[row])))
+            results.append(
+                Decoded(
+                    response_id=request.response_id,
+                    token_ids=self._tokens[place, :count].tolist(),
+                    logprobs=self._logprobs[place, :count].tolist(),
+                    end_token=bool(ended_by_token[row]),
+                )
+            )
         self._cache_row = np.flatnonzero(~finished)
         self._state = state[:, ~finished]
         return results

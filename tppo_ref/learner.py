@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ class Learner:
     """One model under training: its optimiser, its learning-rate warm-up, and the way from losses to an update."""
 
     def __init__(self, name: str, module: torch.nn.Module, config: PolicyConfig | ValueConfig, parallel: Parallel):
-        self.name, self.module, self.config, self.parallel = name, module, config, parallel
+        self.name, self.config, self.parallel = name, config, parallel
+        self.module: Any = module  # a torch module with named_tensors and save_pretrained (models.py, scale's sharded ones)
         self.optimiser = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.num_steps = 0  # training steps that updated this model: the learning rate's warm-up counts these
         self.grad_norms: list[float] = []
@@ -75,8 +77,7 @@ class Learner:
             what = f"gradient of {name} is not finite (norm {norm})"
         self.optimiser.zero_grad(set_to_none=True)
         raise NonFiniteError(
-            f"step {step}: the {self.name}'s {what}; stopped before the update; "
-            f"lower {self.name}.lr or {self.name}.max_grad_norm"
+            f"step {step}: the {self.name}'s {what}; stopped before the update; lower {self.name}.lr or {self.name}.max_grad_norm"
         )
 
     def metrics(self) -> dict[str, float]:

@@ -46,14 +46,18 @@ GLOSSARY: dict[str, Metric] = {
     "response/length_mean": Metric("tokens of ended responses, mean", "step", "tokens", "no run-away"),
     "response/length_max": Metric("tokens of ended responses, maximum", "step", "tokens", "below the cap"),
     "response/score_mean": Metric("score of ended responses, mean", "step", "score", "rises"),
-    "response/accuracy": Metric("share of ended responses with a score above 0", "step", "share", "rises; favours short ones early on"),
+    "response/accuracy": Metric(
+        "share of ended responses with a score above 0", "step", "share", "rises; favours short ones early on"
+    ),
     "verify/timeouts": Metric("verifications killed after task.verifier_timeout_s", "run", "responses", "0"),
     "verify/errors": Metric("verifications that raised, died or gave no finite number", "run", "responses", "0"),
     "ledger/generated": Metric("response tokens sampled", "run", "tokens", "sum of the next four"),
     "ledger/trained": Metric("tokens that the policy trained on, once per epoch", "run", "tokens", "most of ledger/generated"),
     "ledger/excluded_tail": Metric("tail tokens left out for good", "run", "tokens", "tail tokens x cut rows"),
     "ledger/excluded_warmup": Metric("tokens sampled while the critic trained alone", "run", "tokens", "stops after the warm-up"),
-    "ledger/pending": Metric("deferred tokens, and tokens of running responses that train at their end", "now", "tokens", "bounded"),
+    "ledger/pending": Metric(
+        "deferred tokens, and tokens of running responses that train at their end", "now", "tokens", "bounded"
+    ),
     "ledger/in_flight": Metric("responses RUNNING at the window's edge", "now", "responses", "at most the slots"),
     "advantage/mean": Metric("raw advantages over trained tokens, mean", "step", "score", "around 0"),
     "advantage/std": Metric("raw advantages over trained tokens, population standard deviation", "step", "score", "above 0"),
@@ -69,7 +73,12 @@ GLOSSARY: dict[str, Metric] = {
     "policy/kl": Metric("KL of new from old policy, k3 estimate, mean over trained tokens", "step", "nats", "below 0.05"),
     "policy/ratio_max": Metric("largest probability ratio", "step", "1", "below 10"),
     "policy/weight_clipped_share": Metric("importance weights capped or zeroed / trained tokens", "step", "share", "below 0.05"),
-    "policy/logprob_gap": Metric("absolute difference of recomputed and engine log-probability over this step's tokens, mean", "step", "nats", "fp32: below 1e-5"),
+    "policy/logprob_gap": Metric(
+        "absolute difference of recomputed and engine log-probability over this step's tokens, mean",
+        "step",
+        "nats",
+        "fp32: below 1e-5",
+    ),
     "policy/grad_norm": Metric("gradient norm before clipping, mean over updates", "step", "1", "steady"),
     "policy/lr": Metric("learning rate", "now", "1", "as set"),
     "value/responses": Metric("ended responses trained on (joint: policy rows)", "step", "responses", "above 0"),

@@ -89,8 +89,15 @@ class PolicyModel(_Backbone):
                          unless one chunk covers the batch. None: as many as fit half a gigabyte
     """
 
-    def __init__(self, hf: Any, *, temperature: float = 1.0, min_response_tokens: int = 0, end_token_id: int | None = None,
-                 logit_chunk_tokens: int | None = None):
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        temperature: float = 1.0,
+        min_response_tokens: int = 0,
+        end_token_id: int | None = None,
+        logit_chunk_tokens: int | None = None,
+    ):
         super().__init__(hf)
         if not temperature > 0:
             raise ValueError(f"temperature = {temperature}; expected > 0")
@@ -139,8 +146,9 @@ class ValueModel(_Backbone):
         return packed.unpack(value[:num_tokens]), value[num_tokens:]
 
 
-def load_policy(source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False,
-                **options: Any) -> PolicyModel:
+def load_policy(
+    source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False, **options: Any
+) -> PolicyModel:
     """The policy from `source`; `options` go to PolicyModel.
 
     source      a checkpoint folder (config.json and safetensors), or for random weights under `seed` a transformers
@@ -156,8 +164,9 @@ def load_policy(source: Any, *, seed: int = 0, dtype: str = "float32", device: s
     return model
 
 
-def load_value_model(source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu",
-                     trust_remote_code: bool = False) -> ValueModel:
+def load_value_model(
+    source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> ValueModel:
     """The value model; arguments and errors as for `load_policy`.
 
     A policy's folder gives its backbone with a new head, random under `seed`; a value model's folder gives it all.
@@ -186,8 +195,9 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
             if is_value:
                 config.num_labels, config.classifier_dropout = 1, 0.0
             if is_folder:
-                hf, info = auto.from_pretrained(source, config=config, use_safetensors=True, local_files_only=True,
-                                                output_loading_info=True, **options)
+                hf, info = auto.from_pretrained(
+                    source, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+                )
                 missing = sorted(n for n in info["missing_keys"] if not (is_value and n.startswith(("score.", "classifier."))))
             else:
                 hf = auto.from_config(config, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def explained_by_position(value: ValueModel, responses: Sequence[Response], gamm
         columns.append(torch.arange(len(response)))
     target, estimate, column = (torch.cat(parts).double() for parts in (targets, values, columns))
     report = []
-    for begin, stop in [*zip(POSITIONS, POSITIONS[1:], strict=False), (0, int(column.max()) + 1)]:
+    for begin, stop in [*itertools.pairwise(POSITIONS), (0, int(column.max()) + 1)]:
         inside = (column >= begin) & (column < stop)
         if bool(inside.any()):
             r, e = target[inside], (target - estimate)[inside]

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
@@ -92,7 +91,9 @@ def base_model(config: Config, task: Task) -> str:
     size = config.model
     tiny = tiny_policy_config(task, num_layers=size.num_layers, width=size.hidden_size, num_heads=size.num_heads)
     cache = writable_folder(config.run.cache, "run.cache")
-    return str(warm_start(task, tiny, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache, progress=config.run.progress))
+    return str(
+        warm_start(task, tiny, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache, progress=config.run.progress)
+    )
 
 
 def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
@@ -261,7 +262,9 @@ class Session:
     def _progress(self) -> Any:
         limit_s = self.config.run.train_seconds
         total, unit = (self.config.run.steps, "step") if limit_s is None else (limit_s, "s")
-        form = None if limit_s is None else "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+        form = (
+            None if limit_s is None else "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
+        )
         return tqdm(total=total, desc=f"{self.config.run.method} seed {self.config.run.seed}", unit=unit, bar_format=form,
                     disable=not self.config.run.progress)  # fmt: skip
 

@@ -31,7 +31,9 @@ from tppo_ref.updates import update_policy, update_value
 class Scorer(Protocol):
     """Scores ended responses while others still decode. `submit` when a response ends, `collect` before the advantages."""
 
-    counts: Counter[str]
+    @property
+    def counts(self) -> Counter[str]:
+        """Verdicts so far by status: ok, timeout, error, bad_score."""
 
     def submit(self, response: Response) -> None: ...
 

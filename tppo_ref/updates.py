@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
+from tppo_ref.config import PolicyConfig
 from tppo_ref.learner import Learner, Plan
 from tppo_ref.losses import importance_weights, policy_loss, positive_lm_loss, value_loss
 from tppo_ref.rows import PolicyRows
@@ -24,10 +26,11 @@ def update_policy(
     over the tokens of all mini-batches. `ewma`: PPO-EWMA's averaged policy, moved after each optimiser step.
     """
     config = learner.config
+    assert isinstance(config, PolicyConfig)
     centre_BT, weight_BT, weight_clipped = rows.clip_centre(config)
     assert rows.advantages_BT is not None
     advantages_BT, positive_BT = rows.advantages_BT, rows.positive_BT()
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     ratio_max = 0.0
     learner.begin_step()
 
@@ -44,7 +47,8 @@ def update_policy(
             clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=weight,
         )  # fmt: skip
         ratio_max = max(ratio_max, stats.pop("ratio_max"))
-        sums.update(stats)
+        for name, number in stats.items():
+            sums[name] += number
         sums["loss"] += float(total.detach()) * tokens
         if positive and config.lm_loss_weight:
             lm = positive_lm_loss(logprob_BT, positive_BT[part], denominator=positive)
@@ -60,7 +64,7 @@ def update_policy(
         tokens, positive = learner.parallel.sum(counts)
         if not tokens:  # every token of these rows is a tail: nothing to learn from, and the ledger counts them
             continue
-        learner.update(mini_batch, lambda micro, t=tokens, p=positive: loss(micro, t, p), step)
+        learner.update(mini_batch, partial(loss, tokens=tokens, positive=positive), step)
         if ewma is not None:
             _move_ewma(ewma, learner.module, config.ewma_decay)
 
@@ -80,15 +84,13 @@ def update_policy(
 
 
 def _ewma_centre(
-    ewma: torch.nn.Module, batch: TokenBatch, rows: PolicyRows, part: Any, config: Any
+    ewma: torch.nn.Module, batch: TokenBatch, rows: PolicyRows, part: Any, config: PolicyConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO-EWMA (arXiv 2110.00641): clip around the averaged policy, weight by averaged / behaviour."""
     with torch.no_grad():
         centre_BT = ewma(batch)
-    mode = "truncated" if config.importance == "none" else config.importance
-    weight_BT, _ = importance_weights(
-        centre_BT, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap
-    )
+    mode: Literal["truncated", "masked"] = "truncated" if config.importance == "none" else config.importance
+    weight_BT, _ = importance_weights(centre_BT, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap)
     return centre_BT, weight_BT
 
 
@@ -113,7 +115,7 @@ def update_value(
     stored_BT anchors the clip; None = no clip. Returns the value/ metrics; the explained variance is of V before each update.
     """
     config = learner.config
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     learner.begin_step()
 
     def loss(micro: list[int], tokens: float) -> torch.Tensor:
@@ -126,7 +128,8 @@ def update_value(
         target, value = targets_BT[part][mask_BT[part]].double(), value_BT.detach()[mask_BT[part]].double()
         moments = {"n": target.numel(), "t": target.sum(), "tt": target.square().sum(),
                    "e": (target - value).sum(), "ee": (target - value).square().sum()}  # fmt: skip
-        sums.update({name: float(number) for name, number in (stats | moments).items()})
+        for name, number in (stats | moments).items():
+            sums[name] += float(number)
         sums["loss"] += float(total.detach()) * tokens
         return total
 
@@ -134,7 +137,7 @@ def update_value(
         members = [row for micro in mini_batch for row in micro]
         (tokens,) = learner.parallel.sum([float(mask_BT[members].sum())])
         if tokens:
-            learner.update(mini_batch, lambda micro, t=tokens: loss(micro, t), step)
+            learner.update(mini_batch, partial(loss, tokens=tokens), step)
 
     names = ("n", "t", "tt", "e", "ee", "loss", "value_clipped_tokens")
     total = dict(zip(names, learner.parallel.sum(sums[name] for name in names), strict=True))
