@@ -19,7 +19,8 @@ from tppo_ref.types import Prompt, Response
 
 VOCAB, END_ID = 20, 0
 TINY = dict(model_type="qwen2", vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=128, bos_token_id=None, eos_token_id=END_ID, pad_token_id=None)  # fmt: skip
+            num_key_value_heads=1, max_position_embeddings=128, bos_token_id=None, eos_token_id=END_ID,
+            pad_token_id=None)  # fmt: skip
 
 SMALL_RUN: dict[str, Any] = {
     "rollout.slots": 5, "rollout.window": 6, "rollout.max_response_tokens": 20,

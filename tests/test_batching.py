@@ -128,7 +128,9 @@ class Window:
     occupancy: float
 
 
-def run(plan: Plan, batcher: SuccessiveBatcher | None = None, engine: KnownLengthEngine | None = None, version: int = 0) -> list[Window]:
+def run(
+    plan: Plan, batcher: SuccessiveBatcher | None = None, engine: KnownLengthEngine | None = None, version: int = 0
+) -> list[Window]:
     batcher, engine = batcher or plan.batcher(), engine or KnownLengthEngine(plan)
     windows = []
     for i in range(plan.num_windows):
@@ -402,7 +404,9 @@ def test_the_order_of_prompts_is_new_in_each_epoch_and_for_each_seed():
 
 
 def outcome(windows: list[Window]) -> list:
-    return [([(s.response.id, s.begin, s.stop) for s in w.slices], w.segments, w.busy, [r for _, r in w.requests]) for w in windows]
+    return [
+        ([(s.response.id, s.begin, s.stop) for s in w.slices], w.segments, w.busy, [r for _, r in w.requests]) for w in windows
+    ]
 
 
 @LAW
@@ -468,15 +472,8 @@ def test_carried_responses_are_seated_anew_in_other_slots_or_refused(plan, slots
     assert engine.busy[0] == slots
 
 
-@LAW
-@given(
-    worlds=st.lists(st.integers(1, 4), min_size=2, max_size=4),
-    draws=st.lists(st.integers(0, 6), min_size=16, max_size=16),
-    limit=st.one_of(st.none(), st.integers(0, 25)),
-)
-@example(worlds=[3, 2], draws=[4, 1, 0, 2] * 4, limit=10)
-@example(worlds=[2, 3, 1], draws=[5, 0, 0, 2, 1, 0, 9, 9] * 2, limit=None)
-def test_dealt_to_another_number_of_ranks_no_sample_is_issued_twice_or_lost(worlds, draws, limit):
+def deal(worlds, draws, limit) -> list[int]:
+    """Samples issued by a run that goes on with another number of ranks again and again, each rank drawing `draws` at a time."""
     issued, states, counts = [], None, iter(draws)
     for world in worlds:
         streams = [Plan(lengths=(1,)).stream(rank=rank, world=world, limit=limit) for rank in range(world)]
@@ -487,11 +484,27 @@ def test_dealt_to_another_number_of_ranks_no_sample_is_issued_twice_or_lost(worl
             issued += [sample for sample in (stream.draw() for _ in range(next(counts))) if sample is not None]
         states = [stream.state_dict() for stream in streams]
     # Every rank then draws on until each has had more than any rank could have left behind.
-    issued += [sample for stream in streams for sample in (stream.draw() for _ in range(60)) if sample is not None]
+    return issued + [sample for stream in streams for sample in (stream.draw() for _ in range(60)) if sample is not None]
+
+
+WORLDS = st.lists(st.integers(1, 4), min_size=2, max_size=4)
+DRAWS = st.lists(st.integers(0, 6), min_size=16, max_size=16)
+
+
+@LAW
+@given(WORLDS, DRAWS)
+@example([2, 3, 1], [5, 0, 0, 2, 1, 0, 9, 9] * 2)
+def test_dealt_to_another_number_of_ranks_no_sample_is_issued_twice_or_lost(worlds, draws):
+    issued = deal(worlds, draws, None)
     assert len(issued) == len(set(issued)), "issued twice"
-    assert all(sample < limit for sample in issued if limit is not None), "issued beyond the limit"
-    whole = range(limit if limit is not None else 60)
-    assert set(whole) <= set(issued), "lost"
+    assert set(range(60)) <= set(issued), "lost"
+
+
+@LAW
+@given(WORLDS, DRAWS, st.integers(0, 25))
+@example([3, 2], [4, 1, 0, 2] * 4, 10)
+def test_dealt_anew_a_limit_stays_the_limit(worlds, draws, limit):
+    assert sorted(deal(worlds, draws, limit)) == list(range(limit))
 
 
 def test_a_batcher_on_one_of_two_ranks_restores_its_own_stream_whole():

@@ -55,7 +55,12 @@ def _refuse(capfd, tmp_path, cache):
 
     def refuse(*argv: str, words: tuple[str, ...] = (), paths: bool = True) -> str:
         if paths:
-            argv = (*argv, *(["--run.out", str(tmp_path / "out")] if "--run.out" not in argv else []), "--run.cache", str(cache))
+            argv = (
+                *argv,
+                *(["--run.out", str(tmp_path / "out")] if "--run.out" not in argv else []),
+                "--run.cache",
+                str(cache),
+            )
         capfd.readouterr()
         code = main(list(argv))
         out, err = capfd.readouterr()
@@ -147,7 +152,11 @@ def test_a_mistake_in_a_config_file_is_one_line(content, words, refuse, tmp_path
 
 
 def test_a_field_that_the_method_fixes_is_refused(refuse):
-    refuse("train", *options(run__method="ppo", rollout__refill="immediate", rollout__window=7), words=("rollout.window", "ppo", "7"))
+    refuse(
+        "train",
+        *options(run__method="ppo", rollout__refill="immediate", rollout__window=7),
+        words=("rollout.window", "ppo", "7"),
+    )
 
 
 def test_no_command_and_help_print_the_commands(capsys):
@@ -165,7 +174,9 @@ def test_a_folder_that_cannot_be_written_is_named(field, refuse, tmp_path):
     (tmp_path / "file").write_text("in the way")
     below = str(tmp_path / "file" / "run")
     argv = ["train", *options(model__warm_start_steps=3), "--run.out", str(tmp_path / "out")]
-    code_line = refuse(*argv, *(["--run.out", below] if field == "run.out" else []), words=(below,)) if field == "run.out" else None
+    code_line = (
+        refuse(*argv, *(["--run.out", below] if field == "run.out" else []), words=(below,)) if field == "run.out" else None
+    )
     if code_line is None:
         code_line = refuse(*argv, "--run.cache", below, words=(below,), paths=False)
     assert field in code_line
@@ -177,7 +188,12 @@ GOOD_LINE = '{"prompt": "1+1", "answer": "2"}'
 
 def jsonl(tmp_path: Path, *lines: str) -> list[str]:
     (tmp_path / "p.jsonl").write_text("\n".join([GOOD_LINE, *lines, GOOD_LINE]) + "\n")
-    changes = {"task__name": "jsonl", "task__path": tmp_path / "p.jsonl", "task__tokenizer": "bytes", "task__max_prompt_tokens": 30}
+    changes = {
+        "task__name": "jsonl",
+        "task__path": tmp_path / "p.jsonl",
+        "task__tokenizer": "bytes",
+        "task__max_prompt_tokens": 30,
+    }
     return options(**changes)
 
 
@@ -198,7 +214,11 @@ def test_a_bad_line_of_a_prompt_file_is_named_with_file_and_line(line, words, re
 
 
 def test_a_prompt_file_that_is_not_there_is_named(refuse, tmp_path):
-    refuse("train", *options(task__name="jsonl", task__path=tmp_path / "none.jsonl", task__tokenizer="bytes"), words=("none.jsonl",))
+    refuse(
+        "train",
+        *options(task__name="jsonl", task__path=tmp_path / "none.jsonl", task__tokenizer="bytes"),
+        words=("none.jsonl",),
+    )
 
 
 @pytest.fixture(scope="module", name="model_folder")
@@ -210,7 +230,9 @@ def _model_folder(tmp_path_factory) -> Path:
 
 def test_prompt_and_response_longer_than_the_models_context_are_refused(refuse, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 300, "max_position_embeddings": 32}))
-    refuse("train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "32"))
+    refuse(
+        "train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "32")
+    )
 
 
 def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(refuse, tmp_path, model_folder):
@@ -264,7 +286,9 @@ def test_a_folder_that_holds_a_run_is_neither_overwritten_nor_touched(refuse, ru
 
 
 def test_resume_without_a_checkpoint_is_refused(refuse, tmp_path):
-    refuse("train", *options(run__resume="true"), "--run.out", str(tmp_path / "new"), words=("run.resume", str(tmp_path / "new")))
+    refuse(
+        "train", *options(run__resume="true"), "--run.out", str(tmp_path / "new"), words=("run.resume", str(tmp_path / "new"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +303,13 @@ def test_another_config_on_resume_is_refused_and_leaves_the_run_as_it_was(field,
 
 
 def test_another_method_on_resume_is_refused(refuse, run_folder):
-    refuse("train", *options(run__resume="true", run__method="tppo-defer"), "--run.out", str(run_folder), words=("exclude", "defer"))
+    refuse(
+        "train",
+        *options(run__resume="true", run__method="tppo-defer"),
+        "--run.out",
+        str(run_folder),
+        words=("exclude", "defer"),
+    )
 
 
 def test_a_run_leaves_its_config_versions_metrics_and_tables(run_folder):
@@ -307,7 +337,9 @@ def test_every_option_of_the_command_line_wins_over_the_file_which_wins_over_the
 
 
 def test_a_config_survives_the_file_that_a_run_writes(tmp_path):
-    config = replace_fields(Config(), {"policy.dual_clip": None, "run.train_seconds": 2.5, "compare.per_method": {"ppo": {"policy.lr": 0.1}}})
+    config = replace_fields(
+        Config(), {"policy.dual_clip": None, "run.train_seconds": 2.5, "compare.per_method": {"ppo": {"policy.lr": 0.1}}}
+    )
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     assert parse(Config, ["--config", str(tmp_path / "config.json")], prog="x") == config
 
@@ -397,13 +429,16 @@ def test_replacing_an_unknown_field_names_it_and_the_nearest(written):
 
 
 def start(*argv: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "tppo_ref", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    command = [sys.executable, "-m", "tppo_ref", *argv]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
 
 
 def test_ctrl_c_ends_at_a_steps_edge_with_a_checkpoint_and_exit_code_130(tmp_path, cache):
     out = tmp_path / "run"
-    process = start("train", *options(run__steps=10**6, run__checkpoint_every=0), "--run.out", str(out), "--run.cache", str(cache))
+    process = start(
+        "train", *options(run__steps=10**6, run__checkpoint_every=0), "--run.out", str(out), "--run.cache", str(cache)
+    )
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
@@ -433,7 +468,7 @@ def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_
     (newest / "state.json").write_text(json.dumps(state))
     (newest / "manifest.json").write_text("{}")
     process = start("train", *options(run__resume="true", run__steps=3), "--run.out", str(out), "--run.cache", str(cache))
-    stdout, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.strip()]

@@ -169,7 +169,12 @@ def test_a_resumed_run_goes_on_counting_failed_verifications(tmp_path, cache):
 
 def test_a_kill_9_in_the_middle_loses_nothing_that_a_checkpoint_held(tmp_path, cache):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "tppo_ref", *arguments(config_of("tppo", out, cache, steps=10**6, checkpoint_every=2), tmp_path / "c.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "tppo_ref",
+        *arguments(config_of("tppo", out, cache, steps=10**6, checkpoint_every=2), tmp_path / "c.json"),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
@@ -204,7 +209,12 @@ def test_a_table_whose_last_line_a_kill_cut_off_is_whole_again_after_the_resume(
     table.write([(41, 5, "END_TOKEN")])
     table.close()
     with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [["step", "tokens", "end"], ["1", "10", "END_TOKEN"], ["4", "12", "LENGTH_CAP"], ["41", "5", "END_TOKEN"]]
+        assert list(csv.reader(file)) == [
+            ["step", "tokens", "end"],
+            ["1", "10", "END_TOKEN"],
+            ["4", "12", "LENGTH_CAP"],
+            ["41", "5", "END_TOKEN"],
+        ]
 
 
 # ------------------------------------------------------------------------------------------------------ broken checkpoints

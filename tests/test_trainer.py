@@ -265,7 +265,9 @@ def test_the_joint_critic_trains_on_the_policys_tokens_towards_advantage_plus_va
     assert len(call["rows"]) == len(by_prompt) == 5
     for (prompt, _), value_T, g_T in zip(call["rows"], call["value"], call["gradient"], strict=True):
         r = by_prompt[prompt]
-        torch.testing.assert_close((value_T - g_T * num_tokens)[: len(r)], torch.full((len(r),), score_of(r)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            (value_T - g_T * num_tokens)[: len(r)], torch.full((len(r),), score_of(r)), rtol=0, atol=1e-4
+        )
         assert not g_T[len(r) :].any()
 
 
@@ -278,10 +280,15 @@ def test_the_values_that_anchor_the_critics_clip_are_of_the_step_that_sampled_th
         return output
 
     trainer = make_trainer("tppo", value_spy=see)
+    earlier: dict[int, list[float]] = {}
     for _ in range(5):
         trainer.step()
         for s in trainer.slices:
-            (values_T,) = [v[prompts.index(key)] for prompts, v in seen if (key := tuple(s.response.prompt.token_ids)) in prompts]
+            assert s.response.values[: s.begin] == earlier.get(s.response.id, [])
+            earlier[s.response.id] = list(s.response.values)
+            (values_T,) = [
+                v[prompts.index(key)] for prompts, v in seen if (key := tuple(s.response.prompt.token_ids)) in prompts
+            ]
             assert s.response.values[s.begin : s.stop] == values_T[s.begin : s.stop].tolist()
             assert len(s.response.values) == len(s.response)
         seen.clear()
@@ -316,7 +323,9 @@ def test_F3_prompt_and_padding_tokens_reach_no_loss():
 
 
 def without_clock(metrics: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in metrics.items() if not k.startswith("time/") and k not in ("rollout/tokens_per_s", "rollout/idle_s")}
+    return {
+        k: v for k, v in metrics.items() if not k.startswith("time/") and k not in ("rollout/tokens_per_s", "rollout/idle_s")
+    }
 
 
 # ------------------------------------------------------------------------------- F4: against the policy that sampled the token
@@ -449,7 +458,9 @@ def test_mini_batches_by_tokens_are_about_that_large():
 
 def test_prefix_tokens_are_counted_as_fed_less_sampled():
     fed: list[int] = []
-    trainer = make_trainer("tppo", policy_spy=lambda batch, output, training: (training and fed.append(batch.num_tokens_fed), output)[1])
+    trainer = make_trainer(
+        "tppo", policy_spy=lambda batch, output, training: (training and fed.append(batch.num_tokens_fed), output)[1]
+    )
     for _ in range(4):
         fed.clear()
         metrics = trainer.step()
@@ -550,17 +561,18 @@ def poison(at: str, when):
 @pytest.mark.parametrize("model", ["policy", "value"])
 def test_what_is_not_finite_stops_before_the_update_and_is_named(model, at):
     trainer = make_trainer("tppo", **{f"{model}_spy": poison(at, when=2)})
-    step, learner = 0, getattr(trainer, model)
-    with pytest.raises(NonFiniteError) as caught:
-        while step < 20:
-            step += 1
-            before = weights_of(learner.module)
+    step, learner, message = 0, getattr(trainer, model), ""
+    while not message and step < 20:
+        step += 1
+        before = weights_of(learner.module)
+        try:
             trainer.step()
-    message = str(caught.value)
+        except NonFiniteError as error:
+            message = str(error)
     assert f"step {step}:" in message
     assert step > 1
-    expected = {"forward": {"policy": "log-probability", "value": "value"}[model], "loss": f"{model}'s loss", "gradient": "gradient"}
-    assert expected[at] in message
+    output = {"policy": "log-probability", "value": "value"}[model]
+    assert {"forward": output, "loss": f"{model}'s loss", "gradient": "gradient"}[at] in message
     assert same(before, weights_of(learner.module))
     assert "\n" not in message
 
@@ -591,7 +603,12 @@ def test_each_step_ends_with_a_sync_of_the_next_version():
     trainer = make_trainer("tppo")
     synced = []
     load_weights = trainer.engine.load_weights
-    trainer.engine.load_weights = lambda tensors, version: (synced.append((version, trainer.engine.num_running)), load_weights(tensors, version))
+
+    def sync(tensors, version):
+        synced.append((version, trainer.engine.num_running))
+        load_weights(tensors, version)
+
+    trainer.engine.load_weights = sync
     for step in range(3):
         trainer.step()
         new = [v for s in trainer.slices for v in s.response.versions[s.begin : s.stop]]
@@ -642,7 +659,8 @@ def test_an_evaluation_answers_each_prompt_and_sample_whole_and_always_the_same(
     other = TorchEngine(trainer.policy.module, slots=7, max_context_tokens=24, end_token_id=END_ID)
     prompts = make_prompts(7)
     results = [
-        evaluate(e, ToyScorer(), prompts, samples_per_prompt=3, slots=e.slots, max_response_tokens=20) for e in (engine, engine, other)
+        evaluate(e, ToyScorer(), prompts, samples_per_prompt=3, slots=e.slots, max_response_tokens=20)
+        for e in (engine, engine, other)
     ]
     metrics, answers = results[0]
     assert collections.Counter(r.prompt.id for r in answers) == {p.id: 3 for p in prompts}
