@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark that ends within minutes, one after the other. The headline and the sweep are commands of their own.
+"""`make bench`: every benchmark that ends within minutes, in turn. Headline and sweep are commands of their own.
 
 python -m benchmarks                  advantages, batching, overhead
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
