@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 from typing import Any
 
@@ -74,15 +73,14 @@ class ToyScorer:
     """`trainer.Scorer` in this process."""
 
     def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.scores: dict[int, float] = {}
+        self.scores: dict[int, tuple[float, str]] = {}
 
     def submit(self, response: Response) -> None:
         assert response.ended
         assert response.id not in self.scores, "submitted twice"
-        self.scores[response.id] = score_of(response)
+        self.scores[response.id] = (score_of(response), "ok")
 
-    def collect(self) -> dict[int, float]:
+    def collect(self) -> dict[int, tuple[float, str]]:
         scores, self.scores = self.scores, {}
         return scores
 

@@ -404,9 +404,7 @@ def test_the_order_of_prompts_is_new_in_each_epoch_and_for_each_seed():
 
 
 def outcome(windows: list[Window]) -> list:
-    return [
-        ([(s.response.id, s.begin, s.stop) for s in w.slices], w.segments, w.busy, [r for _, r in w.requests]) for w in windows
-    ]
+    return [([(s.response.id, s.begin, s.stop) for s in w.slices], w.segments, w.busy, [r for _, r in w.requests]) for w in windows]
 
 
 @LAW
@@ -478,8 +476,8 @@ def deal(worlds, draws, limit) -> list[int]:
     for world in worlds:
         streams = [Plan(lengths=(1,)).stream(rank=rank, world=world, limit=limit) for rank in range(world)]
         if states is not None:
-            for rank, stream in enumerate(streams):
-                stream.load_state_dict(json.loads(json.dumps(states)), rank=rank)
+            for stream in streams:
+                stream.load_state_dict(json.loads(json.dumps(states)))
         for stream in streams:
             issued += [sample for sample in (stream.draw() for _ in range(next(counts))) if sample is not None]
         states = [stream.state_dict() for stream in streams]
@@ -515,8 +513,8 @@ def test_a_batcher_on_one_of_two_ranks_restores_its_own_stream_whole():
         return SuccessiveBatcher(schedule, plan.stream(rank=1, world=2), run_seed=RUN_SEED)
 
     batcher = fresh()
-    ahead = [{"next": n, "world": 3, "backlog": []} for n in (30, 1, 2)]  # two of three ranks had issued nothing
-    batcher.stream.load_state_dict(ahead, rank=1)
+    ahead = [{"next": n, "rank": n % 3, "world": 3, "backlog": []} for n in (30, 1, 2)]  # two of three ranks had issued nothing
+    batcher.stream.load_state_dict(ahead)
     restored = fresh()
     restored.load_state_dict(json.loads(json.dumps(batcher.state_dict())))
     assert [restored.stream.draw() for _ in range(5)] == [batcher.stream.draw() for _ in range(5)]
@@ -546,3 +544,27 @@ def test_a_schedule_that_cannot_run_is_a_ValueError_that_names_the_argument(wron
 def test_no_prompts_is_a_ValueError():
     with pytest.raises(ValueError, match="prompts"):
         SampleStream([], samples_per_prompt=1, seed=0)
+
+
+@pytest.mark.parametrize(("saved", "restored"), [(2, 3), (3, 1), (1, 2)])
+def test_in_flight_responses_are_dealt_to_another_number_of_ranks_none_lost_none_twice(saved, restored):
+    plan = Plan(lengths=(9, 2, 14, 7), slots=4, cap=14)
+
+    def batcher(rank: int, world: int, slots: int) -> SuccessiveBatcher:
+        schedule = SlotSchedule(slots=slots, window=3, max_response_tokens=14)
+        return SuccessiveBatcher(schedule, plan.stream(rank=rank, world=world), run_seed=RUN_SEED)
+
+    before = [batcher(rank, saved, 4) for rank in range(saved)]
+    for one in before:
+        one.window(KnownLengthEngine(plan))
+    states = json.loads(json.dumps([one.state_dict() for one in before]))
+    after = [batcher(rank, restored, 12) for rank in range(restored)]
+    for one in after:
+        one.deal_state_dicts(states)
+    flying = sorted((r for one in before for r in one.in_flight.values()), key=lambda r: r.id)
+    dealt = sorted((r for one in after for r in one.in_flight.values()), key=lambda r: r.id)
+    assert flying, "nothing was in flight: this test would show nothing"
+    assert dealt == flying
+    assert sum(one.num_generated_tokens for one in after) == sum(one.num_generated_tokens for one in before)
+    lengths = {r.id: len(r) for r in dealt}
+    assert {c[0]: c[1] for one in after for c in one.schedule.carried if c} == lengths

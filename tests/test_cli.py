@@ -174,9 +174,7 @@ def test_a_folder_that_cannot_be_written_is_named(field, refuse, tmp_path):
     (tmp_path / "file").write_text("in the way")
     below = str(tmp_path / "file" / "run")
     argv = ["train", *options(model__warm_start_steps=3), "--run.out", str(tmp_path / "out")]
-    code_line = (
-        refuse(*argv, *(["--run.out", below] if field == "run.out" else []), words=(below,)) if field == "run.out" else None
-    )
+    code_line = refuse(*argv, *(["--run.out", below] if field == "run.out" else []), words=(below,)) if field == "run.out" else None
     if code_line is None:
         code_line = refuse(*argv, "--run.cache", below, words=(below,), paths=False)
     assert field in code_line
@@ -230,9 +228,7 @@ def _model_folder(tmp_path_factory) -> Path:
 
 def test_prompt_and_response_longer_than_the_models_context_are_refused(refuse, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 300, "max_position_embeddings": 32}))
-    refuse(
-        "train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "32")
-    )
+    refuse("train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "32"))
 
 
 def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(refuse, tmp_path, model_folder):
@@ -286,9 +282,7 @@ def test_a_folder_that_holds_a_run_is_neither_overwritten_nor_touched(refuse, ru
 
 
 def test_resume_without_a_checkpoint_is_refused(refuse, tmp_path):
-    refuse(
-        "train", *options(run__resume="true"), "--run.out", str(tmp_path / "new"), words=("run.resume", str(tmp_path / "new"))
-    )
+    refuse("train", *options(run__resume="true"), "--run.out", str(tmp_path / "new"), words=("run.resume", str(tmp_path / "new")))
 
 
 @pytest.mark.parametrize(
@@ -436,9 +430,7 @@ def start(*argv: str) -> subprocess.Popen:
 
 def test_ctrl_c_ends_at_a_steps_edge_with_a_checkpoint_and_exit_code_130(tmp_path, cache):
     out = tmp_path / "run"
-    process = start(
-        "train", *options(run__steps=10**6, run__checkpoint_every=0), "--run.out", str(out), "--run.cache", str(cache)
-    )
+    process = start("train", *options(run__steps=10**6, run__checkpoint_every=0), "--run.out", str(out), "--run.cache", str(cache))
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:

@@ -46,8 +46,13 @@ def engine_of(policy, slots=16, **options):
 
 def request(response_id, prompt, max_new_tokens=20, response=(), run_seed=7, sample_index=0):
     seed = request_seed(run_seed, response_id, sample_index, len(response))
-    return Request(response_id=response_id, token_ids=[*prompt, *response], max_new_tokens=max_new_tokens, seed=seed,
-                   num_response_tokens=len(response))
+    return Request(
+        response_id=response_id,
+        token_ids=[*prompt, *response],
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        num_response_tokens=len(response),
+    )
 
 
 def finish(engine):

@@ -265,9 +265,7 @@ def test_the_joint_critic_trains_on_the_policys_tokens_towards_advantage_plus_va
     assert len(call["rows"]) == len(by_prompt) == 5
     for (prompt, _), value_T, g_T in zip(call["rows"], call["value"], call["gradient"], strict=True):
         r = by_prompt[prompt]
-        torch.testing.assert_close(
-            (value_T - g_T * num_tokens)[: len(r)], torch.full((len(r),), score_of(r)), rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close((value_T - g_T * num_tokens)[: len(r)], torch.full((len(r),), score_of(r)), rtol=0, atol=1e-4)
         assert not g_T[len(r) :].any()
 
 
@@ -286,9 +284,7 @@ def test_the_values_that_anchor_the_critics_clip_are_of_the_step_that_sampled_th
         for s in trainer.slices:
             assert s.response.values[: s.begin] == earlier.get(s.response.id, [])
             earlier[s.response.id] = list(s.response.values)
-            (values_T,) = [
-                v[prompts.index(key)] for prompts, v in seen if (key := tuple(s.response.prompt.token_ids)) in prompts
-            ]
+            (values_T,) = [v[prompts.index(key)] for prompts, v in seen if (key := tuple(s.response.prompt.token_ids)) in prompts]
             assert s.response.values[s.begin : s.stop] == values_T[s.begin : s.stop].tolist()
             assert len(s.response.values) == len(s.response)
         seen.clear()
@@ -323,9 +319,7 @@ def test_F3_prompt_and_padding_tokens_reach_no_loss():
 
 
 def without_clock(metrics: dict[str, float]) -> dict[str, float]:
-    return {
-        k: v for k, v in metrics.items() if not k.startswith("time/") and k not in ("rollout/tokens_per_s", "rollout/idle_s")
-    }
+    return {k: v for k, v in metrics.items() if not k.startswith("time/") and k not in ("rollout/tokens_per_s", "rollout/idle_s")}
 
 
 # ------------------------------------------------------------------------------- F4: against the policy that sampled the token

@@ -7,7 +7,7 @@ The three estimators are one recursion. Inside a row's run, from its last token 
 and they differ in what follows the last token (nothing, a given value, or its own value) and in lam. This is the
 recursion A_t = delta_t + gamma lam A_{t+1} with V added on both sides. Scanning G is closer to float64 near lam = 1,
 where the terms V_{t+1} nearly vanish instead of having to cancel. `_scan` computes it in chunks; the arguments are checked
-in checks.py. Suffixes: B responses, T response tokens, R rows and W columns of one tile, K chunks of C tokens.
+in checks.py. Suffixes: B responses, T response tokens, R rows that are worked on at a time, K chunks of C tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from tppo_ref.checks import (
 )
 
 CutValue = Literal["previous", "critic", "zero"]
+CACHED = 400_000  # elements of x that a CPU core works on at a time: with their neighbours they should stay in its cache
 WHITEN_EPS = 1e-8  # added to the standard deviation by `whiten`
 
 
@@ -197,6 +198,16 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None,
 # The scan
 
 
+class Level(NamedTuple):
+    """One level of the scan: G of a chunk of C tokens alone is x @ within; what follows it adds G_next * carry."""
+
+    within: Tensor  # [C, C], or [B, C, C] with a lambda per row
+    carry: Tensor  # [1, 1, C] or [B, 1, C]
+
+    def rows(self, some: slice) -> Level:
+        return self if len(self.carry) == 1 else Level(self.within[some], self.carry[some])
+
+
 def _scan(
     rewards_BT: Tensor,
     values_BT: Tensor | None,
@@ -207,30 +218,31 @@ def _scan(
     lam_B1: Tensor,
 ) -> Tensor:
     """A_BT by the recursion of the module's docstring, or G_BT without values; end_B is V after the last token."""
-    (B, T), on_cpu = rewards_BT.shape, rewards_BT.device.type == "cpu"
     out_BT = _empty_like(rewards_BT)
-    if B == 0 or T == 0:
+    spans = list(zip(*torch.stack(runs).tolist(), strict=True))
+    begin = min((first for first, stop in spans if stop), default=0)
+    end = max((stop for _, stop in spans), default=0)
+    out_BT[:, :begin], out_BT[:, end:] = 0, 0
+    if end == 0:
         return out_BT
     last_x_B = _at(rewards_BT, runs.stop_B - 1) + gamma * end_B
-    R, K, C = (256, 64, 16) if on_cpu else (B, 128, 64)  # a CPU wants tiles in its cache, a GPU few kernels
-    K = min(K, -(-T // C))
-    x_RKC, y_RKC = rewards_BT.new_empty(2, min(R, B), K, C)
-    finite_B = []
+    last_x_B1 = torch.where(runs.stop_B > 0, last_x_B, 0)[:, None]
+    last_B1 = (runs.stop_B - 1 - begin).clamp(min=0)[:, None]
+    spans = [(max(first - begin, 0), max(stop - begin, 0)) for first, stop in spans]
     with _full_precision(rewards_BT.device.type):
-        for top in range(0, B, R):
-            some = slice(top, min(top + R, B))
-            tile = slice(0, some.stop - top)
-            finite_B.append(
-                _scan_rows(
-                    (rewards_BT[some], None if values_BT is None else values_BT[some], mask_BT[some], out_BT[some]),
-                    (runs.first_B[some], runs.stop_B[some], last_x_B[some]),
-                    (gamma, lam_B1 if len(lam_B1) == 1 else lam_B1[some]),
-                    (x_RKC[tile], y_RKC[tile]),
-                )
-            )
+        head_B = _scan_rows(
+            rewards_BT[:, begin:end],
+            None if values_BT is None else values_BT[:, begin:end],
+            mask_BT[:, begin:end],
+            out_BT[:, begin:end],
+            spans,
+            (last_B1, last_x_B1),
+            (gamma * lam_B1, (gamma * (1 - lam_B1)).to(rewards_BT.dtype)),
+        )
+    finite_B = head_B.isfinite()
     if values_BT is not None:  # the scan reads V_{t+1}: the first V of each run is left to check
-        finite_B.append(_at(values_BT, runs.first_B).isfinite() | (runs.stop_B == 0))
-    if not torch.cat(finite_B).all():  # finite numbers whose sum overflows are no error of the arguments
+        finite_B &= _at(values_BT, runs.first_B).isfinite() | (runs.stop_B == 0)
+    if not finite_B.all():  # finite numbers whose sum overflows are no error of the arguments
         check_finite("rewards_BT", rewards_BT, mask_BT)
         if values_BT is not None:
             check_finite("values_BT", values_BT, mask_BT)
@@ -238,66 +250,84 @@ def _scan(
 
 
 def _scan_rows(
-    tokens: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    ends: tuple[Tensor, Tensor, Tensor],
-    rates: tuple[float, Tensor],
-    buffers: tuple[Tensor, Tensor],
+    rewards_BT: Tensor,
+    values_BT: Tensor | None,
+    mask_BT: Tensor,
+    out_BT: Tensor,
+    spans: list[tuple[int, int]],
+    last: tuple[Tensor, Tensor],
+    rates: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Fills `out` for R rows, tile by tile of K C columns, from right to left; returns where all that was read is finite.
+    """Fills `out`, a few whole rows at a time; returns G at column 0, which is finite if all that was read is.
 
-    With x_t = r_t + gamma (1 - lam) V_{t+1} and a = gamma lam, G within a chunk of C tokens is x times the triangular
-    matrix of powers of a. The same recursion, with a^C for a, links the heads (first tokens) of the K chunks and of
-    what lies right of the tile. A number that is not finite stays so on its way to the head, even times 0, so
-    looking at the last head is enough.
+    With x_t = r_t + gamma (1 - lam) V_{t+1}, and r_t + gamma V(end) at the last token, G_t = x_t + a G_{t+1},
+    a = gamma lam. On its way to column 0 a number that is not finite stays so, even times 0.
     """
-    (rewards_RT, values_RT, mask_RT, out_RT), (first_R, stop_R, last_x_R), (gamma, lam_R1) = tokens, ends, rates
-    x_RKC, y_RKC = buffers
-    (R, K, C), T, zero = x_RKC.shape, rewards_RT.shape[1], rewards_RT.new_zeros(())
-    x_RW, y_RW = x_RKC.view(R, K * C), y_RKC.view(R, K * C)
-    a_R1, mix_R1 = gamma * lam_R1, (gamma * (1 - lam_R1)).to(zero.dtype)
-    within, across = _powers(a_R1, C).to(zero.dtype), _powers(a_R1**C, K + 1).to(zero.dtype)
-    to_edge_R1C = (a_R1 ** torch.arange(C, 0, -1, device=zero.device)).to(zero.dtype)[:, None]
-    heads_RK = rewards_RT.new_zeros(R, K + 1)
-    # Columns that some run holds, and columns that every run holds.
-    begin, end = int(torch.where(stop_R > 0, first_R, T).min()), int(stop_R.max())
-    all_begin, all_end = int(first_R.max()), int(stop_R.min())
-    out_RT[:, :begin], out_RT[:, end:] = 0, 0
-    for hi in range(end, begin, -K * C):
-        lo = max(hi - K * C, begin)
-        pad = K * C - (hi - lo)  # a narrow tile is filled from its right end, next to what it continues
-        x, y, mask, out = x_RW[:, pad:], y_RW[:, pad:], mask_RT[:, lo:hi], out_RT[:, lo:hi]
-        x_RW[:, :pad] = 0
-        if values_RT is None:
-            x.copy_(rewards_RT[:, lo:hi])
+    (B, T), on_cpu, (last_B1, last_x_B1), (a_B1, mix_B1) = rewards_BT.shape, rewards_BT.device.type == "cpu", last, rates
+    R = min(B, max(1, CACHED * torch.get_num_threads() // T)) if on_cpu else B
+    levels = _levels(a_B1, T, 16 if on_cpu else 64, rewards_BT.dtype)
+    C = levels[0].carry.shape[-1]
+    x_RKC, y_RKC = rewards_BT.new_zeros(2, R, -(-T // C), C)  # the columns after T stay 0
+    head_B = rewards_BT.new_empty(B)
+    for top in range(0, B, R):
+        some = slice(top, min(top + R, B))
+        x_RKC, y_RKC = x_RKC[: some.stop - top], y_RKC[: some.stop - top]
+        x_RT, y_RT = x_RKC.flatten(1)[:, :T], y_RKC.flatten(1)[:, :T]
+        if values_BT is None:
+            x_RT.copy_(rewards_BT[some])
         else:
-            after = min(hi + 1, T)
-            torch.addcmul(rewards_RT[:, lo : after - 1], values_RT[:, lo + 1 : after], mix_R1, out=x[:, : after - 1 - lo])
-            x[:, after - 1 - lo :] = 0
-        inside = all_begin <= lo and hi <= all_end
-        if not inside:  # by selection, not by a product: 0 * NaN is NaN
-            torch.where(mask, x, zero, out=x)
-        if all_end <= hi:
-            rows = ((lo < stop_R) & (stop_R <= hi)).nonzero()[:, 0]
-            x[rows, stop_R[rows] - 1 - lo] = last_x_R[rows]
-        torch.matmul(x_RKC, within, out=y_RKC)
-        heads_RK[:, K] = heads_RK[:, 0]
-        heads_RK[:, :K] = y_RKC[:, :, 0]
-        heads_RK = (heads_RK[:, None] @ across)[:, 0]
-        y_RKC.addcmul_(heads_RK[:, 1:, None], to_edge_R1C)
-        if values_RT is not None:
-            y = torch.sub(y, values_RT[:, lo:hi], out=out if inside else y)
-        if not inside:
-            torch.where(mask, y, zero, out=out)
-        elif values_RT is None:
-            out.copy_(y)
-    return heads_RK[:, 0].isfinite()
+            mix_R1 = mix_B1 if len(mix_B1) == 1 else mix_B1[some]
+            torch.addcmul(rewards_BT[some, :-1], values_BT[some, 1:], mix_R1, out=x_RT[:, :-1])
+        _zero_outside(x_RT, mask_BT[some], spans[some])
+        x_RT.scatter_(1, last_B1[some], last_x_B1[some])  # in an empty row 0 at column 0
+        _scan_chunks(x_RKC, [level.rows(some) for level in levels], out_RKC=y_RKC)
+        head_B[some] = y_RT[:, 0]
+        if values_BT is None:
+            out_BT[some] = y_RT
+        else:
+            torch.sub(y_RT, values_BT[some], out=out_BT[some])
+        _zero_outside(out_BT[some], mask_BT[some], spans[some])
+    return head_B
 
 
-def _powers(base_R1: Tensor, n: int) -> Tensor:
-    """float64 [R, n, n] with base^(i-j) at [i, j] where i >= j, else 0; [n, n] for a single base. 0^0 is 1."""
-    power_Rn = base_R1 ** torch.arange(n - 1, -1, -1, device=base_R1.device)
-    windows = torch.cat([power_Rn, power_Rn.new_zeros(len(power_Rn), n - 1)], dim=1).unfold(1, n, 1)
-    return windows.flip(1).squeeze(0)
+def _scan_chunks(x_RKC: Tensor, levels: list[Level], out_RKC: Tensor | None = None) -> Tensor:
+    """G from x: each chunk by itself, then the heads (first tokens) of all chunks, one level up, then what they carry."""
+    (within, carry), (R, K, _) = levels[0], x_RKC.shape
+    y_RKC = torch.matmul(x_RKC, within, out=out_RKC)
+    if K > 1:
+        C = levels[1].carry.shape[-1]
+        heads_RKC = x_RKC.new_zeros(R, -(-K // C), C)
+        heads_RKC.view(R, -1)[:, :K] = y_RKC[:, :, 0]
+        head_RK = _scan_chunks(heads_RKC, levels[1:]).view(R, -1)
+        y_RKC[:, :-1].addcmul_(head_RK[:, 1:K, None], carry)
+    return y_RKC
+
+
+def _levels(a_B1: Tensor, T: int, C: int, dtype: torch.dtype) -> list[Level]:
+    """Chunks of C tokens, then of their heads, until one chunk is left. Powers in float64, 0^0 is 1."""
+    levels = []
+    while True:
+        power_BC = a_B1 ** torch.arange(C, -1, -1, device=a_B1.device)
+        padded = torch.cat([power_BC[:, 1:], torch.zeros_like(power_BC[:, 1:-1])], dim=1).to(dtype)
+        within = padded.unfold(1, C, 1).flip(1)  # a^(i-j) at [i, j] where i >= j, else 0
+        levels.append(Level(within.squeeze(0), power_BC[:, None, :-1].to(dtype)))
+        T = -(-T // C)
+        if T == 1:
+            return levels
+        a_B1, C = power_BC[:, :1], min(T, 48)
+
+
+def _zero_outside(x_RT: Tensor, mask_RT: Tensor, spans: list[tuple[int, int]]) -> None:
+    """By assignment, not by a product: 0 * NaN is NaN. On a CPU `where` takes longer than all the rest of the scan."""
+    whole = (0, x_RT.shape[1])
+    if all(span == whole for span in spans):
+        return
+    if x_RT.device.type != "cpu":
+        torch.where(mask_RT, x_RT, 0, out=x_RT)
+        return
+    for row, (first, stop) in zip(x_RT.numpy(), spans, strict=True):
+        row[:first] = 0
+        row[stop:] = 0
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ class SampleStream:
         if samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt: expected at least 1, got {samples_per_prompt}")
         self.prompts, self.samples_per_prompt, self.seed, self.world = prompts, samples_per_prompt, seed, world
-        self.limit = limit
+        self.limit, self.rank = limit, rank
         self.next = rank
         self.backlog: list[int] = []  # issued to nobody when the number of ranks changed; drawn first
         self._order: tuple[int, np.ndarray] | None = None
@@ -174,16 +174,18 @@ class SampleStream:
         return self.prompts[int(self._order[1][place])], epoch * self.samples_per_prompt + index
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next": self.next, "world": self.world, "backlog": list(self.backlog)}
+        return {"next": self.next, "rank": self.rank, "world": self.world, "backlog": list(self.backlog)}
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]], *, rank: int = 0) -> None:
-        """States of all ranks of the run that saved them. On another number of ranks what was not issued is dealt anew."""
-        if len(states) == self.world:
-            self.next, self.backlog = states[rank]["next"], list(states[rank]["backlog"])
-            return
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """This rank's own state among `states`; from another number of ranks: all their states, what was not issued dealt anew."""
+        for state in states:
+            if (state["rank"], state["world"]) == (self.rank, self.world):
+                self.next, self.backlog = state["next"], list(state["backlog"])
+                return
         top = max(state["next"] for state in states)
         missed = [g for state in states for g in (*state["backlog"], *range(state["next"], top, state["world"]))]
-        self.backlog, self.next = sorted(missed)[rank :: self.world], top + rank
+        missed = [g for g in missed if self.limit is None or g < self.limit]
+        self.backlog, self.next = sorted(missed)[self.rank :: self.world], top + self.rank
 
 
 class SuccessiveBatcher:
@@ -280,8 +282,20 @@ class SuccessiveBatcher:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What this rank saved, on the same number of ranks."""
         self.schedule.load_state_dict(state["schedule"])
         self.stream.load_state_dict([state["stream"]])
         responses = [Response.from_state_dict(r) for r in state["in_flight"]]
         self.in_flight = {response.id: response for response in responses}
         self.num_generated_tokens = state["num_generated_tokens"]
+
+    def deal_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """What another number of ranks saved, all their states: unissued samples and in-flight responses are dealt anew."""
+        stream = self.stream
+        stream.load_state_dict([state["stream"] for state in states])
+        saved = sorted((r for state in states for r in state["in_flight"]), key=lambda r: r["id"])
+        responses = [Response.from_state_dict(r) for r in saved[stream.rank :: stream.world]]
+        self.schedule.load_state_dict({"carried": [(r.id, len(r)) for r in responses]})
+        self.in_flight = {response.id: response for response in responses}
+        # Counted once over all ranks: the sum is what the ledger holds.
+        self.num_generated_tokens = sum(state["num_generated_tokens"] for state in states) if stream.rank == 0 else 0

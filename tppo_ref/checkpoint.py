@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tppo_ref.trainer import Trainer
 from tppo_ref.types import Response, UserError
 
 MANIFEST = "manifest.json"
+STATE_KEYS = ("num_steps", "version", "train_s", "ledger", "verdicts", "learner_steps", "held", "batcher", "config")
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, *, keep: int, config: dict[str, Any]) -> Path:
@@ -57,11 +59,13 @@ def _write(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
     trainer.policy.module.save_pretrained(folder / "policy")
     trainer.value.module.save_pretrained(folder / "value")
     if trainer.ewma is not None:
-        save_file({name: tensor.contiguous() for name, tensor in trainer.ewma.state_dict().items()}, folder / "ewma.safetensors")
+        # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
+        save_file({name: p.detach().clone() for name, p in trainer.ewma.named_parameters()}, folder / "ewma.safetensors")
     optimisers = {learner.name: learner.optimiser.state_dict() for learner in (trainer.policy, trainer.value)}
     torch.save(optimisers | {"torch_rng": torch.get_rng_state()}, folder / "optimisers.pt")
     (folder / "state.json").write_text(json.dumps({
         "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s, "ledger": dict(trainer.ledger),
+        "verdicts": dict(trainer.verdicts),
         "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy, trainer.value)},
         "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(), "config": config,
     }))  # fmt: skip
@@ -86,8 +90,12 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name, digest in manifest.items():
             if _digest(folder / name) != digest:
                 raise UserError(f"checkpoint {folder}: {name} is not what was written; {remedy}")
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError, AttributeError) as error:
+        state = json.loads((folder / "state.json").read_text())
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing or not isinstance(state["config"], dict):
+            raise UserError(f"checkpoint {folder}: state.json lacks {', '.join(missing) or 'a config'}; {remedy}")
+        return state
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"checkpoint {folder}: cannot be read ({error}); {remedy}") from None
 
 
@@ -100,13 +108,18 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
             learner.optimiser.load_state_dict(optimisers[learner.name])
             learner.num_steps = state["learner_steps"][learner.name]
         if trainer.ewma is not None:
-            trainer.ewma.load_state_dict(load_file(folder / "ewma.safetensors"))
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {folder}: does not fit this run ({error}); use the run's own config") from None
+            averaged = load_file(folder / "ewma.safetensors")
+            for name, parameter in trainer.ewma.named_parameters():
+                parameter.data.copy_(averaged[name])
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(f"checkpoint {folder}: does not fit this run ({first_line}); use the run's own config") from None
     torch.set_rng_state(optimisers["torch_rng"])
     trainer.num_steps, trainer.version, trainer.train_s = state["num_steps"], state["version"], state["train_s"]
     trainer.ledger.clear()
     trainer.ledger.update(state["ledger"])
+    trainer.verdicts.clear()
+    trainer.verdicts.update(state["verdicts"])
     trainer.held = [Response.from_state_dict(response) for response in state["held"]]
     trainer.batcher.load_state_dict(state["batcher"])
     trainer.engine.load_weights(trainer.policy.module.named_tensors(), trainer.version)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -290,7 +291,7 @@ def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     for path, value in overrides.items():
         head, _, rest = path.partition(".")
         known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
-        if head not in known:
+        if head not in known or (rest and path not in field_paths(type(config))):
             raise UserError(f"{path}: no such field{nearest(path, field_paths(type(config)))}")
         value = replace_fields(getattr(config, head), {rest: value}) if rest else value
         config = dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
@@ -309,12 +310,9 @@ def field_paths(config_class: Any, prefix: str = "") -> list[str]:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """'; did you mean X?' for the closest known name, or nothing when none is close."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not close:  # a right field under the wrong section
-        tail = name.rpartition(".")[2]
-        close = [n for n in names if n.rpartition(".")[2] == tail] or difflib.get_close_matches(
-            tail, [n.rpartition(".")[2] for n in names], n=1, cutoff=0.6
-        )
+    tail = name.rpartition(".")[2]
+    misplaced = [n for n in names if n.rpartition(".")[2] == tail]  # a right field under the wrong section
+    close = misplaced or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -356,12 +354,34 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     parser.add_argument("--config", action="config", help="YAML or JSON file with any of the fields below.")
     parser.add_class_arguments(config_class, None)
     names = field_paths(config_class)
+    _check_config_files(argv)
     try:
         parsed = parser.parse_args(list(argv))
         values = parser.instantiate(parsed).as_dict()
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_line(str(error), names)) from None
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def _check_config_files(argv: Sequence[str]) -> None:
+    """Each `--config FILE` is a mapping of sections: told here with the file's name, which jsonargparse leaves out."""
+    import yaml
+
+    pairs = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+    pairs += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    for name in pairs:
+        try:
+            content = yaml.safe_load(Path(name).read_text())
+        except OSError as error:
+            raise UserError(f"config: cannot read {name} ({error.strerror}); give an existing file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"config: {name} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from None
+        sections = content if isinstance(content, dict) else {"the file": content}
+        for section, fields in sections.items():
+            if not isinstance(fields, dict):
+                raise UserError(
+                    f"config: {name}: expected `section:` with `field: value` lines under it, got {section}: {fields!r}"
+                )
 
 
 def _one_line(message: str, names: Sequence[str]) -> str:
@@ -384,7 +404,8 @@ AT_LEAST_ONE = (
     "rollout.slots", "rollout.window", "rollout.max_response_tokens", "rollout.samples_per_prompt", "policy.epochs",
     "policy.mini_batches", "policy.micro_batch_tokens", "value.epochs", "value.mini_batches", "value.micro_batch_tokens",
     "run.steps", "run.threads", "run.eval_prompts", "run.eval_samples", "run.checkpoints_kept", "compare.seeds", "compare.jobs",
-    "task.verifier_workers", "model.warm_start_steps", "value.pretrain_epochs",
+    "task.verifier_workers", "model.warm_start_steps", "value.pretrain_epochs", "model.hidden_size", "model.num_layers",
+    "model.num_heads",
 )  # fmt: skip
 POSITIVE = (
     "policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
@@ -394,7 +415,7 @@ NOT_NEGATIVE = (
     "advantage.tail_tokens", "rollout.min_response_tokens", "policy.mini_batch_tokens", "value.mini_batch_tokens",
     "policy.lr_warmup_steps", "value.lr_warmup_steps", "value.warmup_steps", "value.batch_responses", "run.checkpoint_every",
     "run.eval_every_s", "model.logit_chunk_tokens", "policy.lm_loss_weight", "policy.weight_decay", "value.weight_decay",
-    "value.pretrain_responses", "policy.clip_low", "policy.clip_high",
+    "value.pretrain_responses", "policy.clip_low", "policy.clip_high", "run.seed",
 )  # fmt: skip
 
 
@@ -416,6 +437,14 @@ def check(config: Config) -> None:
             raise UserError(f"{path}: expected a number from 0 to 1, got {number}")
     if not 0 <= config.policy.ewma_decay < 1:
         raise UserError(f"policy.ewma_decay: expected a number from 0 up to, not including, 1, got {config.policy.ewma_decay}")
+    if config.model.hidden_size % (2 * config.model.num_heads):
+        raise UserError(
+            f"model.hidden_size: expected a multiple of twice model.num_heads ({config.model.num_heads}), "
+            f"got {config.model.hidden_size}"
+        )
+    for path in ("value.clip_low", "value.clip_high"):
+        if (bound := get_field(config, path)) is not None and not bound >= 0:
+            raise UserError(f"{path}: expected a number of at least 0, or null, got {bound}")
     if rollout.min_response_tokens >= rollout.max_response_tokens:
         raise UserError(f"rollout.min_response_tokens: expected less than rollout.max_response_tokens "
                         f"({rollout.max_response_tokens}), got {rollout.min_response_tokens}")  # fmt: skip

@@ -34,7 +34,7 @@ def sample_answers(
     scores = scorer.collect()
     responses = sorted((s.response for s in slices), key=lambda response: response.id)
     for response in responses:
-        response.score = scores[response.id]
+        response.score, _ = scores[response.id]
     return responses
 
 

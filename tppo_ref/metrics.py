@@ -167,7 +167,8 @@ class Table:
         rows = []
         if resume_step is not None and path.exists():
             with path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= resume_step]
+                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(columns)]  # a kill may tear the last one
+                rows = [row for row in whole if int(row[0]) <= resume_step]
         self._file = path.open("w", newline="")
         self._writer = csv.writer(self._file)
         self._writer.writerows([columns, *rows])

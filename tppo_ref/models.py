@@ -208,6 +208,10 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
             raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
     if missing:
         raise UserError(f"{source}: lacks {len(missing)} of the model's weights, {missing[0]} first")
+    for parameter in hf.parameters():
+        # Weights read from a file lie at the file's alignment, and matrix kernels round differently with it: a resumed run would
+        # differ in last bits from one that never stopped. A clone is aligned like any other tensor.
+        parameter.data = parameter.data.clone()
     return hf.to(where)
 
 

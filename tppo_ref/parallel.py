@@ -25,7 +25,10 @@ class Parallel(Protocol):
         """`thing` of every rank, in rank order, on every rank."""
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
-        """Clip the gradient of `module` to `max_norm` in place; the norm before clipping, over all ranks' shards."""
+        """Clip the gradient of `module` to `max_norm` in place; the norm before clipping, over all ranks' shards.
+
+        Where the norm is not finite, the gradients stay as they are: somebody will want to know which one it was.
+        """
 
 
 class SingleProcess:
@@ -45,4 +48,8 @@ class SingleProcess:
         return [thing]
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if bool(torch.isfinite(norm)):
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return float(norm)

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
@@ -51,16 +52,12 @@ class TaskScorer:
         name = config.verifier or task.verifier
         self.verifier = Verifier(name, config.verifier_timeout_s, config.verifier_workers, config.failure_score)
 
-    @property
-    def counts(self) -> Counter[str]:
-        return self.verifier.counts
-
     def submit(self, response: Response) -> None:
         text = self.task.response_text(response.token_ids)
         self.verifier.submit(response.id, response.prompt.answer, response.token_ids, text)
 
-    def collect(self) -> dict[int, float]:
-        return {int(str(id)): score.value for id, score in self.verifier.collect().items()}
+    def collect(self) -> dict[int, tuple[float, str]]:
+        return {int(str(id)): (score.value, score.status) for id, score in self.verifier.collect().items()}
 
     def close(self) -> None:
         self.verifier.close()
@@ -127,6 +124,7 @@ class Session:
     """A run in one process: task, Trainer, evaluation and the run's files."""
 
     def __init__(self, config: Config):
+        torch.set_num_threads(config.run.threads)
         self.config = config
         self.out = writable_folder(config.run.out, "run.out")
         self.checkpoints = self.out / "checkpoints"

@@ -31,14 +31,10 @@ from tppo_ref.updates import update_policy, update_value
 class Scorer(Protocol):
     """Scores ended responses while others still decode. `submit` when a response ends, `collect` before the advantages."""
 
-    @property
-    def counts(self) -> Counter[str]:
-        """Verdicts so far by status: ok, timeout, error, bad_score."""
-
     def submit(self, response: Response) -> None: ...
 
-    def collect(self) -> dict[int, float]:
-        """Waits, within bounds, for everything submitted: response id -> score."""
+    def collect(self) -> dict[int, tuple[float, str]]:
+        """Waits, within bounds, for everything submitted: response id -> (score, "ok", "timeout", "error" or "bad_score")."""
 
 
 class Trainer:
@@ -70,6 +66,7 @@ class Trainer:
         self.train_s = 0.0
         self.held: list[Response] = []  # ended responses that wait for the value model's batch to fill
         self.ledger: Counter[str] = Counter()
+        self.verdicts: Counter[str] = Counter()
         self.slices: list[WindowSlice] = []  # the last window's
 
     # ------------------------------------------------------------------------------------------------ one step, top to bottom
@@ -108,7 +105,8 @@ class Trainer:
         for window_slice in self.slices:
             response = window_slice.response
             if response.ended:
-                response.score = scores[response.id]
+                response.score, status = scores[response.id]
+                self.verdicts[status] += 1
 
     def _policy_rows(self) -> PolicyRows:
         chosen = [s for s in self.slices if self.config.policy.train_on == "window" or s.response.ended]
@@ -188,7 +186,7 @@ class Trainer:
         pending = sum(len(r) - r.num_settled for r in self.batcher.in_flight.values())
         accounted = self.ledger["trained"] + self.ledger["excluded_tail"] + self.ledger["excluded_warmup"] + pending
         assert generated == accounted, f"step {self.num_steps}: {generated} tokens generated, {accounted} accounted for"
-        trained_now = float(rows.train_BT.sum())
+        trained_now = 0.0 if warming_up else float(rows.train_BT.sum())
         new, old = rows.new_BT, rows.behaviour_BT
         gap = float((rows.logprob_BT - old)[new].abs().mean()) if bool(new.any()) else 0.0
         sums = (generated, self.ledger["trained"], self.ledger["excluded_tail"], self.ledger["excluded_warmup"], pending,
@@ -202,7 +200,7 @@ class Trainer:
         mine = (len(self.slices), len(ended), sum(r.end is End.LENGTH_CAP for r in ended), sum(map(len, ended)),
                 sum(r.score or 0.0 for r in ended), sum((r.score or 0.0) > 0 for r in ended),
                 sum(s.stop - s.begin for s in self.slices), self.batcher.occupancy,
-                self.scorer.counts["timeout"], self.scorer.counts["error"] + self.scorer.counts["bad_score"])  # fmt: skip
+                self.verdicts["timeout"], self.verdicts["error"] + self.verdicts["bad_score"])  # fmt: skip
         rows, num_ended, capped, length, score, right, tokens, busy, timeouts, errors = self.parallel.sum(mine)
         longest, steps = self.parallel.max([max(map(len, ended), default=0), self.batcher.num_steps])
         occupancy = busy / self.parallel.world

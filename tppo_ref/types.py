@@ -46,8 +46,8 @@ class Response:
     token_ids       response tokens so far, the end token included
     logprobs        log-probability of each token under the policy that sampled it (the behaviour policy)
     versions        weight version of that policy, per token
-    values          V before each token, as the critic estimated it in the step that sampled the token
-                    (shorter than token_ids until that step's value pass ran); used by the critic's clip only
+    values          V before each token, as the critic estimated it in the first step that fed the token to it: the step
+                    that sampled it (partial-is: the step in which the response ended); used by the critic's clip only
     window_starts   columns at which the response's windows begin, ascending; the first is 0
     end             RUNNING, END_TOKEN or LENGTH_CAP
     score           the verifier's verdict, None until it is known
@@ -84,7 +84,8 @@ class Response:
     def from_state_dict(cls, state: dict[str, Any]) -> Response:
         prompt = state["prompt"]
         prompt = Prompt(id=prompt["id"], token_ids=tuple(prompt["token_ids"]), answer=prompt["answer"])
-        return cls(**{**state, "prompt": prompt, "end": End[state["end"]]})
+        lists = {name: list(entry) for name, entry in state.items() if isinstance(entry, list)}
+        return cls(**{**state, **lists, "prompt": prompt, "end": End[state["end"]]})
 
 
 @dataclasses.dataclass(frozen=True)
