@@ -21,7 +21,7 @@ from benchmarks.common import report
 from tppo_ref.metrics import read_metrics
 
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
-MINI_BATCH_TOKENS = (250, 500, 1000)
+MINI_BATCH_TOKENS = (125, 250, 500, 1000)
 TUNING_SEEDS = (100, 101)  # the headline uses 0 to 4
 
 
