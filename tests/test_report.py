@@ -30,12 +30,12 @@ def make_run(out: Path, method: str, seed: int, accuracies: list[float], *, step
     scale = step_s / STEP_S
     records, responses, timeline = [], [], []
     for step, accuracy in enumerate(accuracies):
-        clock = {"step": step, "time/train_s": step_s * step, "ledger/generated": TOKENS * step}
+        clock = {"step": step, "time/train_s": step_s * step, "ledger/trained": trained * TOKENS * step}
         if step:
             phases = {"step": 10.0, "rollout": 6.0, "forward": 1.0, "policy": 1.5, "value": 1.0}
             seconds = {f"time/{name}_s": value * scale for name, value in phases.items()}
             busy = {"rollout/occupancy": 0.5 if step == 1 else 1.0, "rollout/decode_steps": 3 if step == 1 else 1}
-            records.append(clock | seconds | busy | {"ledger/trained": trained * TOKENS * step})
+            records.append(clock | seconds | busy | {"ledger/generated": TOKENS * step})
             responses += [(step, step_s * step, r, 0, 10 * step + r, "END_TOKEN", 1.0) for r in (0, 2)]
             at = step_s * (step - 1)
             timeline += [(step, slot, 10 * step + r, at + scale * begin, at + scale * stop, tokens, end)
@@ -100,18 +100,18 @@ def test_target_and_crossings_are_those_worked_out_by_hand(three: Path) -> None:
     comparison = load(three, ["ppo", "tppo"], range(3))
     assert comparison.target == pytest.approx(0.63)
     assert comparison.void == ""
-    assert comparison.crossings["ppo"] == [(40.0, 400.0), (30.0, 300.0), (math.inf, math.inf)]
-    assert comparison.crossings["tppo"] == [(8.0, 200.0), (12.0, 300.0), (16.0, 400.0)]
+    assert comparison.crossings["ppo"] == [(40.0, 360.0), (30.0, 270.0), (math.inf, math.inf)]
+    assert comparison.crossings["tppo"] == [(8.0, 180.0), (12.0, 270.0), (16.0, 360.0)]
     assert figures.headline(comparison) == "T-PPO reaches 0.63 in 12.0 s, PPO in 40.0 s (median of 3 seeds)"
 
 
 def test_crossing_at_exactly_the_target_counts_and_nothing_is_interpolated(tmp_path: Path) -> None:
     out = make_comparison(tmp_path / "out", {"ppo": [[0.1, 0.7, 0.7, 0.7, 0.7]]})
     run = report.read_run(out, "ppo", 0)
-    assert report.crossing(run, 0.7) == (30.0, 300.0)  # (.7 + .7 + .7) / 3 is below .7 by a bit in floating point
-    assert report.crossing(run, 0.5000001) == (30.0, 300.0)
-    assert report.crossing(run, 0.4) == (20.0, 200.0)
-    assert report.crossing(run, 0.01) == (20.0, 200.0)  # not before there are three points
+    assert report.crossing(run, 0.7) == (30.0, 270.0)  # (.7 + .7 + .7) / 3 is below .7 by a bit in floating point
+    assert report.crossing(run, 0.5000001) == (30.0, 270.0)
+    assert report.crossing(run, 0.4) == (20.0, 180.0)
+    assert report.crossing(run, 0.01) == (20.0, 180.0)  # not before there are three points
     assert report.crossing(run, 0.71) == (math.inf, math.inf)
 
 
@@ -124,7 +124,7 @@ def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
     assert estimate("ppo", "time to target", "median") == (40, 30, math.inf)
     assert rows["ppo", "time to target", "median"]["reached"] == "2"
     assert estimate("tppo", "time to target", "median") == (12, 8, 16)
-    assert estimate("tppo", "tokens to target", "median") == (300, 200, 400)
+    assert estimate("tppo", "tokens to target", "median") == (270, 180, 360)
     assert estimate("tppo", "speed-up", "median") == (5, 2.5, math.inf)  # 40/8, 30/12, only PPO never
     assert float(rows["tppo", "speed-up", "seed 1"]["value"]) == 2.5
     assert estimate("tppo", "throughput ratio", "median") == pytest.approx((2.5, 2.5, 2.5))  # 10 s against 4 s a step
@@ -203,16 +203,16 @@ def test_learning_curves_csv_holds_what_was_put_in(reported: Path) -> None:
     rows = read_csv(reported / "learning_curves.csv")
     seed = [r for r in rows if (r["method"], r["line"]) == ("tppo", "seed 1")]
     assert [float(r["train_s"]) for r in seed] == [0, 4, 8, 12, 16]
-    assert [float(r["generated"]) for r in seed] == [0, 100, 200, 300, 400]
+    assert [float(r["trained"]) for r in seed] == [0, 90, 180, 270, 360]
     assert [float(r["accuracy"]) for r in seed] == pytest.approx([0.1, 0.2, 0.4, 2 / 3, 2.6 / 3])
     mean = [r for r in rows if (r["method"], r["line"]) == ("ppo", "mean")]
     assert [float(r["accuracy"]) for r in mean] == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.7])
-    assert [(float(r["train_s"]), float(r["generated"])) for r in mean] == [(0, 0), (10, 100), (20, 200), (30, 300), (40, 400)]
+    assert [(float(r["train_s"]), float(r["trained"])) for r in mean] == [(0, 0), (10, 90), (20, 180), (30, 270), (40, 360)]
     points = [0.7, 2.5 / 3, 1.7 / 3]
     half = 4.302652729911275 * np.std(points, ddof=1) / math.sqrt(3)
     assert (float(mean[-1]["low"]), float(mean[-1]["high"])) == pytest.approx((0.7 - half, 0.7 + half))
     crossing = next(r for r in rows if (r["method"], r["line"]) == ("tppo", "median crossing"))
-    assert [float(crossing[name]) for name in ("train_s", "generated", "accuracy")] == pytest.approx([12, 300, 0.63])
+    assert [float(crossing[name]) for name in ("train_s", "trained", "accuracy")] == pytest.approx([12, 270, 0.63])
 
 
 def test_timeline_csv_is_a_quarter_more_than_a_step_of_the_first_method(reported: Path) -> None:

@@ -209,13 +209,7 @@ class Level(NamedTuple):
 
 
 def _scan(
-    rewards_BT: Tensor,
-    values_BT: Tensor | None,
-    mask_BT: Tensor,
-    runs: Runs,
-    end_B: Tensor,
-    gamma: float,
-    lam_B1: Tensor,
+    rewards_BT: Tensor, values_BT: Tensor | None, mask_BT: Tensor, runs: Runs, end_B: Tensor, gamma: float, lam_B1: Tensor
 ) -> Tensor:
     """A_BT by the recursion of the module's docstring, or G_BT without values; end_B is V after the last token."""
     out_BT = _empty_like(rewards_BT)
@@ -225,20 +219,14 @@ def _scan(
     out_BT[:, :begin], out_BT[:, end:] = 0, 0
     if end == 0:
         return out_BT
-    last_x_B = _at(rewards_BT, runs.stop_B - 1) + gamma * end_B
-    last_x_B1 = torch.where(runs.stop_B > 0, last_x_B, 0)[:, None]
-    last_B1 = (runs.stop_B - 1 - begin).clamp(min=0)[:, None]
+    last_x_B = torch.where(runs.stop_B > 0, _at(rewards_BT, runs.stop_B - 1) + gamma * end_B, 0)
+    last = (runs.stop_B - 1 - begin).clamp(min=0)[:, None], last_x_B[:, None]
+    rates = gamma * lam_B1, (gamma * (1 - lam_B1)).to(rewards_BT.dtype)
     spans = [(max(first - begin, 0), max(stop - begin, 0)) for first, stop in spans]
     with _full_precision(rewards_BT.device.type):
-        head_B = _scan_rows(
-            rewards_BT[:, begin:end],
-            None if values_BT is None else values_BT[:, begin:end],
-            mask_BT[:, begin:end],
-            out_BT[:, begin:end],
-            spans,
-            (last_B1, last_x_B1),
-            (gamma * lam_B1, (gamma * (1 - lam_B1)).to(rewards_BT.dtype)),
-        )
+        run_BT = slice(None), slice(begin, end)
+        v_BT = None if values_BT is None else values_BT[run_BT]
+        head_B = _scan_rows(rewards_BT[run_BT], v_BT, mask_BT[run_BT], out_BT[run_BT], spans, last, rates)
     finite_B = head_B.isfinite()
     if values_BT is not None:  # the scan reads V_{t+1}: the first V of each run is left to check
         finite_B &= _at(values_BT, runs.first_B).isfinite() | (runs.stop_B == 0)
@@ -250,14 +238,9 @@ def _scan(
 
 
 def _scan_rows(
-    rewards_BT: Tensor,
-    values_BT: Tensor | None,
-    mask_BT: Tensor,
-    out_BT: Tensor,
-    spans: list[tuple[int, int]],
-    last: tuple[Tensor, Tensor],
-    rates: tuple[Tensor, Tensor],
-) -> Tensor:
+    rewards_BT: Tensor, values_BT: Tensor | None, mask_BT: Tensor, out_BT: Tensor,
+    spans: list[tuple[int, int]], last: tuple[Tensor, Tensor], rates: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
     """Fills `out`, a few whole rows at a time; returns G at column 0, which is finite if all that was read is.
 
     With x_t = r_t + gamma (1 - lam) V_{t+1}, and r_t + gamma V(end) at the last token, G_t = x_t + a G_{t+1},
@@ -267,7 +250,8 @@ def _scan_rows(
     R = min(B, max(1, CACHED * torch.get_num_threads() // T)) if on_cpu else B
     levels = _levels(a_B1, T, 16 if on_cpu else 64, rewards_BT.dtype)
     C = levels[0].carry.shape[-1]
-    x_RKC, y_RKC = rewards_BT.new_zeros(2, R, -(-T // C), C)  # the columns after T stay 0
+    x_RKC, y_RKC = rewards_BT.new_empty(2, R, -(-T // C), C)
+    x_RKC.flatten(1)[:, T:] = 0
     head_B = rewards_BT.new_empty(B)
     for top in range(0, B, R):
         some = slice(top, min(top + R, B))
@@ -323,7 +307,7 @@ def _zero_outside(x_RT: Tensor, mask_RT: Tensor, spans: list[tuple[int, int]]) -
     if all(span == whole for span in spans):
         return
     if x_RT.device.type != "cpu":
-        torch.where(mask_RT, x_RT, 0, out=x_RT)
+        torch.where(mask_RT, x_RT, x_RT.new_zeros(()), out=x_RT)
         return
     for row, (first, stop) in zip(x_RT.numpy(), spans, strict=True):
         row[:first] = 0

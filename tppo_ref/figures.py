@@ -93,10 +93,10 @@ def values(rows: Rows, name: str) -> np.ndarray:
 
 def learning_curve_rows(comparison: Comparison) -> Rows:
     """3-point running means of the accuracy: of each seed, their mean over seeds, evaluation by evaluation, with its 95 % band;
-    then where the median seed reaches the target. train_s in seconds, generated in response tokens."""
+    then where the median seed reaches the target. train_s in seconds, trained in response tokens."""
     rows: Rows = []
     for method, runs in comparison.runs.items():
-        curves = [(r.evaluations["time/train_s"], r.evaluations["ledger/generated"], running_mean(r.accuracy)) for r in runs]
+        curves = [(r.evaluations["time/train_s"], r.evaluations["ledger/trained"], running_mean(r.accuracy)) for r in runs]
         for run, (seconds, tokens, accuracy) in zip(runs, curves, strict=True):
             rows += [curve_row(method, f"seed {run.seed}", *point) for point in zip(seconds, tokens, accuracy, strict=True)]
         for i in range(min(len(seconds) for seconds, _, _ in curves)):
@@ -109,15 +109,15 @@ def learning_curve_rows(comparison: Comparison) -> Rows:
 
 def curve_row(method: str, line: str, train_s: float, tokens: float, accuracy: float, *band: float) -> dict[str, Any]:
     low, high = map(float, band or (np.nan, np.nan))
-    return {"method": method, "line": line, "train_s": float(train_s), "generated": float(tokens), "accuracy": float(accuracy),
+    return {"method": method, "line": line, "train_s": float(train_s), "trained": float(tokens), "accuracy": float(accuracy),
             "low": low, "high": high}  # fmt: skip
 
 
 def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None:
-    """Accuracy against training-clock seconds (left) and generated response tokens (right)."""
+    """Accuracy against training-clock seconds (left) and trained response tokens (right)."""
     figure = Figure(figsize=(8, 4.2), dpi=DPI, layout="constrained")
     target: dict[str, Any] = {"color": "#444444", "linestyle": (0, (4, 4)), "linewidth": 1.0}
-    for axes, x, scale in zip(figure.subplots(1, 2, sharey=True), ("train_s", "generated"), (1.0, 1e-3), strict=True):
+    for axes, x, scale in zip(figure.subplots(1, 2, sharey=True), ("train_s", "trained"), (1.0, 1e-3), strict=True):
         axes.axhline(comparison.target, **target)
         for method, runs in comparison.runs.items():
             line, mark = style(comparison, method)
@@ -139,7 +139,7 @@ def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None
         axes.set_ylim(drawn.min() - margin, drawn.max() + margin)
     left, right = figure.axes
     tidy(left, title="against time", x="training clock (s)", y="accuracy (share of answers, 3-point mean)")
-    tidy(right, title="against data", x="generated response tokens (thousands)", y="")
+    tidy(right, title="against data", x="trained response tokens (thousands)", y="")
     figure.suptitle(headline(comparison), fontsize=FONT + 1.5, fontweight="bold", wrap=True)
     handles: list[Any] = [method_handle(comparison, m, curve_label(comparison, m)) for m in comparison.runs]
     handles.append(Line2D([], [], **target, label=f"target {comparison.target:.3f}"))

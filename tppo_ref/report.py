@@ -21,7 +21,7 @@ from tppo_ref.types import UserError
 POINTS = 3  # evaluations in a running mean
 BOOTSTRAP_SEEDS = 5  # with fewer seeds, a bootstrap of the median says less than their range
 PHASES = ("rollout", "forward", "policy", "value")  # of the training clock; the rest is "other"
-EVALUATION = ("step", "time/train_s", "ledger/generated", "eval/accuracy", "eval/length_mean", "eval/length_p99")
+EVALUATION = ("step", "time/train_s", "ledger/trained", "eval/accuracy", "eval/length_mean", "eval/length_p99")
 STEP = ("step", "time/train_s", "time/step_s", "ledger/generated", "ledger/trained", "rollout/occupancy", "rollout/decode_steps",
         *(f"time/{phase}_s" for phase in PHASES))  # fmt: skip
 RERUN = "remove its folder and run compare again"
@@ -31,7 +31,7 @@ DEFINITIONS = (
     "first evaluation, final the mean of the last three, best the highest mean of three in a row.",
     "Target: {share:g} x the best 3-point mean of {first}'s accuracy averaged over seeds (evaluation by evaluation, as far as each "
     "seed has them), here {target:.3f}.",
-    "Time and tokens to target: training clock (evaluation and checkpoints excluded) and generated response tokens at the first "
+    "Time and tokens to target: training clock (evaluation and checkpoints excluded) and trained response tokens at the first "
     "evaluation at which the trailing 3-point mean of that seed reaches the target; nothing is interpolated, and a seed that never "
     "reaches it is not dropped but counts as infinite.",
     "Speed-up: time to target of {first} / that of the other method, seed by seed, then the median; a seed in which the other "
@@ -53,7 +53,7 @@ class Estimate(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """Where a seed reaches the target: seconds of the training clock and generated tokens, infinite where it never does."""
+    """Where a seed reaches the target: seconds of the training clock and trained tokens, infinite where it never does."""
 
     train_s: float
     tokens: float
@@ -210,7 +210,7 @@ def crossing(run: Run, target: float) -> Crossing:
     means = whole_means(run.accuracy)
     reached = np.flatnonzero(means >= target - 1e-12)  # the mean of equal numbers may differ from them in the last bit
     at = len(run.accuracy) - len(means) + reached[:1]
-    found = [float(x) for name in ("time/train_s", "ledger/generated") for x in run.evaluations[name][at]]
+    found = [float(x) for name in ("time/train_s", "ledger/trained") for x in run.evaluations[name][at]]
     return Crossing(*found or (math.inf, math.inf))
 
 

@@ -237,8 +237,8 @@ class Session:
             slots=self.eval_slots, max_response_tokens=self.config.rollout.max_response_tokens,
         )  # fmt: skip
         self.eval_engine.load_weights(None, self.trainer.version)  # the next step changes the weights under its cache
-        generated = self.trainer.batcher.num_generated_tokens
-        self.log.log(self.trainer.num_steps, metrics | {"time/train_s": self.trainer.train_s, "ledger/generated": generated})
+        trained = self.trainer.ledger["trained"]
+        self.log.log(self.trainer.num_steps, metrics | {"time/train_s": self.trainer.train_s, "ledger/trained": trained})
         self.accuracy, self.evaluated_at = metrics["eval/accuracy"], self.trainer.num_steps
 
     def save(self) -> Path:
