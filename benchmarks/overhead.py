@@ -3,8 +3,8 @@
     python -m benchmarks.overhead [--steps 1000]
 
 "Own share": everything in a step outside of model forward, backward, optimiser and decoding, over the step's seconds (aim: at
-most 5 %). Occupancy with immediate refill (aim: at least 98 %). Memory: resident bytes at the end against those after a tenth of the
-steps (aim: flat, within 2 %). The run is the chain task with the demo's settings.
+most 5 %). Occupancy with immediate refill (aim: at least 98 %). Memory: resident bytes at the end against those after a tenth of
+the steps (aim: flat, within 2 %). The run is the chain task with the demo's settings.
 """
 
 from __future__ import annotations

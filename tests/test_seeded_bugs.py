@@ -29,6 +29,16 @@ class Bug(NamedTuple):
 
 
 BUGS = [
+    Bug("a response that ended is bootstrapped too", "advantages.py", "used_B = cut_B & (runs.stop_B > runs.first_B)",
+        "used_B = runs.stop_B > runs.first_B", "test_advantages.py::test_rows_that_are_not_cut_agree_with_gae_whatever_their_neighbours_are"),
+    Bug("the cut takes the value of one token earlier", "advantages.py", "torch.where(used_B, _at(values_BT, runs.stop_B - 1), end_B)",
+        "torch.where(used_B, _at(values_BT, runs.stop_B - 2), end_B)", "test_advantages.py::test_egae_by_hand"),
+    Bug("the bootstrap value is not discounted", "advantages.py", "_at(rewards_BT, runs.stop_B - 1) + gamma * end_B",
+        "_at(rewards_BT, runs.stop_B - 1) + end_B", "test_advantages.py::test_egae_is_its_definition"),
+    Bug("values outside the mask leak in", "advantages.py", "        _zero_outside(x_RT, mask_BT[some], spans[some])\n", "",
+        "test_advantages.py::test_garbage_outside_the_mask_changes_nothing_bit_for_bit"),
+    Bug("moments of whitening over padding too", "advantages.py", "count = int(mask_BT.count_nonzero())", "count = mask_BT.numel()",
+        "test_advantages.py::test_whiten_by_hand"),
     Bug("a tail is cut off ended rows too", "filters.py", "torch.where(cut_B, stop_B - skip_tail, stop_B)", "stop_B - skip_tail",
         "test_filters.py::test_policy_token_mask_by_hand"),
     Bug("the first token of the window is dropped", "filters.py", "column_T >= window_start_B", "column_T > window_start_B",

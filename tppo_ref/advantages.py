@@ -310,8 +310,10 @@ def _zero_outside(x_RT: Tensor, mask_RT: Tensor, spans: list[tuple[int, int]]) -
         torch.where(mask_RT, x_RT, x_RT.new_zeros(()), out=x_RT)
         return
     for row, (first, stop) in zip(x_RT.numpy(), spans, strict=True):
-        row[:first] = 0
-        row[stop:] = 0
+        if first > 0:
+            row[:first] = 0
+        if stop < len(row):
+            row[stop:] = 0
 
 
 @contextlib.contextmanager
