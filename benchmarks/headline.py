@@ -37,6 +37,28 @@ def best_settings(sweep: Path) -> dict[str, dict[str, float]]:
     return best
 
 
+def sentence(summary: Path) -> str:
+    """The result in one sentence, from summary.csv: what README.md says of a task, held equal by tests/test_docs.py."""
+    with summary.open(newline="") as file:
+        rows = {(r["method"], r["quantity"]): r for r in csv.DictReader(file) if r["statistic"] in ("median", "mean")}
+
+    def between(method: str, quantity: str, form: str) -> str:
+        row = rows[method, quantity]
+        return f"{float(row['value']):{form}} [{float(row['low']):{form}}, {float(row['high']):{form}}]"
+
+    def arrival(method: str) -> str:
+        row = rows[method, "time to target"]
+        if float(row["value"]) == float("inf"):
+            return f"does not reach it in most seeds ({row['reached']} of {SEEDS} do)"
+        return f"reaches it in {between(method, 'time to target', '.1f')} s ({row['reached']} of {SEEDS} seeds)"
+
+    return (
+        f"PPO {arrival('ppo')}, T-PPO {arrival('tppo')}; speed-up {between('tppo', 'speed-up', '.2f')}x, tokens per second "
+        f"{between('tppo', 'throughput ratio', '.2f')}x, final accuracy {between('ppo', 'accuracy, final', '.3f')} and "
+        f"{between('tppo', 'accuracy, final', '.3f')}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["chain", "fork"])
@@ -56,6 +78,7 @@ def main() -> None:
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copy(out / name, kept / name)
+        print(f"{task}: {sentence(kept / 'summary.csv')}")
         (kept / "provenance.json").write_text(json.dumps(provenance() | {"settings": settings}, indent=1) + "\n")
 
 

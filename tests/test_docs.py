@@ -1,0 +1,69 @@
+"""What the pages say, held against the code and against the committed measurements."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.headline import best_settings, sentence
+from tppo_ref import tables
+from tppo_ref.config import METHODS, Config, get_field, parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_docs_config_is_the_dataclasses() -> None:
+    assert (ROOT / "docs" / "config.md").read_text() == tables.config_markdown(), "run: python -m tppo_ref.tables"
+
+
+@pytest.mark.parametrize("task", ["chain", "fork"])
+def test_the_readme_says_what_the_benchmark_printed(task: str) -> None:
+    flowing = " ".join(README.split())
+    assert sentence(RESULTS / f"headline-{task}" / "summary.csv") in flowing
+
+
+def test_a_sentence_changes_with_its_summary(tmp_path: Path) -> None:
+    text = (RESULTS / "headline-chain" / "summary.csv").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("tppo,speed-up,x,median"))
+    method, quantity, unit, statistic, value, *rest = row.split(",")
+    changed = ",".join([method, quantity, unit, statistic, str(float(value) + 1), *rest])
+    (tmp_path / "summary.csv").write_text(text.replace(row, changed))
+    assert sentence(tmp_path / "summary.csv") != sentence(RESULTS / "headline-chain" / "summary.csv")
+
+
+def test_the_demo_runs_with_the_settings_that_the_sweep_chose() -> None:
+    demo = parse(Config, ["--config", str(ROOT / "tppo_ref" / "configs" / "demo.yaml")], prog="demo")
+    chosen = best_settings(RESULTS / "sweep-chain.csv")
+    for method in demo.compare.methods:
+        overrides = demo.compare.per_method.get(method, {})
+        for path, value in chosen[method].items():
+            assert overrides.get(path, get_field(demo, path)) == value, (method, path)
+
+
+def test_both_methods_were_swept_over_the_same_cells_and_seeds() -> None:
+    with (RESULTS / "sweep-chain.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cells = {m: sorted((r["lr"], r["mini_batch_tokens"], r["seed"]) for r in rows if r["method"] == m) for m in ("ppo", "tppo")}
+    assert cells["ppo"] == cells["tppo"]
+    assert len(cells["ppo"]) == len(set(cells["ppo"])) >= 12
+
+
+def test_every_file_and_method_that_the_readme_names_is_there() -> None:
+    for name in re.findall(r"\]\(((?:docs|benchmarks)/[^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"^  (\w+\.py) ", README, flags=re.MULTILINE):
+        assert (ROOT / "tppo_ref" / name).exists(), name
+    for method in re.findall(r"`((?:tppo|ppo|partial)[a-z-]*)`", README.partition("Method names:")[2].partition("##")[0]):
+        assert method in METHODS, method
+
+
+def test_no_machine_path_and_no_registry_host_is_in_a_page() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RESULTS.rglob("*.md"), *RESULTS.rglob("*.json")]:
+        text = page.read_text()
+        assert not re.search(r"/(?:work|root|home|tmp)/", text), page
+        assert "pythonhosted" not in text, page
