@@ -19,7 +19,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tppo_ref.config import Config, apply_method, replace_fields, writable_folder
-from tppo_ref.metrics import read_metrics
 from tppo_ref.pretrain import cached_value
 from tppo_ref.run import base_model, make_task, versions
 from tppo_ref.types import UserError
@@ -64,7 +63,9 @@ def plan_runs(config: Config, out: Path) -> list[Config]:
     """One config per seed and method, seeds outermost: what runs side by side differs in the method and not in the hour."""
     runs = []
     for seed in range(config.run.seed, config.run.seed + config.compare.seeds):
-        for method in config.compare.methods:
+        # In turn, so that no method is always the one that ends alone on the machine.
+        turn = (seed - config.run.seed) % len(config.compare.methods)
+        for method in [*config.compare.methods[turn:], *config.compare.methods[:turn]]:
             run = replace_fields(apply_method(config, method, strict=False), config.compare.per_method.get(method, {}))
             folder = out / "runs" / f"{method}-seed{seed}"
             runs.append(replace_fields(run, {"run.seed": seed, "run.out": str(folder), "run.resume": False}))
@@ -139,7 +140,15 @@ def _check(folder: str, code: int) -> None:
 def _progress(run: Config) -> float:
     """Training-clock seconds or steps that a run has behind it."""
     path = Path(run.run.out) / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
-    if not records:
+    if not path.exists():
         return 0.0
-    return records[-1]["time/train_s"] if run.run.train_seconds else records[-1]["step"]
+    with path.open("rb") as file:  # its end only: this runs beside the runs, on their cores
+        file.seek(max(0, path.stat().st_size - 2**14))
+        lines = file.read().splitlines()[1:]
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off by a write in progress
+            continue
+        return record["time/train_s"] if run.run.train_seconds else record["step"]
+    return 0.0
