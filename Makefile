@@ -4,11 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-scale bench lint lab setup clean-runs
+.PHONY: demo test bench lint setup
 demo: $(READY)  ## PPO against T-PPO on a built-in task, about 6 minutes on 2 cores; figures in runs/demo
 	$(BIN)/python -m tppo_ref compare --config tppo_ref/configs/demo.yaml
 
-test: $(READY) lint  ## core, sim and notebooks; no vLLM
+test: $(READY) lint  ## everything that runs on a CPU; sim/, notebooks/ and scale/ will join
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)

@@ -22,6 +22,7 @@ from benchmarks.common import RESULTS, provenance
 
 KEPT = ("summary.md", "summary.csv", "learning_curves.png", "learning_curves.csv", "timeline.png", "lengths.png", "lengths.csv")
 SEEDS = 5
+METHODS = ("ppo", "ppo-dual", "tppo")  # ppo-dual: PPO's window with T-PPO's critic, with PPO's settings
 
 
 def best_settings(sweep: Path) -> dict[str, dict[str, float]]:
@@ -34,7 +35,7 @@ def best_settings(sweep: Path) -> dict[str, dict[str, float]]:
     for method in sorted({key[0] for key in areas}):
         _, lr, tokens = max((key for key in areas if key[0] == method), key=lambda key: sum(areas[key]) / len(areas[key]))
         best[method] = {"policy.lr": float(lr), "policy.mini_batch_tokens": int(tokens), "value.mini_batch_tokens": int(tokens)}
-    return best
+    return best | {"ppo-dual": best["ppo"]}
 
 
 def sentence(summary: Path) -> str:
@@ -70,7 +71,7 @@ def main() -> None:
         out = arguments.out / task
         fields = {
             "task.name": task, "run.out": out, "run.train_seconds": arguments.seconds, "compare.seeds": SEEDS,
-            "compare.per_method": json.dumps(settings), "run.eval_every_s": 2.5,
+            "compare.per_method": json.dumps(settings), "run.eval_every_s": 2.5, "compare.methods": json.dumps(METHODS),
         }  # fmt: skip
         command = [sys.executable, "-m", "tppo_ref", "compare", *(f"--{name}={value}" for name, value in fields.items())]
         subprocess.run(command, check=True)

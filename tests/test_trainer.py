@@ -489,20 +489,22 @@ def test_the_learning_rate_rises_linearly_over_its_warm_up():
     assert {m["value/lr"] for m in rates} == {1e-3}
 
 
-def test_ppo_ewma_the_average_moves_by_its_decay_after_each_update():
+def test_ppo_ewma_the_average_is_of_all_weights_so_far_each_older_one_counting_decay_times_less():
     parallel, decay = RecordingParallel(), 0.75
     trainer = make_trainer("tppo", parallel=parallel, policy__ewma_decay=decay, policy__mini_batches=3, policy__lr=3e-3)
-    average = weights_of(trainer.policy.module)
-    assert same(average, weights_of(trainer.ewma)), "it starts as the policy"
+    history = [weights_of(trainer.policy.module)]
+    assert same(history[0], weights_of(trainer.ewma.module)), "it starts as the policy"
     for _ in range(3):
         parallel.weights.clear()
         trainer.step()
         before_each = [w for module, w in parallel.weights if module is trainer.policy.module]
-        for current in [*before_each[1:], weights_of(trainer.policy.module)]:
-            average = [decay * a + (1 - decay) * c for a, c in zip(average, current, strict=True)]
-    for a, b in zip(average, weights_of(trainer.ewma), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert not same(weights_of(trainer.ewma), weights_of(trainer.policy.module))
+        history += [*before_each[1:], weights_of(trainer.policy.module)]
+    assert len(history) == 10
+    share = [decay ** (len(history) - 1 - i) for i in range(len(history))]
+    for i, averaged in enumerate(weights_of(trainer.ewma.module)):
+        expected = sum(s * weights[i] for s, weights in zip(share, history, strict=True)) / sum(share)
+        torch.testing.assert_close(averaged, expected, rtol=0, atol=1e-6)
+    assert not same(weights_of(trainer.ewma.module), weights_of(trainer.policy.module))
 
 
 def test_ppo_ewma_clips_around_the_average_and_weighs_by_average_over_behaviour(monkeypatch):
@@ -511,8 +513,7 @@ def test_ppo_ewma_clips_around_the_average_and_weighs_by_average_over_behaviour(
     trainer.step()
     trainer.step()
     spy.take()
-    averaged = copy.deepcopy(trainer.ewma)
-    averaged = getattr(averaged, "module", averaged)
+    averaged = copy.deepcopy(trainer.ewma.module)
     trainer.step()
     by_prompt = {tuple(s.response.prompt.token_ids): s.response for s in trainer.slices}
     (call,) = spy.take()

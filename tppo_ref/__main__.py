@@ -6,39 +6,41 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from tppo_ref.config import Config, apply_method, check, nearest, parse
+from tppo_ref.config import Config, apply_method, check, given_fields, nearest, parse
 from tppo_ref.types import UserError
 
 
-def train(config: Config) -> None:
+def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
     from tppo_ref.run import train as run_train
 
-    print(f"checkpoint: {run_train(apply_method(config, config.run.method))}")
+    config = apply_method(config, config.run.method, given=given)
+    check(config)
+    print(f"checkpoint: {run_train(config)}")
 
 
-def compare(config: Config) -> None:
+def compare(config: Config, given: set[str]) -> None:
     """Run several methods over several seeds on one task; tables, figures and their CSV go to run.out."""
     from tppo_ref.compare import compare as run_compare
 
     run_compare(config)
 
 
-def pretrain_value(config: Config) -> None:
+def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
     from tppo_ref.pretrain import pretrain_value as run_pretrain
 
     run_pretrain(config)
 
 
-def evaluate(config: Config) -> None:
+def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
     from tppo_ref.pretrain import evaluate_policy
 
     evaluate_policy(config)
 
 
-COMMANDS: dict[str, Callable[[Config], None]] = {
+COMMANDS: dict[str, Callable[[Config, set[str]], None]] = {
     "train": train, "compare": compare, "pretrain-value": pretrain_value, "evaluate": evaluate,
 }  # fmt: skip
 
@@ -52,7 +54,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 Ctrl-C (a checkpoint was written)."""
+    """Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 Ctrl-C (train: once writes a checkpoint)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -68,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
         torch.set_num_threads(config.run.threads)
         transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file that is read or written
-        command(config)
+        command(config, given_fields(argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

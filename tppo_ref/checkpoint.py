@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tppo_ref.learner import NonFiniteError
 from tppo_ref.trainer import Trainer
 from tppo_ref.types import Response, UserError
 
@@ -37,18 +39,23 @@ def save_checkpoint(trainer: Trainer, folder: Path, *, keep: int, config: dict[s
     """
     final = folder / f"step-{trainer.num_steps:08d}"
     beside = folder / f".unfinished-{final.name}-{os.getpid()}"
+    for learner in (trainer.policy, trainer.value):
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(list(learner.module.parameters())))):
+            raise NonFiniteError(f"step {trainer.num_steps}: the {learner.name}'s weights are not finite; they were not saved")
+    if (final / MANIFEST).exists():  # the same step again: a stop right after a periodic one
+        return final
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".unfinished-*"):
             shutil.rmtree(stale, ignore_errors=True)
         beside.mkdir()
         _write(trainer, beside, config)
-        if final.exists():  # the same step saved again: at a stop right after a periodic one
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)  # without a manifest: somebody's half-written one
         os.rename(beside, final)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say "disk full" in their own ways
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"checkpoint {final}: cannot be written ({error.strerror}); free some space or choose another run.out; "
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"checkpoint {final}: cannot be written ({reason}); free some space or choose another run.out; "
                         f"earlier checkpoints are good") from None  # fmt: skip
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -60,17 +67,18 @@ def _write(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
     trainer.value.module.save_pretrained(folder / "value")
     if trainer.ewma is not None:
         # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
-        save_file({name: p.detach().clone() for name, p in trainer.ewma.named_parameters()}, folder / "ewma.safetensors")
+        save_file({name: p.detach().clone() for name, p in trainer.ewma.module.named_parameters()}, folder / "ewma.safetensors")
     optimisers = {learner.name: learner.optimiser.state_dict() for learner in (trainer.policy, trainer.value)}
     torch.save(optimisers | {"torch_rng": torch.get_rng_state()}, folder / "optimisers.pt")
     (folder / "state.json").write_text(json.dumps({
         "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s, "ledger": dict(trainer.ledger),
         "verdicts": dict(trainer.verdicts),
+        "ewma_weight": trainer.ewma.weight if trainer.ewma else None,
         "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy, trainer.value)},
         "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(), "config": config,
     }))  # fmt: skip
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): _digest(path) for path in files}
+    manifest = {str(path.relative_to(folder)): file_digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, folder / MANIFEST]:
         with path.open("rb") as file:
@@ -88,7 +96,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, digest in manifest.items():
-            if _digest(folder / name) != digest:
+            if file_digest(folder / name) != digest:
                 raise UserError(f"checkpoint {folder}: {name} is not what was written; {remedy}")
         state = json.loads((folder / "state.json").read_text())
         missing = [key for key in STATE_KEYS if key not in state]
@@ -109,7 +117,8 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
             learner.num_steps = state["learner_steps"][learner.name]
         if trainer.ewma is not None:
             averaged = load_file(folder / "ewma.safetensors")
-            for name, parameter in trainer.ewma.named_parameters():
+            trainer.ewma.weight = state["ewma_weight"]
+            for name, parameter in trainer.ewma.module.named_parameters():
                 parameter.data.copy_(averaged[name])
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         first_line = str(error).strip().partition("\n")[0]
@@ -125,6 +134,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     trainer.engine.load_weights(trainer.policy.module.named_tensors(), trainer.version)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.filefile_digest(file, "sha256").hexdigest()

@@ -34,7 +34,9 @@ def compare(config: Config) -> Path:
     for run in waiting:  # a run that was stopped half-way starts anew: half of its clock ran beside other work
         folder = Path(run.run.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "wanted.json").write_text(json.dumps(dataclasses.asdict(run), indent=1))
+        beside = folder / "wanted.json.new"
+        beside.write_text(json.dumps(dataclasses.asdict(run), indent=1))
+        os.replace(beside, folder / "wanted.json")
     _run_all(waiting, config)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     (out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
@@ -51,11 +53,12 @@ def prepare(config: Config) -> Config:
             raise UserError(f"compare.per_method: {method!r} is not among compare.methods ({', '.join(config.compare.methods)})")
     if len(set(config.compare.methods)) < len(config.compare.methods) or not config.compare.methods:
         raise UserError(f"compare.methods: expected different methods, at least one, got {config.compare.methods}")
-    base = base_model(config, make_task(config))
+    task = make_task(config)
+    base = base_model(config, task)
     config = replace_fields(config, {"model.policy": base})
     value = config.model.value
     if value is None and config.value.pretrain_responses:
-        value = str(cached_value(config, Path(base).name))
+        value = str(cached_value(config, task))
     return replace_fields(config, {"model.value": value, "run.progress": False})
 
 
@@ -77,11 +80,14 @@ def _refuse_other(run: Config, folder: Path) -> None:
     """A folder that holds a run with other settings is neither mixed in nor overwritten."""
     wanted = folder / "wanted.json"
     if wanted.exists():
-        before, now = json.loads(wanted.read_text()), json.loads(json.dumps(dataclasses.asdict(run)))
-        before.pop("compare"), now.pop("compare")
-        if before != now:
-            section = next(name for name in now if before.get(name) != now[name])
-            field = next(name for name in now[section] if before[section].get(name) != now[section][name])
+        now = json.loads(json.dumps(dataclasses.asdict(run)))
+        try:
+            before = json.loads(wanted.read_text())
+            different = [(s, f) for s in now if s != "compare" for f in now[s] if before[s].get(f) != now[s][f]]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"run.out: {wanted} is not a run's config; choose another run.out, or remove {folder}") from None
+        if different:
+            section, field = different[0]
             raise UserError(f"run.out: {folder} holds a run with {section}.{field} = {before[section].get(field)}, this one has "
                             f"{now[section][field]}; choose another run.out, or remove it")  # fmt: skip
 

@@ -2,9 +2,10 @@
 
 Every field has a line of help that ends in the provenance of its default: [S] stated by the paper, [P] read in the authors'
 port, [V] another primary source, [I] inferred, [M] measured by us on the built-in tasks, [O] our choice. Models and
-learning rates of the paper do not fit a laptop: where a default differs from the paper's, the line gives both.
+learning rates of that size do not fit a laptop: where a default differs from theirs, the line gives both.
 
-Precedence, weakest first: the defaults here, the named method (`run.method`), `--config FILE`, `--section.field VALUE`.
+Precedence, weakest first: the defaults here, `--config FILE`, `--section.field VALUE`. A named method (`run.method`) fixes its
+fields: `train` refuses another value for them, `compare` lets each method win, and `compare.per_method` has the last word.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import difflib
 import itertools
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -58,7 +59,7 @@ class ModelConfig:
     policy: str | None = None
     """Checkpoint folder, or config.json of a fresh model; none = the task's own warm-started base model. [O]"""
     value: str | None = None
-    """Checkpoint folder of a (pre-trained) value model; none = the policy's weights under a new scalar head. [P]"""
+    """Checkpoint folder of a (pre-trained) value model; none = the policy's weights under a new scalar head. [O]"""
     hidden_size: int = 32
     """Width of the built-in base model. [M]"""
     num_layers: int = 3
@@ -86,9 +87,9 @@ class RolloutConfig:
     slots: int = 32
     """Decoding slots; under synchronous PPO also the responses per step. The port: 512 prompts x 16. [M]"""
     window: int = 64
-    """Decode steps per window, in tokens. The paper: 8k, a third of the longest response. [M]"""
+    """Decode steps per window, in tokens. The paper: 8k [S]; the port: a third of the longest response. [M]"""
     max_response_tokens: int = 320
-    """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The paper: 24k. [M]"""
+    """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The port: 24k. [M]"""
     min_response_tokens: int = 0
     """The end token is forbidden before this many tokens. [O]"""
     refill: Literal["immediate", "step"] = "immediate"
@@ -160,9 +161,9 @@ class PolicyConfig:
     train_on: Literal["window", "ended"] = "window"
     """This window's tokens, ended or not (T-PPO), or whole responses once, when they end (partial rollouts). [S]"""
     ewma_decay: float = 0.0
-    """PPO-EWMA: clip around an exponential average of the weights with this decay; 0 = off. [V]"""
+    """PPO-EWMA (arXiv 2110.00641): clip around an exponential average of the weights with this decay; 0 = off. [O]"""
     detach_prefix: bool = False
-    """Read earlier windows as constants: no gradient through them. Biased. [O]"""
+    """Read the prompt and earlier windows as constants: no gradient through them. Biased. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,9 +211,9 @@ class RunConfig:
     seed: int = 0
     """Seed of sampling, prompt order and mini-batches. [O]"""
     steps: int = 1000
-    """Stop after this many training steps. [O]"""
+    """Stop after this many training steps; not used where train_seconds is given. [O]"""
     train_seconds: float | None = None
-    """Stop after this many seconds on the training clock (evaluation and checkpoints excluded); none = no limit. [O]"""
+    """Stop after this many seconds on the training clock (evaluation, checkpoints excluded); none = by steps. [O]"""
     out: str = "runs/train"
     """Folder for checkpoints, metrics and figures. [O]"""
     cache: str = "runs/cache"
@@ -316,11 +317,12 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def apply_method(config: Config, method: str, *, strict: bool = True) -> Config:
+def apply_method(config: Config, method: str, *, strict: bool = True, given: Collection[str] = ()) -> Config:
     """`config` with the fields that a named method fixes.
 
-    strict: a field that the user set to something else is a UserError (train); else the method wins in silence (compare, where
-    one command line serves several methods).
+    strict: a field that the user set to something else is a UserError (train); else the method wins (compare, where one command
+    line serves several methods). given: names of the fields that the user gave (`given_fields`), where that is known; a value that
+    is not the default was given in any case.
     """
     if method not in METHODS:
         raise UserError(
@@ -329,7 +331,7 @@ def apply_method(config: Config, method: str, *, strict: bool = True) -> Config:
     overrides = {path: get_field(config, value) if value == WHOLE else value for path, value in METHODS[method].items()}
     for path, value in overrides.items():
         current = get_field(config, path)
-        if strict and current not in (value, get_field(Config(), path)):
+        if strict and current != value and (path in given or current != get_field(Config(), path)):
             raise UserError(f"{path}: method {method} fixes it at {value}, got {current}; drop it or choose another run.method")
     return replace_fields(config, {**overrides, "run.method": method})
 
@@ -354,7 +356,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     parser.add_argument("--config", action="config", help="YAML or JSON file with any of the fields below.")
     parser.add_class_arguments(config_class, None)
     names = field_paths(config_class)
-    _check_config_files(argv)
+    given_fields(argv)
     try:
         parsed = parser.parse_args(list(argv))
         values = parser.instantiate(parsed).as_dict()
@@ -363,10 +365,14 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
-def _check_config_files(argv: Sequence[str]) -> None:
-    """Each `--config FILE` is a mapping of sections: told here with the file's name, which jsonargparse leaves out."""
+def given_fields(argv: Sequence[str]) -> set[str]:
+    """Dotted names of the fields that a command line gives, those of its `--config` files included.
+
+    A file that is no mapping of sections is a UserError with the file's name, which jsonargparse leaves out.
+    """
     import yaml
 
+    given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     pairs = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
     pairs += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
     for name in pairs:
@@ -382,6 +388,8 @@ def _check_config_files(argv: Sequence[str]) -> None:
                 raise UserError(
                     f"config: {name}: expected `section:` with `field: value` lines under it, got {section}: {fields!r}"
                 )
+            given |= {f"{section}.{field}" for field in fields}
+    return given
 
 
 def _one_line(message: str, names: Sequence[str]) -> str:
@@ -441,6 +449,12 @@ def check(config: Config) -> None:
         raise UserError(
             f"model.hidden_size: expected a multiple of twice model.num_heads ({config.model.num_heads}), "
             f"got {config.model.hidden_size}"
+        )
+    if not 0 < config.compare.target <= 1:
+        raise UserError(f"compare.target: expected a share above 0, up to 1, got {config.compare.target}")
+    if config.policy.importance != "none" and config.policy.old_logprobs == "engine":
+        raise UserError(
+            f"policy.old_logprobs: importance weights ({config.policy.importance}) need recomputed log-probabilities, got engine"
         )
     for path in ("value.clip_low", "value.clip_high"):
         if (bound := get_field(config, path)) is not None and not bound >= 0:

@@ -24,8 +24,11 @@ def sample_answers(
     slots: int,
     max_response_tokens: int,
     seed: int,
-) -> list[Response]:
-    """Whole responses to each prompt, scored, in the order of the samples. It is one window as long as the longest response."""
+) -> tuple[list[Response], int]:
+    """Whole responses to each prompt, scored, in the order of the samples, and how many verifications failed.
+
+    It is one window, as long as the longest response needs.
+    """
     total = len(prompts) * samples_per_prompt
     schedule = SlotSchedule(slots=min(slots, total), window=max_response_tokens * total, max_response_tokens=max_response_tokens)
     stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total)
@@ -35,7 +38,7 @@ def sample_answers(
     responses = sorted((s.response for s in slices), key=lambda response: response.id)
     for response in responses:
         response.score, _ = scores[response.id]
-    return responses
+    return responses, sum(status != "ok" for _, status in scores.values())
 
 
 def evaluate(
@@ -49,7 +52,7 @@ def evaluate(
 ) -> tuple[dict[str, float], list[Response]]:
     """The eval/ metrics, and the answers themselves."""
     begin = time.perf_counter()
-    answers = sample_answers(
+    answers, failures = sample_answers(
         engine, scorer, prompts, samples_per_prompt=samples_per_prompt, slots=slots, max_response_tokens=max_response_tokens,
         seed=EVALUATION_SEED,
     )  # fmt: skip
@@ -59,5 +62,6 @@ def evaluate(
         "eval/length_mean": float(lengths.mean()),
         "eval/length_p99": float(np.percentile(lengths, 99)),
         "eval/capped_share": float(np.mean([answer.end is End.LENGTH_CAP for answer in answers])),
+        "eval/verify_failures": failures,
         "eval/time_s": time.perf_counter() - begin,
     }, answers

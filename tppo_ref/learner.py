@@ -32,8 +32,11 @@ class Learner:
         self.grad_norms: list[float] = []
 
     def begin_step(self) -> None:
-        self.num_steps += 1
+        """A new training step: its first update, if there is one, counts for the learning rate's warm-up."""
         self.grad_norms = []
+
+    def _warm_up(self) -> None:
+        self.num_steps += 1
         warm = min(1.0, self.num_steps / self.config.lr_warmup_steps) if self.config.lr_warmup_steps else 1.0
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr * warm
@@ -63,6 +66,8 @@ class Learner:
             (part * self.parallel.loss_scale).backward()
         norm = self.parallel.grad_norm(self.module, self.config.max_grad_norm)
         self._refuse_non_finite(total, norm, step)
+        if not self.grad_norms:
+            self._warm_up()
         self.optimiser.step()
         self.grad_norms.append(norm)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ GLOSSARY: dict[str, Metric] = {
     "eval/length_mean": Metric("tokens of these answers, mean", "evaluation set", "tokens", "no run-away"),
     "eval/length_p99": Metric("tokens of these answers, 99th percentile", "evaluation set", "tokens", "the tail stays"),
     "eval/capped_share": Metric("LENGTH_CAP / answers", "evaluation set", "share", "near 0"),
+    "eval/verify_failures": Metric("verifications that failed (as verify/)", "evaluation set", "answers", "0"),
     "eval/time_s": Metric("wall-clock of the evaluation, outside of the training clock", "evaluation set", "s", "small"),
 }
 
@@ -132,7 +134,9 @@ class MetricLog:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
             kept = [record for record in read_metrics(self.path) if record["step"] <= resume_step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            beside = self.path.with_suffix(".new")  # renamed: a kill here must not lose what was there
+            beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(beside, self.path)
         self._file = self.path.open("a")
         self._writer = None
         if tensorboard:
@@ -169,9 +173,12 @@ class Table:
             with path.open(newline="") as file:
                 whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(columns)]  # a kill may tear the last one
                 rows = [row for row in whole if int(row[0]) <= resume_step]
-        self._file = path.open("w", newline="")
+        beside = path.with_suffix(".new")  # renamed: a kill here must not lose what was there
+        with beside.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+        os.replace(beside, path)
+        self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerows([columns, *rows])
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         self._writer.writerows(rows)

@@ -44,6 +44,9 @@ def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor 
     return logits
 
 
+NO_ROWS = TokenBatch([[0]], [[0]])  # what an empty batch is fed instead: a model cannot read nothing
+
+
 class _Backbone(nn.Module):
     """What policy and value model share: a transformers model that attends raggedly, always in eval mode."""
 
@@ -112,6 +115,8 @@ class PolicyModel(_Backbone):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Log-probability of each response token under the sampling distribution, float32 [B, T]."""
+        if not len(batch):  # a spare micro-batch: weightless, but every parameter is in its graph, as sharded ones need
+            return self(NO_ROWS)[:0, :0]
         packed = pack(batch, self.device)
         hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout).index_select(0, packed.predictor_M)
         chunk = self.logit_chunk_tokens
@@ -137,6 +142,9 @@ class ValueModel(_Backbone):
     """
 
     def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        if not len(batch):
+            value_BT, last_value_B = self(NO_ROWS)
+            return value_BT[:0, :0], last_value_B[:0]
         packed = pack(batch, self.device)
         hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout)
         read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
@@ -279,5 +287,7 @@ def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
         hf.set_attn_implementation(name)
     tolerance = (1e-4 if ours.dtype == torch.float32 else 0.05) * max(1.0, plain.abs().max().item())
     difference = (ours - plain).abs().max().item()
+    if not bool(torch.isfinite(plain).all()):
+        raise UserError(f"the weights of this {kind} give numbers that are not finite; take an earlier checkpoint")
     if not difference <= tolerance:
         raise UserError(f"model type {kind!r} is not supported: packed and plain forward differ by {difference:.1e}")

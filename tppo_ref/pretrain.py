@@ -11,6 +11,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +22,14 @@ import torch
 from tqdm import tqdm
 
 from tppo_ref.advantages import monte_carlo_returns
+from tppo_ref.checkpoint import file_digest
 from tppo_ref.config import Config, writable_folder
 from tppo_ref.evaluate import evaluate, sample_answers
 from tppo_ref.learner import Learner
-from tppo_ref.models import ValueModel, load_value_model
+from tppo_ref.models import ValueModel
 from tppo_ref.parallel import SingleProcess
 from tppo_ref.rows import response_mask, terminal_rewards
-from tppo_ref.run import TaskScorer, base_model, make_engine, make_policy, make_task
+from tppo_ref.run import TaskScorer, base_model, make_engine, make_policy, make_task, make_value
 from tppo_ref.tasks import Task
 from tppo_ref.types import Response, TokenBatch, UserError
 from tppo_ref.updates import explained_variance, update_value
@@ -43,12 +47,14 @@ def pretrain_value(config: Config) -> Path:
     out = writable_folder(config.run.out, "run.out")
     if (out / "value").exists():
         raise UserError(f"run.out: {out} holds a value model already; choose another folder")
+    if config.value.pretrain_responses < 2:
+        raise UserError(f"value.pretrain_responses: expected at least 2, some are held out, got {config.value.pretrain_responses}")
     task = make_task(config)
     base = base_model(config, task)
     responses = _sample(config, task, base)
     with (out / "responses.jsonl").open("w") as file:
         file.writelines(json.dumps(response.state_dict()) + "\n" for response in responses)
-    value = _load_value(config, config.model.value or base)
+    value = make_value(config, task, config.model.value or base)
     num_test = max(1, round(HELD_OUT * len(responses)))
     fit_value(config, value, responses[num_test:])
     report = explained_by_position(value, responses[:num_test], config.advantage.gamma)
@@ -64,11 +70,6 @@ def pretrain_value(config: Config) -> Path:
     return out / "value"
 
 
-def _load_value(config: Config, source: str) -> ValueModel:
-    return load_value_model(source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
-                            trust_remote_code=config.model.trust_remote_code)  # fmt: skip
-
-
 def _sample(config: Config, task: Task, base: str) -> list[Response]:
     """Whole responses of the frozen policy to the first training prompts in a seeded order, scored."""
     policy = make_policy(config, task, base)
@@ -79,17 +80,21 @@ def _sample(config: Config, task: Task, base: str) -> list[Response]:
     slots = min(256, wanted)
     scorer = TaskScorer(task, config.task)
     try:
-        return sample_answers(
+        responses, failures = sample_answers(
             make_engine(config, task, policy, slots), scorer, chosen, samples_per_prompt=-(-wanted // len(chosen)), slots=slots,
             max_response_tokens=config.rollout.max_response_tokens, seed=PRETRAIN_SEED,
-        )[:wanted]  # fmt: skip
+        )  # fmt: skip
     finally:
         scorer.close()
+    if failures:
+        print(f"warning: {failures} verifications failed; these responses score {config.task.failure_score}", file=sys.stderr)
+    return responses[:wanted]
 
 
 def fit_value(config: Config, value: ValueModel, responses: Sequence[Response]) -> None:
     """value.pretrain_epochs passes over Monte Carlo returns, without a clip: there is no older value to stay near to."""
-    learner = Learner("value", value, config.value, SingleProcess())
+    settings = dataclasses.replace(config.value, lr_warmup_steps=0)  # its steps are training steps: here there are none
+    learner = Learner("value", value, settings, SingleProcess())
     device = value.device
     mask_BT = response_mask([len(r) for r in responses], device)
     returns_BT = monte_carlo_returns(terminal_rewards(responses, device), mask_BT, gamma=config.advantage.gamma)
@@ -121,16 +126,30 @@ def explained_by_position(value: ValueModel, responses: Sequence[Response], gamm
     return report
 
 
-def cached_value(config: Config, task_fingerprint: str) -> Path:
-    """A pre-trained value model under run.cache, made where it is not there yet: one for all methods and seeds."""
-    relevant = dataclasses.asdict(config)
-    key = json.dumps([task_fingerprint, relevant["task"], relevant["model"], relevant["value"], relevant["rollout"]["temperature"],
-                      relevant["rollout"]["max_response_tokens"], relevant["rollout"]["min_response_tokens"],
-                      relevant["advantage"]["gamma"]], sort_keys=True)  # fmt: skip
-    folder = Path(config.run.cache) / f"value-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not (folder / "value").exists():
-        run = dataclasses.replace(config.run, out=str(folder))
-        return pretrain_value(dataclasses.replace(config, run=run))
+def cached_value(config: Config, task: Task) -> Path:
+    """A pre-trained value model under run.cache, made where it is not there yet: one for all methods and seeds of a comparison.
+
+    The folder's name holds a hash of what determines it, the base model's weights and the prompts included. Written beside and
+    renamed: a folder that is there is complete.
+    """
+    all_fields = dataclasses.asdict(config)
+    rollout = {name: field for name, field in all_fields["rollout"].items() if "tokens" in name or name == "temperature"}
+    base = Path(config.model.policy or "")
+    weights = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+    determined_by = {
+        "task": all_fields["task"], "model": all_fields["model"], "value": all_fields["value"], "rollout": rollout,
+        "gamma": config.advantage.gamma, "seed": config.run.seed, "weights": [file_digest(path) for path in weights],
+        "prompts": [dataclasses.astuple(prompt) for prompt in task.prompts("train")],
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.run.cache) / f"value-{name}"
+    if not folder.exists():
+        beside = Path(config.run.cache) / f".unfinished-value-{name}-{os.getpid()}"
+        try:
+            pretrain_value(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(beside))))
+            os.rename(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
     return folder / "value"
 
 

@@ -7,7 +7,7 @@ there too, because the models read it, but no mask holds it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,12 +89,13 @@ class PolicyRows:
 
     def put(self, rows: Sequence[int], **results: torch.Tensor) -> None:
         """Write a micro-batch's [b, t] or [b] results into the step's tensors."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.cut_B.device)  # long: an empty list would make it float
         for name, result in results.items():
             whole = getattr(self, name)
             if result.ndim == 2:
-                whole[torch.tensor(rows, device=whole.device), : result.shape[1]] = result
+                whole[index, : result.shape[1]] = result
             else:
-                whole[torch.tensor(rows, device=whole.device)] = result
+                whole[index] = result
 
     def estimate_advantages(self, config: AdvantageConfig, window: int, parallel: Parallel) -> dict[str, float]:
         """EGAE on each row's run with this step's critic, then whitening over the trained tokens of all ranks, then the clamp.
@@ -120,8 +121,9 @@ class PolicyRows:
             whitened = whiten(self.raw_advantages_BT, self.train_BT, mean=mean, std=std)
             self.advantages_BT = whitened.clamp(-config.clamp, config.clamp)
             clamped = float((self.advantages_BT != whitened).sum())
-        (clamped,) = parallel.sum([clamped])
-        mean_lam = float(lam) if isinstance(lam, float) else float(lam.mean()) if len(self.responses) else config.lam
+        lam_sum = lam * len(self.responses) if isinstance(lam, float) else float(lam.sum())
+        clamped, lam_sum, num_rows = parallel.sum([clamped, lam_sum, len(self.responses)])
+        mean_lam = lam_sum / num_rows if num_rows else config.lam
         return {"advantage/mean": mean, "advantage/std": std, "advantage/clamped_share": clamped / n if n else 0.0,
                 "advantage/lam_mean": mean_lam}  # fmt: skip
 
@@ -134,8 +136,9 @@ class PolicyRows:
         """
         start_BT = self.logprob_BT
         if config.importance == "none":
-            engines = config.old_logprobs == "engine"
-            return torch.where(self.new_BT & (not engines), start_BT, self.behaviour_BT), None, 0.0
+            if config.old_logprobs == "engine":
+                return self.behaviour_BT, None, 0.0
+            return torch.where(self.new_BT, start_BT, self.behaviour_BT), None, 0.0
         weight_BT, share = importance_weights(
             start_BT, self.behaviour_BT, self.train_BT, mode=config.importance, cap=config.importance_cap
         )
@@ -151,8 +154,3 @@ def store_values(rows: PolicyRows) -> None:
     """Append this step's critic values of newly sampled tokens to their responses: the anchor of the critic's clip."""
     for row, response in enumerate(rows.responses):
         response.values += rows.values_BT[row, len(response.values) : len(response)].tolist()
-
-
-def num_tokens(masks: Iterable[torch.Tensor]) -> list[int]:
-    """Number of True entries of each mask."""
-    return [int(mask.sum()) for mask in masks]

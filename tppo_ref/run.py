@@ -15,6 +15,8 @@ import platform
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +31,7 @@ from tppo_ref.engines import TorchEngine
 from tppo_ref.evaluate import evaluate
 from tppo_ref.learner import NonFiniteError
 from tppo_ref.metrics import MetricLog, Table
-from tppo_ref.models import PolicyModel, load_policy, load_value_model
+from tppo_ref.models import PolicyModel, ValueModel, load_policy, load_value_model
 from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.verifier import Verifier
 from tppo_ref.trainer import Trainer
@@ -101,10 +103,27 @@ def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
         min_response_tokens=config.rollout.min_response_tokens, end_token_id=task.end_token_id,
         logit_chunk_tokens=config.model.logit_chunk_tokens or None,
     )  # fmt: skip
-    if policy.hf.config.vocab_size < task.vocab_size:
-        raise UserError(f"model.policy: {source} has a vocabulary of {policy.hf.config.vocab_size} tokens, the task's tokenizer "
-                        f"{task.vocab_size}; use the tokenizer that belongs to the model (task.tokenizer)")  # fmt: skip
+    check_vocabulary("model.policy", policy, task, source)
     return policy
+
+
+def check_vocabulary(field: str, model: PolicyModel | ValueModel, task: Task, source: str) -> None:
+    """UserError where the task's tokenizer has tokens that the model has no embedding for."""
+    if model.hf.config.vocab_size < task.vocab_size:
+        raise UserError(
+            f"{field}: {source} has a vocabulary of {model.hf.config.vocab_size} tokens, the task's tokenizer "
+            f"{task.vocab_size}; use the tokenizer that belongs to the model (task.tokenizer)"
+        )
+
+
+def make_value(config: Config, task: Task, source: str) -> ValueModel:
+    """The value model from `source`: a value model's folder, or a policy's, whose backbone gets a new head."""
+    value = load_value_model(
+        source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
+        trust_remote_code=config.model.trust_remote_code,
+    )  # fmt: skip
+    check_vocabulary("model.value", value, task, source)
+    return value
 
 
 def make_engine(config: Config, task: Task, policy: PolicyModel, slots: int) -> TorchEngine:
@@ -133,10 +152,7 @@ class Session:
         base = base_model(config, self.task) if self.start is None else ""
         self.policy = make_policy(config, self.task, base if self.start is None else str(self.start / "policy"))
         value_source = (config.model.value or base) if self.start is None else str(self.start / "value")
-        value = load_value_model(
-            value_source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
-            trust_remote_code=config.model.trust_remote_code,
-        )  # fmt: skip
+        value = make_value(config, self.task, value_source)
         self.eval_prompts = self.task.prompts("test")[: config.run.eval_prompts]
         self.eval_slots = min(256, len(self.eval_prompts) * config.run.eval_samples)
         self.eval_engine = make_engine(config, self.task, self.policy, self.eval_slots)
@@ -188,7 +204,7 @@ class Session:
         """Step until run.steps or run.train_seconds, or until Ctrl-C, which ends at the step's edge; then a checkpoint."""
         config, trainer = self.config.run, self.trainer
         evaluations = 0 if not config.eval_every_s else trainer.train_s // config.eval_every_s
-        with PoliteStop() as stop, self._progress() as bar:
+        with PoliteStop() as stop, self._progress() as bar, self._guarded():
             if trainer.num_steps == 0:
                 self.evaluate()
             while not self._finished() and not stop.asked:
@@ -198,7 +214,7 @@ class Session:
                     self.evaluate()  # a step longer than the interval is followed by one evaluation, not by several
                     evaluations = trainer.train_s // config.eval_every_s
                 if config.checkpoint_every and trainer.num_steps % config.checkpoint_every == 0:
-                    self.save()
+                    self.save()  # after the evaluation: what cannot decode is not worth a checkpoint
                 self._show(bar, metrics)
             if not stop.asked and self.evaluated_at != trainer.num_steps:
                 self.evaluate()
@@ -206,14 +222,19 @@ class Session:
         if stop.asked:
             raise KeyboardInterrupt
 
-    def _step(self) -> dict[str, float]:
-        before_s = self.trainer.train_s
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Numbers that are not finite end the run in one line that says where, and which checkpoint is left."""
         try:
-            metrics = self.trainer.step()
+            yield
         except (NonFiniteError, FloatingPointError) as error:
             kept = complete_checkpoints(self.checkpoints)
             where = "" if isinstance(error, NonFiniteError) else f"step {self.trainer.num_steps}: "
             raise NonFiniteError(f"{where}{error}; {f'{kept[-1]} is good' if kept else 'no checkpoint was due yet'}") from None
+
+    def _step(self) -> dict[str, float]:
+        before_s = self.trainer.train_s
+        metrics = self.trainer.step()
         self.log.log(self.trainer.num_steps, metrics)
         self._write_tables(before_s)
         return metrics
@@ -255,7 +276,7 @@ class Session:
 
     def _finished(self) -> bool:
         limit_s = self.config.run.train_seconds
-        return self.trainer.num_steps >= self.config.run.steps or (limit_s is not None and self.trainer.train_s >= limit_s)
+        return self.trainer.num_steps >= self.config.run.steps if limit_s is None else self.trainer.train_s >= limit_s
 
     def _progress(self) -> Any:
         limit_s = self.config.run.train_seconds

@@ -6,10 +6,9 @@ and value update -> weights to the engine. Source: T-PPO, arXiv 2506.15050; conf
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ from tppo_ref.metrics import PhaseClock
 from tppo_ref.parallel import Parallel, SingleProcess
 from tppo_ref.rows import PolicyRows, pad, response_mask, store_values, terminal_rewards
 from tppo_ref.types import End, Response, WindowSlice
-from tppo_ref.updates import update_policy, update_value
+from tppo_ref.updates import Ewma, update_policy, update_value
 
 
 class Scorer(Protocol):
@@ -60,7 +59,8 @@ class Trainer:
         self.parallel: Parallel = parallel or SingleProcess()
         self.policy = Learner("policy", policy, config.policy, self.parallel)
         self.value = Learner("value", value, config.value, self.parallel)
-        self.ewma = copy.deepcopy(policy).requires_grad_(False) if config.policy.ewma_decay else None
+        self.ewma = Ewma(policy, config.policy.ewma_decay) if config.policy.ewma_decay else None
+        self._recomputes = config.policy.old_logprobs == "recompute"
         self.num_steps = 0
         self.version = 0  # of the policy's weights: one more per sync
         self.train_s = 0.0
@@ -115,18 +115,16 @@ class Trainer:
     @torch.no_grad()
     def _forward(self, rows: PolicyRows, plan: Plan) -> None:
         """Values and old log-probabilities, in the micro-batches of the first epoch: its first ratio is then exactly 1."""
-        config = self.config.policy
-        need_logprobs = config.old_logprobs == "recompute" or config.importance != "none"
         for micro_batch in (micro for mini in plan for micro in mini):
             batch = rows.batch(micro_batch)
             value_BT, last_value_B = self.value.module(batch)
             rows.put(micro_batch, values_BT=value_BT, last_value_B=last_value_B)
-            if need_logprobs:
+            if self._recomputes:
                 rows.put(micro_batch, logprob_BT=self.policy.module(batch))
         for name, tensor in (("log-probability", rows.logprob_BT), ("value", rows.values_BT), ("value", rows.last_value_B)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"step {self.num_steps}: a {name} is not finite; stopped before the update")
-        if not need_logprobs:
+        if not self._recomputes:
             rows.logprob_BT = rows.behaviour_BT
         store_values(rows)
 
@@ -154,8 +152,8 @@ class Trainer:
         self.held += [s.response for s in self.slices if s.response.ended]
         taken = len(self.held)
         if size := self.config.value.batch_responses:
-            (negative,) = self.parallel.max([-(len(self.held) // size)])  # the rank with fewest sets the pace
-            taken = int(-negative) * size
+            full_batches = min(self.parallel.gather_objects(len(self.held) // size))  # the rank with fewest sets the pace
+            taken = full_batches * size
         responses, self.held = self.held[:taken], self.held[taken:]
         return responses
 
@@ -182,37 +180,50 @@ class Trainer:
                 self.ledger["trained"] += trained
                 self.ledger["excluded_tail"] += unsettled - trained
                 response.num_settled = len(response)
-        generated = self.batcher.num_generated_tokens
-        pending = sum(len(r) - r.num_settled for r in self.batcher.in_flight.values())
-        accounted = self.ledger["trained"] + self.ledger["excluded_tail"] + self.ledger["excluded_warmup"] + pending
+        new_BT = rows.new_BT
+        ledger = self._sum(
+            {f"ledger/{name}": self.ledger[name] for name in ("trained", "excluded_tail", "excluded_warmup")}
+            | {
+                "ledger/generated": self.batcher.num_generated_tokens,
+                "ledger/pending": sum(len(r) - r.num_settled for r in self.batcher.in_flight.values()),
+                "ledger/in_flight": len(self.batcher.in_flight),
+                "policy/tokens": 0.0 if warming_up else float(rows.train_BT.sum()),
+                "policy/prefix_tokens": fed - float(new_BT.sum()),
+            }
+        )
+        accounted = sum(ledger[f"ledger/{name}"] for name in ("trained", "excluded_tail", "excluded_warmup", "pending"))
+        generated = ledger["ledger/generated"]
         assert generated == accounted, f"step {self.num_steps}: {generated} tokens generated, {accounted} accounted for"
-        trained_now = 0.0 if warming_up else float(rows.train_BT.sum())
-        new, old = rows.new_BT, rows.behaviour_BT
-        gap = float((rows.logprob_BT - old)[new].abs().mean()) if bool(new.any()) else 0.0
-        sums = (generated, self.ledger["trained"], self.ledger["excluded_tail"], self.ledger["excluded_warmup"], pending,
-                len(self.batcher.in_flight), trained_now, fed - float(new.sum()))  # fmt: skip
-        names = ("ledger/generated", "ledger/trained", "ledger/excluded_tail", "ledger/excluded_warmup", "ledger/pending",
-                 "ledger/in_flight", "policy/tokens", "policy/prefix_tokens")  # fmt: skip
-        return dict(zip(names, self.parallel.sum(sums), strict=True)) | {"policy/logprob_gap": self.parallel.max([gap])[0]}
+        gap = math.nan  # nothing to compare where nothing was recomputed
+        if self._recomputes and bool(new_BT.any()):
+            gap = float((rows.logprob_BT - rows.behaviour_BT)[new_BT].abs().mean())
+        return ledger | {"policy/logprob_gap": self.parallel.max([gap])[0]}
+
+    def _sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Named numbers of this rank -> their sums over all ranks."""
+        return dict(zip(numbers, self.parallel.sum(numbers.values()), strict=True))
 
     def _window_metrics(self, rollout_s: float) -> dict[str, float]:
         ended = [s.response for s in self.slices if s.response.ended]
-        mine = (len(self.slices), len(ended), sum(r.end is End.LENGTH_CAP for r in ended), sum(map(len, ended)),
-                sum(r.score or 0.0 for r in ended), sum((r.score or 0.0) > 0 for r in ended),
-                sum(s.stop - s.begin for s in self.slices), self.batcher.occupancy,
-                self.verdicts["timeout"], self.verdicts["error"] + self.verdicts["bad_score"])  # fmt: skip
-        rows, num_ended, capped, length, score, right, tokens, busy, timeouts, errors = self.parallel.sum(mine)
-        longest, steps = self.parallel.max([max(map(len, ended), default=0), self.batcher.num_steps])
-        occupancy = busy / self.parallel.world
+        busy = sum(s.stop - s.begin for s in self.slices)
+        total = self._sum({
+            "rows": len(self.slices), "ended": len(ended), "capped": sum(r.end is End.LENGTH_CAP for r in ended),
+            "length": sum(map(len, ended)), "score": sum(r.score or 0.0 for r in ended),
+            "right": sum((r.score or 0.0) > 0 for r in ended), "tokens": busy,
+            "slot_steps": self.batcher.schedule.slots * self.batcher.num_steps, "timeout": self.verdicts["timeout"],
+            "error": self.verdicts["error"] + self.verdicts["bad_score"],
+        })  # fmt: skip
+        longest, steps, rollout_s = self.parallel.max([max(map(len, ended), default=0), self.batcher.num_steps, rollout_s])
+        occupancy = total["tokens"] / max(total["slot_steps"], 1)
 
-        def per_ended(x: float) -> float:
-            return x / num_ended if num_ended else math.nan
+        def per_ended(name: str) -> float:
+            return total[name] / total["ended"] if total["ended"] else math.nan
 
         return {
-            "rollout/decode_steps": steps, "rollout/tokens": tokens, "rollout/tokens_per_s": tokens / rollout_s,
-            "rollout/occupancy": occupancy, "rollout/idle_s": (1 - occupancy) * rollout_s,
-            "response/rows": rows, "response/ended": num_ended, "response/cut_share": (rows - num_ended) / max(rows, 1),
-            "response/capped_share": per_ended(capped), "response/length_mean": per_ended(length),
-            "response/length_max": longest, "response/score_mean": per_ended(score), "response/accuracy": per_ended(right),
-            "verify/timeouts": timeouts, "verify/errors": errors,
+            "rollout/decode_steps": steps, "rollout/tokens": total["tokens"], "rollout/tokens_per_s": total["tokens"] / rollout_s,
+            "rollout/occupancy": occupancy, "rollout/idle_s": (1 - occupancy) * rollout_s, "response/rows": total["rows"],
+            "response/ended": total["ended"], "response/cut_share": (total["rows"] - total["ended"]) / max(total["rows"], 1),
+            "response/capped_share": per_ended("capped"), "response/length_mean": per_ended("length"),
+            "response/length_max": longest, "response/score_mean": per_ended("score"), "response/accuracy": per_ended("right"),
+            "verify/timeouts": total["timeout"], "verify/errors": total["error"],
         }  # fmt: skip

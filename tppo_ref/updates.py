@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,8 +18,39 @@ from tppo_ref.rows import PolicyRows
 from tppo_ref.types import Response, TokenBatch
 
 
+class Ewma:
+    """PPO-EWMA's averaged policy (arXiv 2110.00641): the centre of the clip, an exponential average of the weights.
+
+    average <- ((w - 1) average + current) / w  with  w <- decay w + 1  after each optimiser step, w = 1 at the start: their average
+    with its bias towards the first weights taken out. Our departure: the weight averaged / behaviour, which stands outside of the
+    clip, is truncated at policy.importance_cap.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.decay, self.weight = decay, 1.0
+
+    @torch.no_grad()
+    def move(self, current: torch.nn.Module) -> None:
+        self.weight = self.decay * self.weight + 1
+        for average, parameter in zip(self.module.parameters(), current.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 1 / self.weight)
+
+    def clip_centre(
+        self, batch: TokenBatch, rows: PolicyRows, part: Any, config: PolicyConfig
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Averaged policy's log-probabilities, importance weights averaged / behaviour, and the share of these that was clipped."""
+        with torch.no_grad():
+            centre_BT = self.module(batch)
+        mode: Literal["truncated", "masked"] = "truncated" if config.importance == "none" else config.importance
+        weight_BT, clipped = importance_weights(
+            centre_BT, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap
+        )
+        return centre_BT, weight_BT, clipped
+
+
 def update_policy(
-    learner: Learner, rows: PolicyRows, plans: Sequence[Plan], *, step: int, ewma: torch.nn.Module | None = None
+    learner: Learner, rows: PolicyRows, plans: Sequence[Plan], *, step: int, ewma: Ewma | None = None
 ) -> dict[str, float]:
     """All epochs of the policy's update on one step's rows: clipped surrogate and the positive-example LM loss.
 
@@ -41,7 +73,8 @@ def update_policy(
         part = (micro, slice(0, logprob_BT.shape[1]))
         old_BT, weight = centre_BT[part], None if weight_BT is None else weight_BT[part]
         if ewma is not None:
-            old_BT, weight = _ewma_centre(ewma, batch, rows, part, config)
+            old_BT, weight, clipped = ewma.clip_centre(batch, rows, part, config)
+            sums["weight_clipped"] += clipped * int(rows.train_BT[part].sum())
         total, stats = policy_loss(
             logprob_BT, old_BT, advantages_BT[part], rows.train_BT[part], denominator=tokens,
             clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=weight,
@@ -66,10 +99,12 @@ def update_policy(
             continue
         learner.update(mini_batch, partial(loss, tokens=tokens, positive=positive), step)
         if ewma is not None:
-            _move_ewma(ewma, learner.module, config.ewma_decay)
+            ewma.move(learner.module)
 
     (ratio_max,) = learner.parallel.max([ratio_max])
-    names = ("tokens", "positive", "loss", "lm_loss", "clipped_tokens", "dual_clipped_tokens", "kl_sum")
+    if ewma is None:
+        sums["weight_clipped"] = weight_clipped * sums["tokens"]
+    names = ("tokens", "positive", "loss", "lm_loss", "clipped_tokens", "dual_clipped_tokens", "kl_sum", "weight_clipped")
     total = dict(zip(names, learner.parallel.sum(sums[name] for name in names), strict=True))
     tokens = max(total["tokens"], 1)
     return learner.metrics() | {
@@ -79,25 +114,8 @@ def update_policy(
         "policy/dual_clipped_share": total["dual_clipped_tokens"] / tokens,
         "policy/kl": total["kl_sum"] / tokens,
         "policy/ratio_max": ratio_max,
-        "policy/weight_clipped_share": weight_clipped,
+        "policy/weight_clipped_share": total["weight_clipped"] / tokens,
     }
-
-
-def _ewma_centre(
-    ewma: torch.nn.Module, batch: TokenBatch, rows: PolicyRows, part: Any, config: PolicyConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO-EWMA (arXiv 2110.00641): clip around the averaged policy, weight by averaged / behaviour."""
-    with torch.no_grad():
-        centre_BT = ewma(batch)
-    mode: Literal["truncated", "masked"] = "truncated" if config.importance == "none" else config.importance
-    weight_BT, _ = importance_weights(centre_BT, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap)
-    return centre_BT, weight_BT
-
-
-@torch.no_grad()
-def _move_ewma(ewma: torch.nn.Module, module: torch.nn.Module, decay: float) -> None:
-    for average, current in zip(ewma.parameters(), module.parameters(), strict=True):
-        average.lerp_(current.detach(), 1 - decay)
 
 
 def update_value(

@@ -182,6 +182,8 @@ class JsonlTask:
             num_test = min(len(train_prompts) - 1, math.ceil(test_share * len(train_prompts)))
             train_prompts, test_prompts = train_prompts[:-num_test], train_prompts[-num_test:]
         self._prompts = {"train": tuple(train_prompts), "test": tuple(test_prompts)}
+        # The longest there is, not the longest allowed: a model's context has to hold it.
+        self.max_prompt_tokens = max(len(prompt.token_ids) for prompt in (*train_prompts, *test_prompts))
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         """The prompts of "train" or "test", in the order of the file."""
