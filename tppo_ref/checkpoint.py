@@ -137,4 +137,4 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
-        return hashlib.filefile_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
