@@ -70,7 +70,8 @@ def main() -> None:
         out = arguments.out / task
         fields = {
             "task.name": task, "run.out": out, "run.train_seconds": arguments.seconds, "compare.seeds": SEEDS,
-            "compare.per_method": json.dumps({m: settings[m] for m in arguments.methods}), "run.eval_every_s": 2.5, "compare.methods": json.dumps(arguments.methods),
+            "compare.per_method": json.dumps({m: settings[m] for m in arguments.methods}), "run.eval_every_s": 2.5,
+            "compare.methods": json.dumps(arguments.methods),
         }  # fmt: skip
         command = [sys.executable, "-m", "tppo_ref", "compare", *(f"--{name}={value}" for name, value in fields.items())]
         subprocess.run(command, check=True)

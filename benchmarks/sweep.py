@@ -2,11 +2,13 @@
 
     python -m benchmarks.sweep [--seconds 30] [--task chain]
 
-Every cell is one `compare` run of ppo and tppo on seeds that the headline does not use. PPO then gets more: its three best cells run
-twice as long on two further seeds, so that a near tie, or a cell that collapses later, is not decided by luck against it. Writes results/sweep-<task>.csv: a row per
-method, cell and seed with the mean accuracy over the training clock (the area under the learning curve, which rewards speed and
-level alike) and the final 3-point mean. The cell with the best mean area over seeds is the method's setting in the headline and in
-the demo. Run it alone: the ranking is by wall-clock, and tokens_per_s shows when other work disturbed a cell.
+Every cell is one `compare` run of ppo and tppo on seeds that the headline does not use. PPO then gets more: its three best cells
+run twice as long on two further seeds, so that a near tie, or a cell that collapses later, is not decided by luck against it.
+
+Writes results/sweep-<task>.csv: a row per method, cell and seed with the mean accuracy over the training clock (the area under the
+learning curve, which rewards speed and level alike) and the final 3-point mean. The cell with the best mean area over seeds is the
+method's setting in the headline and in the demo. Run it alone: the ranking is by wall-clock, and tokens_per_s shows when other work
+disturbed a cell.
 """
 
 from __future__ import annotations
@@ -68,8 +70,9 @@ def finals(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> 
         subprocess.run(command, check=True)
         for seed in FINAL_SEEDS:
             area, final, speed = curve(out / "runs" / f"ppo-seed{seed}")
-            found.append({"method": "ppo final", "lr": lr, "mini_batch_tokens": tokens, "seed": seed, "mean_accuracy": round(area, 4),
-                          "final_accuracy": round(final, 4), "tokens_per_s": round(speed)})  # fmt: skip
+            found.append({"method": "ppo final", "lr": lr, "mini_batch_tokens": tokens, "seed": seed,
+                          "mean_accuracy": round(area, 4), "final_accuracy": round(final, 4),
+                          "tokens_per_s": round(speed)})  # fmt: skip
     return found
 
 
