@@ -19,7 +19,6 @@ from tppo_ref.rows import PolicyRows, response_mask
 from tppo_ref.types import End, Prompt, Response, TokenBatch
 from tppo_ref.updates import update_policy, update_value
 
-
 MODELS = (make_policy(), make_value())  # made here: loading draws from torch's global generator, which threads would share
 
 
