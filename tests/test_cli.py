@@ -19,8 +19,9 @@ from helpers import TINY, make_policy
 
 from tppo_ref.__main__ import COMMANDS, main
 from tppo_ref.checkpoint import complete_checkpoints, read_state
-from tppo_ref.config import METHODS, Config, apply_method, check, field_paths, get_field, parse, replace_fields
+from tppo_ref.config import METHODS, Config, apply_method, field_paths, get_field, parse, replace_fields
 from tppo_ref.types import UserError
+from tppo_ref.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {

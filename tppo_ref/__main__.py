@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from tppo_ref.config import Config, apply_method, check, given_fields, nearest, parse
+from tppo_ref.config import Config, apply_method, given_fields, nearest, parse
 from tppo_ref.types import UserError
+from tppo_ref.validation import check
 
 
 def train(config: Config, given: set[str]) -> None:

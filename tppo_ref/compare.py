@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tppo_ref.config import Config, apply_method, replace_fields, writable_folder
+from tppo_ref.config import Config, apply_method, replace_fields
 from tppo_ref.pretrain import cached_value
 from tppo_ref.run import base_model, make_task, versions
 from tppo_ref.types import UserError
+from tppo_ref.validation import writable_folder
 
 
 def compare(config: Config) -> Path:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tppo_ref.advantages import monte_carlo_returns
 from tppo_ref.checkpoint import file_digest
-from tppo_ref.config import Config, writable_folder
+from tppo_ref.config import Config
 from tppo_ref.evaluate import evaluate, sample_answers
 from tppo_ref.learner import Learner
 from tppo_ref.models import ValueModel
@@ -33,6 +33,7 @@ from tppo_ref.run import TaskScorer, base_model, make_engine, make_policy, make_
 from tppo_ref.tasks import Task
 from tppo_ref.types import Response, TokenBatch, UserError
 from tppo_ref.updates import explained_variance, update_value
+from tppo_ref.validation import writable_folder
 
 HELD_OUT = 0.2  # share of the responses that the quality report is made on
 POSITIONS = (0, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)  # column ranges of that report, in tokens

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
 from tppo_ref.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
-from tppo_ref.config import Config, TaskConfig, field_paths, get_field, writable_folder
+from tppo_ref.config import Config, TaskConfig, field_paths, get_field
 from tppo_ref.engines import TorchEngine
 from tppo_ref.evaluate import evaluate
 from tppo_ref.learner import NonFiniteError
@@ -36,6 +36,7 @@ from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.verifier import Verifier
 from tppo_ref.trainer import Trainer
 from tppo_ref.types import Response, UserError
+from tppo_ref.validation import writable_folder
 from tppo_ref.warmstart import tiny_policy_config, warm_start
 
 log = logging.getLogger("tppo_ref")
