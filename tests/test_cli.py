@@ -411,6 +411,16 @@ def test_every_leaf_of_the_config_has_a_type_that_the_command_line_can_fill():
             assert "Any" not in str(hint) or name == "per_method", f"{section.name}.{name}"
 
 
+@pytest.mark.parametrize(("text", "number"), [("6e-4", 6e-4), ("0.5", 0.5)])
+def test_a_number_that_yaml_took_for_a_text_is_a_number(text, number):
+    assert replace_fields(Config(), {"policy.lr": text}).policy.lr == number
+
+
+def test_a_text_that_is_no_number_is_refused_by_name():
+    with pytest.raises(UserError, match=r"lr: expected float, got 'fast'"):
+        replace_fields(Config(), {"policy.lr": "fast"})
+
+
 @pytest.mark.parametrize("written", ["rollout.windw", "window", "value.window"])
 def test_replacing_an_unknown_field_names_it_and_the_nearest(written):
     """`compare.per_method` comes this way."""

@@ -294,9 +294,19 @@ def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
         known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
         if head not in known or (rest and path not in field_paths(type(config))):
             raise UserError(f"{path}: no such field{nearest(path, field_paths(type(config)))}")
-        value = replace_fields(getattr(config, head), {rest: value}) if rest else value
+        value = replace_fields(getattr(config, head), {rest: value}) if rest else _number(path, value, getattr(config, head))
         config = dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
     return config
+
+
+def _number(path: str, value: Any, current: Any) -> Any:
+    """YAML 1.1 reads 6e-4 as a text: a text where a number stands is read as one, or refused."""
+    if not isinstance(value, str) or isinstance(current, bool) or not isinstance(current, int | float):
+        return value
+    try:
+        return type(current)(value)
+    except ValueError:
+        raise UserError(f"{path}: expected {type(current).__name__}, got {value!r}") from None
 
 
 def field_paths(config_class: Any, prefix: str = "") -> list[str]:
