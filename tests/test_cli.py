@@ -228,8 +228,8 @@ def _model_folder(tmp_path_factory) -> Path:
 
 
 def test_prompt_and_response_longer_than_the_models_context_are_refused(refuse, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 300, "max_position_embeddings": 32}))
-    refuse("train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "32"))
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 300, "max_position_embeddings": 8}))
+    refuse("train", *jsonl(tmp_path), "--model.policy", str(tmp_path / "config.json"), words=("rollout.max_response_tokens", "8"))
 
 
 def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(refuse, tmp_path, model_folder):

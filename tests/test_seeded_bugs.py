@@ -77,7 +77,7 @@ BUGS = [
     Bug("the score lands one token early", "rows.py", "rewards_BT[row, len(response) - 1] = response.score",
         "rewards_BT[row, max(len(response) - 2, 0)] = response.score",
         "test_trainer.py::test_F2_each_ended_token_reaches_the_critic_once_per_epoch_and_no_running_one_ever"),
-    Bug("deferred tokens are clipped around the new policy", "rows.py", "self.new_BT & (not engines)", "self.run_BT & (not engines)",
+    Bug("deferred tokens are clipped around the new policy", "rows.py", "torch.where(self.new_BT, start_BT, self.behaviour_BT)", "torch.where(self.run_BT, start_BT, self.behaviour_BT)",
         "test_trainer.py::test_F4_a_deferred_token_is_trained_against_its_own_older_policy"),
     Bug("a deferred tail is never trained", "trainer.py", "response.num_settled += trained",
         "response.num_settled = len(response)",
