@@ -250,7 +250,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device = {name!r} is not there: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"device = {name!r} is not there ({str(error).splitlines()[0][:200]}); give cpu, or auto") from error
     return device
 
 
