@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import one_thread  # noqa: F401  (a fixture)
+from safetensors import SafetensorError
 
 from tppo_ref.checkpoint import MANIFEST, complete_checkpoints
 from tppo_ref.config import Config, apply_method, replace_fields
@@ -372,6 +373,40 @@ def test_a_number_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tm
     one_line(error, "step 3", "value", "step-00000002")
     assert [p.name for p in complete_checkpoints(out / "checkpoints")][-1] == "step-00000002"
     train(config_of("tppo", out, cache, steps=3, resume=True))
+
+
+def test_weights_that_an_update_spoilt_are_not_saved_and_the_checkpoint_before_stays(tmp_path, cache):
+    out = tmp_path / "run"
+    session = Session(config_of("tppo", out, cache, steps=9, checkpoint_every=0))
+    try:
+        session.trainer.step()
+        good = session.save()
+        with torch.no_grad():
+            next(session.trainer.policy.module.parameters())[0, 0] = math.inf
+        session.trainer.num_steps += 1
+        with pytest.raises(UserError) as error:
+            session.save()
+    finally:
+        session.close()
+    one_line(error, "step 2", "policy", "not finite")
+    assert complete_checkpoints(out / "checkpoints") == [good]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("write failed"), SafetensorError("I/O")])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_and_no_remains(failure, tmp_path, cache, monkeypatch):
+    out = tmp_path / "run"
+    session = Session(config_of("tppo", out, cache, steps=9, checkpoint_every=0))
+    try:
+        session.trainer.step()
+        good = session.save()
+        session.trainer.step()
+        monkeypatch.setattr(session.trainer.value.module, "save_pretrained", lambda folder: (_ for _ in ()).throw(failure))
+        with pytest.raises(UserError) as error:
+            session.save()
+    finally:
+        session.close()
+    one_line(error, "step-00000002", "cannot be written")
+    assert [path for path in (out / "checkpoints").iterdir()] == [good]
 
 
 def test_the_saved_models_load_with_plain_transformers(good):
