@@ -1,0 +1,1 @@
+"""The exact laboratory and the cluster clock: docs/sim.md."""
