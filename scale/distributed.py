@@ -1,0 +1,105 @@
+"""Ranks: the process group, who shares an engine with whom, and the collective operations that the Trainer needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from tppo_ref.types import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """Where this process stands.
+
+    rank, world       among all ranks
+    local_rank        on this machine; the accelerator's number
+    tensor_parallel   ranks that share one engine: consecutive ones
+    device            "cpu" or "cuda:N"
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    tensor_parallel: int = 1
+    device: str = "cpu"
+
+    @property
+    def engine(self) -> int:
+        """Number of this rank's engine, its data-parallel index for sampling."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def num_engines(self) -> int:
+        return self.world // self.tensor_parallel
+
+    @property
+    def part(self) -> int:
+        """This rank's place in its tensor-parallel group."""
+        return self.rank % self.tensor_parallel
+
+
+def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 600.0) -> World:
+    """Join the process group that torchrun describes, or make one of a single rank.
+
+    Host numbers travel over gloo, tensors on GPUs over nccl. Every wait is bounded by `timeout_s` and then fails by name.
+    Must run before vLLM is imported, which overwrites LOCAL_WORLD_SIZE. UserError where the ranks cannot be cut into groups.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if tensor_parallel < 1 or world % tensor_parallel:
+        raise UserError(f"engine.tensor_parallel: {world} ranks cannot be cut into groups of {tensor_parallel}; give a divisor")
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        raise UserError(f"algo.model.device: {device} is not there; give cpu, or auto")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return World(rank=rank, world=world, local_rank=local_rank, tensor_parallel=tensor_parallel,
+                 device=f"cuda:{local_rank}" if cuda else "cpu")  # fmt: skip
+
+
+class Collective:
+    """`tppo_ref.parallel.Parallel` over torch.distributed. FSDP averages gradients over ranks: loss_scale = world undoes that."""
+
+    def __init__(self, world: World):
+        self.rank, self.world, self.loss_scale = world.rank, world.world, float(world.world)
+
+    def sum(self, numbers: Iterable[float]) -> list[float]:
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def max(self, numbers: Iterable[float]) -> list[float]:
+        return self._reduce(numbers, dist.ReduceOp.MAX)
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, thing)
+        return gathered
+
+    def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if bool(torch.isfinite(norm)):  # the same on every rank: it is the norm over all shards
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return float(norm)
+
+    @staticmethod
+    def _reduce(numbers: Iterable[float], how: Any) -> list[float]:
+        tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        dist.all_reduce(tensor, how)
+        return tensor.tolist()
