@@ -230,7 +230,7 @@ def _receive(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> tuple[int, i
     """Runs inside vLLM's worker: takes the weights, returns the checksum of what came."""
     arrived = _Checksum()
     worker.reload_weights(weights_iterator=arrived.over(tensors))
-    head = getattr(worker.model_runner.model, "lm_head", None)
+    head: Any = getattr(worker.model_runner.model, "lm_head", None)
     if hasattr(head, "cpu_linear"):  # a packed copy, which reload_weights leaves as it was
         head.quant_method.process_weights_after_loading(head)
     return arrived.totals

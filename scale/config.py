@@ -1,0 +1,139 @@
+"""A run of scale/ as data: tppo_ref's own `Config` as the field `algo`, beside what only a cluster has.
+
+Read by tppo_ref's one parser: `--config FILE --section.field VALUE`, with `--algo.policy.lr 8e-7` for the algorithm's fields.
+Marks as there: [S] paper, [P] port, [V] another primary source, [I] inferred, [M] measured by us, [O] our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from tppo_ref.config import Config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Who decodes."""
+
+    kind: Literal["vllm", "torch"] = "vllm"
+    """vllm, or torch: tppo_ref's TorchEngine, one engine per rank (tests, the bridge to tppo_ref). [O]"""
+    tensor_parallel: int = 1
+    """Ranks that share one engine: consecutive ones; must divide the model's heads and the number of ranks. [O]"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations of the engine. [O]"""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU that vLLM may take while it decodes. [O]"""
+    sleep_level: Literal[0, 1, 2] = 2
+    """GPU only: what becomes of the engine's weights while the trainer works. 0 stay, 1 to the host, 2 dropped. [O]"""
+    block_size: int = 0
+    """Tokens per KV-cache block; 0 = vLLM's own choice (32 on a CPU, so that short prefixes are cached). [O]"""
+    max_batched_tokens: int = 0
+    """Most tokens that vLLM prefills at once; 0 = its own choice. [O]"""
+    probe_prompts: int = 8
+    """Prompts of the start-up probe, which compares engine and trainer log-probabilities. [O]"""
+    probe_tokens: int = 16
+    """Tokens sampled from each. [O]"""
+    probe_mean: float = 0.0
+    """Refuse to train above this mean gap; 0 = by dtype: 1e-4 in float32, 0.03 in bfloat16 (unconfirmed until a GPU run). [O]"""
+    probe_top_percent: float = 0.0
+    """Refuse above this mean of the largest 1 % of gaps; 0 = by dtype: 1e-3 in float32, 0.3 in bfloat16 (unconfirmed). [O]"""
+    gap_warning: float = 0.0
+    """Warn when a step's mean gap passes this; 0 = the probe's mean threshold. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """FSDP2 for policy and value model."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameters as gathered for forward and backward; the masters and the reduction of gradients are float32. [P]"""
+    checkpoint_layers: bool = True
+    """Recompute each layer's activations in the backward pass. [O]"""
+    offload: bool = False
+    """Keep shards, gradients and optimiser states in host memory. [O]"""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered parameters after its forward pass, and gather them again for the backward. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """The machines. torchrun says how many ranks there are; these fields say what they are, for the dry run and the launcher."""
+
+    nodes: int = 1
+    """Machines. [O]"""
+    devices_per_node: int = 1
+    """Ranks per machine; `python scale/launch.py` without torchrun starts this many. [O]"""
+    device_bytes: float = 80e9
+    """Memory of one device, in bytes, for the dry run's verdict. [O]"""
+    timeout_s: float = 600.0
+    """Longest wait for another rank, in seconds; then the run ends and says who was missing. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts: a jsonl or parquet file, or the id of a data set on the Hub. `algo.task.path` is not used here."""
+
+    train: str = ""
+    """Training prompts. [O]"""
+    eval: str = ""
+    """Evaluation prompts; empty = the last tenth of the training prompts. [O]"""
+    tokenizer: str = ""
+    """Folder of a transformers tokenizer, or bytes; empty = the policy's folder. [O]"""
+    prompt_key: str = ""
+    """Column of the prompt text; empty = prompt, question or problem. [O]"""
+    answer_key: str = "answer"
+    """Column of the answer. [O]"""
+    instruction: str = ""
+    """Text put behind each prompt, such as where to write the answer. [O]"""
+    chat_template: bool = False
+    """Wrap prompts in the tokenizer's chat template. [O]"""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are skipped and counted, or an error: see over_long. [O]"""
+    over_long: Literal["skip", "error"] = "skip"
+    """What becomes of a prompt above max_prompt_tokens. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The verifier and the shaping of its score."""
+
+    verifier: str = "scale.rewards:verify_math"
+    """module:function, imported in the verifier's processes: (answer, token ids, text) -> float. [O]"""
+    timeout_s: float = 10.0
+    """Wall-clock seconds after which a verification is killed, counted, and scored as failed. [O]"""
+    workers: int = 2
+    """Verifier processes per rank. [O]"""
+    failure_score: float = -1.0
+    """Score of a verification that timed out or raised. [O]"""
+    overlong_buffer: int = 0
+    """Soft penalty over the last so many tokens before the cap, from 0 to overlong_penalty; 0 = none. DAPO: 4,096. [V]"""
+    overlong_penalty: float = 1.0
+    """Penalty at the cap. [V]"""
+    format_penalty: float = 0.0
+    """Taken from responses without an extractable answer. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """avg@k and pass@k on the evaluation prompts."""
+
+    samples: int = 0
+    """Answers per prompt, k; 0 = algo.run.eval_samples. AIME 2024 in the paper: 32. [S]"""
+    every_steps: int = 0
+    """Training steps between evaluations; 0 = only when asked for. [O]"""
+    save_texts: int = 8
+    """Sample answers written beside the metrics at each evaluation. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """One run of scale/."""
+
+    algo: Config = dataclasses.field(default_factory=Config)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    sharding: ShardingConfig = dataclasses.field(default_factory=ShardingConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

@@ -1,0 +1,181 @@
+"""FSDP2 over tppo_ref's own policy and value model: the modules stay, their parameters become shards.
+
+    build on "meta" -> shard -> read each rank's own rows from the safetensors -> the Trainer
+
+No rank ever holds a whole model: a 32B one is 131 GB in float32. Masters are float32, computation in `compute_dtype`, gradients
+are reduced in float32. Each decoder layer is one FSDP group and, with `checkpoint_layers`, is recomputed in the backward pass;
+embedding, norm and head form the root group.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+from scale.config import ShardingConfig
+from scale.distributed import World
+from tppo_ref.models import PolicyModel, ValueModel, load_policy, load_value_model
+from tppo_ref.types import UserError
+
+
+def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
+    """The model's decoder layers: the longest list of modules in its backbone. UserError where there is none."""
+    lists = [module for module in model.hf.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise UserError(f"model.policy: {type(model.hf).__name__} has no list of decoder layers to shard by")
+    return max(lists, key=len)
+
+
+def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingConfig) -> None:
+    """Shard a model in place over `mesh`; its parameters become DTensors under the names that they had.
+
+    Invariant: forward, backward and `named_tensors` give what the whole model gave, up to the rounding of `compute_dtype`.
+    """
+    dtype = getattr(torch, config.compute_dtype)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+    }
+    for layer in decoder_layers(model):
+        if config.checkpoint_layers:
+            # The module's own forward, not a wrapper: parameter names stay transformers', which checkpoints and engines rely on.
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    model.register_forward_hook(_reshard_without_gradient)
+
+
+def _reshard_without_gradient(model: Any, inputs: Any, output: Any) -> None:
+    """A forward pass that no backward follows would leave the root's parameters gathered, and stale after the next update."""
+    if not torch.is_grad_enabled():
+        model.reshard()
+
+
+def load_sharded(
+    kind: type[PolicyModel] | type[ValueModel],
+    source: str | Path,
+    world: World,
+    config: ShardingConfig,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> PolicyModel | ValueModel:
+    """A sharded policy or value model from a Hugging Face folder, each rank reading its own rows; `options` go to the model.
+
+    A config.json gives random weights under `seed`, the same on any number of ranks. A policy's folder gives a value model its
+    backbone, and a new head under `seed`. UserError as `tppo_ref.models.load_policy`.
+    """
+    load = load_policy if kind is PolicyModel else load_value_model
+    mesh = init_device_mesh("cuda" if world.device.startswith("cuda") else "cpu", (world.world,))
+    if str(source).endswith(".json"):
+        model = load(str(source), seed=seed, device="cpu", **options)  # random: small, or nobody would start from it
+        shard(model.to(world.device), mesh, config)
+        return model
+    model = empty(kind, source, **options)
+    shard(model, mesh, config)
+    model.to_empty(device="cpu" if config.offload else world.device)
+    _restore_buffers(model, world.device)
+    fill(model, Path(source), seed=seed)
+    return model
+
+
+def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **options: Any) -> PolicyModel | ValueModel:
+    """The model of a folder's config.json on the meta device: shapes and no bytes."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(source), local_files_only=True)
+    auto: Any = transformers.AutoModelForCausalLM
+    if kind is ValueModel:
+        config.num_labels, config.classifier_dropout = 1, 0.0
+        auto = transformers.AutoModelForTokenClassification
+    with torch.device("meta"):
+        return kind(auto.from_config(config, dtype=torch.float32), **options)
+
+
+def _restore_buffers(model: nn.Module, device: str) -> None:
+    """Buffers are computed when a module is built, which on "meta" computes nothing: build those modules again."""
+    for module in list(model.modules()):
+        if not list(module.buffers(recurse=False)):
+            continue
+        config = getattr(module, "config", None)
+        if config is None:
+            raise UserError(
+                f"model.policy: {type(module).__name__} keeps buffers that cannot be rebuilt; this architecture is not supported"
+            )
+        fresh = type(module)(config=config)
+        for name, buffer in fresh.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file of a Hugging Face folder holds which tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), file)
+    if not files:
+        raise UserError(f"model.policy: {folder} holds no safetensors")
+    return files
+
+
+@torch.no_grad()
+def fill(model: PolicyModel | ValueModel, folder: Path, *, seed: int) -> None:
+    """Read this rank's rows of every parameter. A value head that the folder lacks is drawn under `seed`."""
+    files = weight_files(folder)
+    for name, parameter in model.hf.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if name in files:
+            with safe_open(files[name], "pt") as tensors:
+                rows = tensors.get_slice(name)
+                if list(rows.get_shape()) != list(parameter.shape):
+                    raise UserError(f"{files[name]}: {name} has shape {rows.get_shape()}, the config says {list(parameter.shape)}")
+                local.copy_(rows[_own_rows(parameter)])
+        elif isinstance(model, ValueModel) and name.startswith(("score.", "classifier.")):
+            generator = torch.Generator().manual_seed(seed)
+            std = model.hf.config.initializer_range if parameter.dim() > 1 else 0.0
+            whole = torch.randn(parameter.shape, generator=generator) * std
+            local.copy_(whole[_own_rows(parameter)])
+        else:
+            raise UserError(f"model.policy: {folder} lacks {name}")
+
+
+def _own_rows(parameter: Tensor) -> slice:
+    """The rows of dimension 0 that this rank keeps."""
+    if not isinstance(parameter, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def gathered(model: PolicyModel | ValueModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the host), one at a time; every rank takes part. For export and comparison."""
+    for name, parameter in model.hf.named_parameters():
+        whole = parameter.detach()
+        yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+
+
+def checksum(model: PolicyModel | ValueModel) -> float:
+    """Sum of |w| over the whole model, the same on every rank."""
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in model.hf.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        total += local.detach().abs().sum(dtype=torch.float64).cpu()
+    dist.all_reduce(total)
+    return float(total)
