@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test bench lint setup
+.PHONY: demo test bench lab lint setup
 demo: $(READY)  ## PPO against T-PPO on a built-in task, about 6 minutes on 2 cores; figures in runs/demo
 	$(BIN)/python -m tppo_ref compare --config tppo_ref/configs/demo.yaml
 
@@ -18,6 +18,9 @@ lint: $(READY)
 
 bench: $(READY)  ## speed, as ratios within one run; results go to benchmarks/results
 	$(BIN)/python -m benchmarks
+
+lab: $(READY)  ## the tutorials, in JupyterLab
+	$(BIN)/jupyter lab notebooks
 
 setup: $(READY)
 $(READY): pyproject.toml constraints.txt

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from tppo_ref.config import Config
+from tppo_ref.config import Config, apply_method
+from tppo_ref.types import UserError
+from tppo_ref.validation import check as check_algo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,56 +74,35 @@ class ClusterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Prompts: a jsonl or parquet file, or the id of a data set on the Hub. `algo.task.path` is not used here."""
+    """Prompts beyond what `algo.task` says (path, eval_path, tokenizer, keys, chat template, max_prompt_tokens, verifier).
 
-    train: str = ""
-    """Training prompts. [O]"""
-    eval: str = ""
-    """Evaluation prompts; empty = the last tenth of the training prompts. [O]"""
-    tokenizer: str = ""
-    """Folder of a transformers tokenizer, or bytes; empty = the policy's folder. [O]"""
-    prompt_key: str = ""
-    """Column of the prompt text; empty = prompt, question or problem. [O]"""
-    answer_key: str = "answer"
-    """Column of the answer. [O]"""
+    `algo.task.path` and `eval_path` take a .jsonl or .parquet file, or the id of a data set on the Hub.
+    """
+
     instruction: str = ""
     """Text put behind each prompt, such as where to write the answer. [O]"""
-    chat_template: bool = False
-    """Wrap prompts in the tokenizer's chat template. [O]"""
-    max_prompt_tokens: int = 1024
-    """Longer prompts are skipped and counted, or an error: see over_long. [O]"""
     over_long: Literal["skip", "error"] = "skip"
-    """What becomes of a prompt above max_prompt_tokens. [O]"""
+    """What becomes of a prompt above algo.task.max_prompt_tokens: left out and counted, or an error. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The verifier and the shaping of its score."""
+    """Shaping of the score in training; evaluation counts the verifier's own. `algo.task.verifier` names the verifier."""
 
-    verifier: str = "scale.rewards:verify_math"
-    """module:function, imported in the verifier's processes: (answer, token ids, text) -> float. [O]"""
-    timeout_s: float = 10.0
-    """Wall-clock seconds after which a verification is killed, counted, and scored as failed. [O]"""
-    workers: int = 2
-    """Verifier processes per rank. [O]"""
-    failure_score: float = -1.0
-    """Score of a verification that timed out or raised. [O]"""
     overlong_buffer: int = 0
-    """Soft penalty over the last so many tokens before the cap, from 0 to overlong_penalty; 0 = none. DAPO: 4,096. [V]"""
+    """The last so many tokens before the cap cost, linearly, from 0 to overlong_penalty; 0 = none. DAPO: 4,096. [V]"""
     overlong_penalty: float = 1.0
     """Penalty at the cap. [V]"""
     format_penalty: float = 0.0
-    """Taken from responses without an extractable answer. [O]"""
+    """Taken from responses in which no answer can be found. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """avg@k and pass@k on the evaluation prompts."""
+    """avg@k and pass@k over the evaluation prompts: algo.run.eval_prompts of them, k = algo.run.eval_samples."""
 
-    samples: int = 0
-    """Answers per prompt, k; 0 = algo.run.eval_samples. AIME 2024 in the paper: 32. [S]"""
     every_steps: int = 0
-    """Training steps between evaluations; 0 = only when asked for. [O]"""
+    """Training steps between evaluations; 0 = at the end only. [O]"""
     save_texts: int = 8
     """Sample answers written beside the metrics at each evaluation. [O]"""
 
@@ -137,3 +118,19 @@ class ScaleConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+
+def check(config: ScaleConfig) -> ScaleConfig:
+    """The config with its named method applied; UserError for what cannot run, before anything is loaded."""
+    algo = apply_method(config.algo, config.algo.run.method, strict=False)
+    check_algo(algo)
+    for section, names in (("engine", ("tensor_parallel",)), ("cluster", ("nodes", "devices_per_node"))):
+        for name in names:
+            if getattr(getattr(config, section), name) < 1:
+                raise UserError(f"{section}.{name}: expected at least 1, got {getattr(getattr(config, section), name)}")
+    ranks = config.cluster.nodes * config.cluster.devices_per_node
+    if ranks % config.engine.tensor_parallel:
+        raise UserError(f"engine.tensor_parallel: {ranks} ranks cannot be cut into groups of {config.engine.tensor_parallel}")
+    if config.cluster.timeout_s <= 0:
+        raise UserError(f"cluster.timeout_s: expected a positive number, got {config.cluster.timeout_s}")
+    return dataclasses.replace(config, algo=algo)

@@ -103,3 +103,19 @@ class Collective:
         tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
         dist.all_reduce(tensor, how)
         return tensor.tolist()
+
+
+def report_once(message: str) -> bool:
+    """True on the first rank that calls it: several ranks fail of one cause, and one line is enough."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add("tppo/failures", 1) == 1
+    except Exception:  # no process group yet, or its store went with rank 0
+        return int(os.environ.get("RANK", "0")) == 0
+
+
+def finish() -> None:
+    """The last collective of a rank that leaves in order."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

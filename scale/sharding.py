@@ -57,6 +57,7 @@ def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingCon
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     model.register_forward_hook(_reshard_without_gradient)
+    model.__dict__["named_tensors"] = functools.partial(gathered, model)  # what engines are given: whole tensors
 
 
 def _reshard_without_gradient(model: Any, inputs: Any, output: Any) -> None:
@@ -72,9 +73,12 @@ def load_sharded(
     config: ShardingConfig,
     *,
     seed: int = 0,
+    weights: bool = True,
     **options: Any,
 ) -> PolicyModel | ValueModel:
     """A sharded policy or value model from a Hugging Face folder, each rank reading its own rows; `options` go to the model.
+
+    weights=False leaves the folder's weights unread: a checkpoint brings them.
 
     A config.json gives random weights under `seed`, the same on any number of ranks. A policy's folder gives a value model its
     backbone, and a new head under `seed`. UserError as `tppo_ref.models.load_policy`.
@@ -89,7 +93,8 @@ def load_sharded(
     shard(model, mesh, config)
     model.to_empty(device="cpu" if config.offload else world.device)
     _restore_buffers(model, world.device)
-    fill(model, Path(source), seed=seed)
+    if weights:
+        fill(model, Path(source), seed=seed)
     return model
 
 
@@ -165,10 +170,10 @@ def _own_rows(parameter: Tensor) -> slice:
 
 
 def gathered(model: PolicyModel | ValueModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the host), one at a time; every rank takes part. For export and comparison."""
+    """(name, whole tensor), one at a time, so that one tensor's memory is all it takes. Every rank takes part, to the last."""
     for name, parameter in model.hf.named_parameters():
         whole = parameter.detach()
-        yield name, (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu()
+        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 def checksum(model: PolicyModel | ValueModel) -> float:

@@ -160,7 +160,9 @@ class VLLMEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             sent = _Checksum()
-            received = self._llm.collective_rpc(_receive, args=(sent.over(_whole(pairs, self._dtype)),))
+            received = self._llm.collective_rpc(
+                _receive, args=(sent.over((name, tensor.to(self._dtype)) for name, tensor in pairs),)
+            )
             if any(r != sent.totals for r in received):
                 raise RuntimeError(f"weight sync: {sent.totals} left the trainer, {received} arrived in the engine")
         if self._asleep:
@@ -247,13 +249,6 @@ class _Checksum:
             count, elements, total = self.totals
             self.totals = (count + 1, elements + tensor.numel(), total + (count + 1) * tensor.sum(dtype=torch.float64).item())
             yield name, tensor
-
-
-def _whole(pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor gathered from its shards, one at a time: memory holds one whole tensor, not the model."""
-    for name, tensor in pairs:
-        tensor = tensor.detach().to(dtype)
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _import_vllm(on_cpu: bool) -> Any:

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import random
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from toy_mdp import END, ToyMDP
 
+from sim.instances import Instance, load
+from sim.token_mdp import ENDED, Edges, TokenMDP
 from tppo_ref.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns, whiten
 
 LAW = settings(max_examples=50, deadline=None)
 CUT_RULES = ("previous", "critic", "zero")
 F64 = torch.float64
 NAN = float("nan")
+END = 0  # the end token of the trees
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-11) -> None:
@@ -860,200 +865,230 @@ def test_whiten_names_a_bad_argument(argument, x, mask):
         whiten(x, mask)
 
 
-# -------------------------------------------------------------------------- in expectation, on an enumerated token MDP
+# ------------------------------------------------------------------------- in expectation, on enumerated token MDPs
+
+
+def tree(seed: int, *, max_tokens: int = 5, rewards_at: str = "every token", gamma: float = 1.0) -> Instance:
+    """Three tokens of which END ends, every text a state of its own, policy and rewards drawn from (seed, text, token)."""
+
+    def draw(what: str, text: tuple[int, ...], token: int, low: float, high: float) -> float:
+        return random.Random(f"{what} {seed} {text} {token}").uniform(low, high)
+
+    texts = [text for t in range(max_tokens) for text in itertools.product((1, 2), repeat=t)]
+    place, rows, weights = {text: s for s, text in enumerate(texts)}, [], []
+    for text, token in itertools.product(texts, range(3)):
+        last = token == END or len(text) == max_tokens - 1
+        reward = draw("reward", text, token, -1, 1) if last or rewards_at == "every token" else 0.0
+        next_ = ENDED if token == END else place.get((*text, token), 0)  # at the cap any state will do
+        rows.append((place[text], token, 1.0, reward, next_))
+        weights.append(draw("policy", text, token, 0.2, 1.0))
+    edges = Edges(*map(np.array, zip(*rows, strict=True)))
+    mdp = TokenMDP(num_states=len(texts), num_tokens=3, edges=edges, max_tokens=max_tokens, gamma=gamma)
+    weight_SA = np.array(weights).reshape(-1, 3)
+    return Instance(mdp, mdp.by_node(weight_SA / weight_SA.sum(1, keepdims=True)), "")
+
 
 MDPS = [
-    pytest.param(ToyMDP(seed, rewards_at=where), gamma, lam, id=f"seed {seed}, {where}, gamma {gamma}, lam {lam}")
-    for seed, where, gamma, lam in [
-        (0, "every token", 0.9, 0.7),
-        (1, "every token", 1.0, 1.0),
-        (2, "the end", 1.0, 0.95),
-        (3, "the end", 0.8, 1.0),
-        (4, "every token", 0.7, 0.0),
-    ]
+    *(
+        pytest.param(tree(seed, rewards_at=where, gamma=gamma), lam, id=f"seed {seed}, {where}, gamma {gamma}, lam {lam}")
+        for seed, where, gamma, lam in [
+            (0, "every token", 0.9, 0.7),
+            (1, "every token", 1.0, 1.0),
+            (2, "the end", 1.0, 0.95),
+            (3, "the end", 0.8, 1.0),
+            (4, "every token", 0.7, 0.0),
+        ]
+    ),
+    # a graph: nodes with several pasts, tokens with several outcomes of which some may end
+    pytest.param(
+        load("random", seed=5, num_states=3, num_tokens=2, outcomes=2, max_tokens=4, p_end=0.2, gamma=0.9), 0.8, id="graph"
+    ),
 ]
-on_toy_mdps = pytest.mark.parametrize(("mdp", "gamma", "lam"), MDPS)
+on_token_mdps = pytest.mark.parametrize(("instance", "lam"), MDPS)
 
 
 class Enumeration:
-    """All responses of an MDP as one batch, and conditional expectations over it."""
+    """All responses of an MDP as one batch, and conditional expectations over it. `critic` adds an error to V [N]."""
 
-    def __init__(self, mdp: ToyMDP, critic: Callable[[tuple[int, ...]], float], gamma: float, lam: float):
-        self.mdp, self.critic, self.gamma, self.lam = mdp, critic, gamma, lam
-        self.responses, weights = zip(*mdp.responses(), strict=True)
-        self.weights = torch.tensor(weights, dtype=F64)
+    def __init__(self, instance: Instance, lam: float, *, critic: Callable[[np.ndarray], np.ndarray] = lambda value_N: value_N):
+        self.mdp, self.policy_NA, _ = instance
+        self.solution = self.mdp.solve(self.policy_NA)
+        self.lam, self.gamma = lam, self.mdp.gamma
+        self.critic_N = critic(self.solution.value_N)
+        rows = self.mdp.trajectories(self.policy_NA)
+        assert rows.mask_BT.shape[1] == self.mdp.max_tokens
+        self.node_BT, self.token_BT, self.rewards = rows.node_BT, rows.token_BT, torch.from_numpy(rows.reward_BT)
+        self.mask, self.weights = torch.from_numpy(rows.mask_BT), torch.from_numpy(rows.prob_B)
+        self.length = self.mask.sum(1)
         assert self.weights.sum().item() == pytest.approx(1, abs=1e-14)
-        prefixes = {response[:t] for response in self.responses for t in range(len(response) + 1)}
-        self.weights_given = {  # all responses' probabilities, given each prefix
-            prefix: self.weights * torch.tensor([response[: len(prefix)] == prefix for response in self.responses])
-            for prefix in prefixes
-        }
-        self.weights_given = {prefix: weights / weights.sum() for prefix, weights in self.weights_given.items()}
+
+    def before(self, column: int, x_N: np.ndarray) -> torch.Tensor:
+        """x of the node before token `column`, on every response; 0 at and after the end."""
+        if column == self.mdp.max_tokens:
+            return torch.zeros_like(self.weights)
+        x = torch.from_numpy(np.asarray(x_N)[self.node_BT[:, column]])
+        return torch.where(self.length > column, x, 0.0)
 
     def batch(self, l: int) -> Batch:
         """What is known at a cut after l tokens; at l = max_tokens nothing is cut."""
-        rewards = torch.full((len(self.responses), self.mdp.max_tokens), NAN, dtype=F64)
-        values, last = rewards.clone(), torch.full((len(self.responses),), NAN, dtype=F64)
-        runs = [(0, min(l, len(response))) for response in self.responses]
-        mask = torch.zeros_like(rewards, dtype=torch.bool)
-        for b, response in enumerate(self.responses):
-            for t, token in enumerate(response[:l]):
-                rewards[b, t] = self.mdp.reward(response[:t], token)
-                values[b, t], mask[b, t] = self.critic(response[:t]), True
-            if len(response) > l:
-                last[b] = self.critic(response[:l])
-        cut = torch.tensor([len(response) > l for response in self.responses])
-        lam = torch.full((len(self.responses),), self.lam, dtype=F64)
-        return Batch(rewards, values, mask, cut, last, self.gamma, lam, runs)
+        known = self.mask & (torch.arange(self.mdp.max_tokens) < l)
+        values = torch.stack([self.before(t, self.critic_N) for t in range(self.mdp.max_tokens)], dim=1)
+        cut = self.length > l
+        return Batch(
+            rewards=torch.where(known, self.rewards, NAN),
+            values=torch.where(known, values, NAN),
+            mask=known,
+            cut=cut,
+            last=torch.where(cut, self.before(l, self.critic_N), NAN),
+            gamma=self.gamma,
+            lam=torch.full_like(self.weights, self.lam),
+            runs=[(0, n) for n in known.sum(1).tolist()],
+        )
 
     def whole(self) -> torch.Tensor:
         return self.batch(self.mdp.max_tokens).gae()
 
-    def given(self, prefix: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
-        """E[x | the response begins with prefix]."""
-        return torch.dot(self.weights_given[prefix], x)
+    def given(self, node: int, token: int, x: torch.Tensor) -> float:
+        """E[x | token is chosen at node]. x may depend on what comes before the node; then it is averaged over."""
+        t = self.depth(node)
+        chosen = torch.from_numpy((self.node_BT[:, t] == node) & (self.token_BT[:, t] == token))
+        weights = self.weights * chosen
+        return (torch.dot(weights, x) / weights.sum()).item()
 
-    def alive(self, state: tuple[int, ...]) -> bool:
-        return not self.mdp.ended(state)
+    def depth(self, node: int) -> int:
+        return int(self.mdp.depth_N[node])
 
-    def pairs(self, l: int) -> list[tuple[tuple[int, ...], int]]:
-        """Every (s_t, a_t) with t < l."""
-        states = {response[:t] for response in self.responses for t in range(min(l, len(response)))}
-        return [(state, token) for state in sorted(states) for token in range(self.mdp.num_tokens)]
+    def pairs(self, l: int) -> list[tuple[int, int]]:
+        """Every (node, token) at t < l."""
+        return [(n, a) for n, a in np.argwhere(self.mdp.legal_NA).tolist() if self.depth(n) < l]
 
-    def advantage(self, state: tuple[int, ...], token: int) -> float:
-        return self.mdp.q(state, token, self.gamma) - self.mdp.value(state, self.gamma)
+    def advantage(self, node: int, token: int) -> float:
+        return self.solution.advantage_NA[node, token].item()
+
+    def over_edges(self, x_E: np.ndarray) -> np.ndarray:
+        """E[x of the next edge | node], [N]."""
+        taken_E = self.policy_NA[self.mdp.node_E, self.mdp.token_E] * self.mdp.prob_E
+        return np.bincount(self.mdp.node_E, taken_E * x_E, minlength=self.mdp.num_nodes)
 
 
-def exact(mdp: ToyMDP, gamma: float) -> Callable[[tuple[int, ...]], float]:
-    return functools.cache(lambda state: mdp.value(state, gamma))
+def exact(value_N: np.ndarray) -> np.ndarray:
+    return value_N
 
 
-def wrong(mdp: ToyMDP, gamma: float) -> Callable[[tuple[int, ...]], float]:
+def wrong(value_N: np.ndarray) -> np.ndarray:
     """A critic that is off by up to 1 everywhere."""
-    other = ToyMDP(mdp.seed + 1000)
-    return functools.cache(lambda state: mdp.value(state, gamma) + other.reward(state, 1))
+    return value_N + np.random.default_rng(1000).uniform(-1, 1, len(value_N))
 
 
 def test_the_mdp_is_what_it_says():
-    mdp = ToyMDP(0, max_tokens=2)
-    assert sorted(response for response, _ in mdp.responses()) == [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
-    p, q = mdp.probabilities(()), {a: mdp.probabilities((a,)) for a in (1, 2)}
-    later = {a: sum(q[a][b] * mdp.reward((a,), b) for b in range(3)) for a in (1, 2)}
-    by_hand = p[0] * mdp.reward((), 0) + sum(p[a] * (mdp.reward((), a) + 0.5 * later[a]) for a in (1, 2))
-    assert mdp.value((), 0.5) == pytest.approx(by_hand, abs=1e-15)
-    assert mdp.value((1, END), 0.5) == 0 == mdp.value((1, 1), 0.5)
+    mdp, policy_NA, _ = tree(0, max_tokens=2, gamma=0.5)
+    rows = mdp.trajectories(policy_NA)
+    responses = [tuple(token_T[mask_T].tolist()) for token_T, mask_T in zip(rows.token_BT, rows.mask_BT, strict=True)]
+    assert sorted(responses) == [(0,), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+
+    def reward(text, token):
+        return random.Random(f"reward 0 {text} {token}").uniform(-1, 1)
+
+    p, *q = policy_NA.tolist()
+    later = {a: sum(q[a - 1][b] * reward((a,), b) for b in range(3)) for a in (1, 2)}
+    by_hand = p[0] * reward((), 0) + sum(p[a] * (reward((), a) + 0.5 * later[a]) for a in (1, 2))
+    assert mdp.solve(policy_NA).mean_return == pytest.approx(by_hand, abs=1e-15)
+    at_the_end = tree(0, max_tokens=2, rewards_at="the end").mdp
+    assert ((at_the_end.reward_E == 0) == (at_the_end.next_E != ENDED)).all()
 
 
-@on_toy_mdps
-def test_gae_with_the_exact_critic_is_unbiased(mdp, gamma, lam):
-    e = Enumeration(mdp, exact(mdp, gamma), gamma, lam)
+@on_token_mdps
+def test_gae_with_the_exact_critic_is_unbiased(instance, lam):
+    e = Enumeration(instance, lam)
     advantages = e.whole()
-    for state, token in e.pairs(mdp.max_tokens):
-        estimate = e.given((*state, token), advantages[:, len(state)]).item()
-        assert estimate == pytest.approx(e.advantage(state, token), abs=1e-12)
+    for node, token in e.pairs(e.mdp.max_tokens):
+        estimate = e.given(node, token, advantages[:, e.depth(node)])
+        assert estimate == pytest.approx(e.advantage(node, token), abs=1e-12)
 
 
-@on_toy_mdps
-def test_p2_cut_gae_with_the_exact_critic_is_unbiased_for_every_cut(mdp, gamma, lam):
-    e = Enumeration(mdp, exact(mdp, gamma), gamma, lam)
-    for l in range(1, mdp.max_tokens + 1):
+@on_token_mdps
+def test_p2_cut_gae_with_the_exact_critic_is_unbiased_for_every_cut(instance, lam):
+    e = Enumeration(instance, lam)
+    for l in range(1, e.mdp.max_tokens + 1):
         advantages = e.batch(l).egae("critic")
-        for state, token in e.pairs(l):
-            estimate = e.given((*state, token), advantages[:, len(state)]).item()
-            assert estimate == pytest.approx(e.advantage(state, token), abs=1e-12), (l, state, token)
+        for node, token in e.pairs(l):
+            estimate = e.given(node, token, advantages[:, e.depth(node)])
+            assert estimate == pytest.approx(e.advantage(node, token), abs=1e-12), (l, node, token)
 
 
-@on_toy_mdps
-def test_p2_the_bias_of_egae_is_the_surprise_of_ending_at_the_cut(mdp, gamma, lam):
+@on_token_mdps
+def test_p2_the_bias_of_egae_is_the_surprise_of_ending_at_the_cut(instance, lam):
     """E[A - B | s_t, a_t] = (gamma lam)^{n-1} E[(1-gamma) V + p_end (gamma V - R_end) - E[r 1(T>l)]], all at s_{l-1}."""
-    e = Enumeration(mdp, exact(mdp, gamma), gamma, lam)
-    whole, largest = e.whole(), 0.0
-    for l in range(2, mdp.max_tokens + 1):
-        difference = whole - e.batch(l).egae("previous")
-        bracket = torch.zeros_like(e.weights)
-        for b, response in enumerate(e.responses):
-            state = response[: l - 1]
-            if len(state) < l - 1 or not e.alive(state):
-                continue
-            v = mdp.value(state, gamma)
-            steps = [(p, mdp.reward(state, a), e.alive((*state, a))) for a, p in enumerate(mdp.probabilities(state))]
-            p_end = sum(p for p, _, alive in steps if not alive)
-            r_end = sum(p * r for p, r, alive in steps if not alive) / p_end
-            bracket[b] = (1 - gamma) * v + p_end * (gamma * v - r_end) - sum(p * r for p, r, alive in steps if alive)
-        for state, token in e.pairs(l - 1):
-            t = len(state)
-            bias = e.given((*state, token), difference[:, t]).item()
-            expected = (gamma * lam) ** (l - t - 1) * e.given((*state, token), bracket).item()
-            assert bias == pytest.approx(expected, abs=1e-12), (l, state, token)
+    e = Enumeration(instance, lam)
+    gamma, whole, largest = e.gamma, e.whole(), 0.0
+    ends_E = e.mdp.next_E == ENDED
+    p_end_N = e.over_edges(ends_E)
+    r_end_N = e.over_edges(ends_E * e.mdp.reward_E) / np.where(p_end_N > 0, p_end_N, 1.0)
+    v_N, r_live_N = e.solution.value_N, e.over_edges(~ends_E * e.mdp.reward_E)
+    bracket_N = (1 - gamma) * v_N + p_end_N * (gamma * v_N - r_end_N) - r_live_N
+    for l in range(2, e.mdp.max_tokens + 1):
+        difference, bracket = whole - e.batch(l).egae("previous"), e.before(l - 1, bracket_N)
+        for node, token in e.pairs(l - 1):
+            t = e.depth(node)
+            bias = e.given(node, token, difference[:, t])
+            expected = (gamma * lam) ** (l - t - 1) * e.given(node, token, bracket)
+            assert bias == pytest.approx(expected, abs=1e-12), (l, node, token)
             largest = max(largest, abs(bias))
     assert lam == 0 or largest > 1e-2, "an MDP on which EGAE has no bias tests nothing"
 
 
-@on_toy_mdps
-def test_p3_what_cut_gae_expects_under_any_critic(mdp, gamma, lam):
-    critic = wrong(mdp, gamma)
-    e = Enumeration(mdp, critic, gamma, lam)
-
-    @functools.cache
-    def error_at(column: int) -> torch.Tensor:
-        """e(s_column) on every response; 0 at and after the end."""
-        error = torch.zeros_like(e.weights)
-        for b, response in enumerate(e.responses):
-            if column < len(response):
-                error[b] = critic(response[:column]) - mdp.value(response[:column], gamma)
-        return error
-
-    for l in range(1, mdp.max_tokens + 1):
+@on_token_mdps
+def test_p3_what_cut_gae_expects_under_any_critic(instance, lam):
+    e = Enumeration(instance, lam, critic=wrong)
+    gamma, error_N = e.gamma, e.critic_N - e.solution.value_N
+    error_at = [e.before(column, error_N) for column in range(e.mdp.max_tokens + 1)]
+    for l in range(1, e.mdp.max_tokens + 1):
         advantages = e.batch(l).egae("critic")
-        for state, token in e.pairs(l):
-            t, at = len(state), (*state, token)
+        for node, token in e.pairs(l):
+            t = e.depth(node)
             n = l - t
-            expected = e.advantage(state, token) - (critic(state) - mdp.value(state, gamma))
+            expected = e.advantage(node, token) - error_N[node]
             for k in range(1, n):
-                expected += gamma**k * lam ** (k - 1) * (1 - lam) * e.given(at, error_at(t + k)).item()
-            expected += gamma**n * lam ** (n - 1) * e.given(at, error_at(l)).item()
-            assert e.given(at, advantages[:, t]).item() == pytest.approx(expected, abs=1e-12), (l, state, token)
+                expected += gamma**k * lam ** (k - 1) * (1 - lam) * e.given(node, token, error_at[t + k])
+            expected += gamma**n * lam ** (n - 1) * e.given(node, token, error_at[l])
+            assert e.given(node, token, advantages[:, t]) == pytest.approx(expected, abs=1e-12), (l, node, token)
 
 
 def test_p3_an_untrained_critic_and_a_final_reward_leave_a_cut_response_without_any_signal():
-    mdp = ToyMDP(5, rewards_at="the end")
-    e = Enumeration(mdp, lambda state: 0.0, 1.0, 0.95)
+    e = Enumeration(tree(5, rewards_at="the end"), 0.95, critic=np.zeros_like)
     batch = e.batch(3)
     for rule in CUT_RULES:
         assert (batch.egae(rule)[batch.cut] == 0).all()
         assert (batch.egae(rule)[~batch.cut] != 0).any()
 
 
-@on_toy_mdps
+@on_token_mdps
 @pytest.mark.parametrize("critic", [exact, wrong])
-def test_p4_the_cuts_share_of_the_bias_is_bounded(mdp, gamma, lam, critic):
-    v = critic(mdp, gamma)
-    e = Enumeration(mdp, v, gamma, lam)
-    states = sorted({response[:t] for response in e.responses for t in range(len(response))})
-    lip = max(abs(v(state) - v(state[:-1])) for state in states if state)
-    error = max(abs(v(state) - mdp.value(state, gamma)) for state in states)
+def test_p4_the_cuts_share_of_the_bias_is_bounded(instance, lam, critic):
+    e = Enumeration(instance, lam, critic=critic)
+    gamma, v_N, live = e.gamma, e.critic_N, e.mdp.next_E != ENDED
+    lip = np.abs(v_N[e.mdp.next_E] - v_N[e.mdp.node_E])[live].max()
+    error = np.abs(v_N - e.solution.value_N).max()
     rest = gamma * (1 - lam) / (1 - gamma * lam) if lam < 1 else 0.0
     whole = e.whole()
-    for l in range(1, mdp.max_tokens + 1):
+    for l in range(1, e.mdp.max_tokens + 1):
         difference = whole - e.batch(l).egae("previous")
-        alive = torch.tensor([len(response) > l for response in e.responses], dtype=F64)
-        for state, token in e.pairs(l):
-            at, t = (*state, token), len(state)
-            bound = (gamma * lam) ** (l - t - 1) * gamma * e.given(at, alive).item() * (lip + lam * error * (1 + rest))
-            assert abs(e.given(at, difference[:, t]).item()) <= bound + 1e-12, (l, state, token)
+        alive = (e.length > l).double()
+        for node, token in e.pairs(l):
+            t = e.depth(node)
+            bound = (gamma * lam) ** (l - t - 1) * gamma * e.given(node, token, alive) * (lip + lam * error * (1 + rest))
+            assert abs(e.given(node, token, difference[:, t])) <= bound + 1e-12, (l, node, token)
 
 
 def test_p2_prime_at_the_last_token_before_a_cut_only_endings_are_trained():
     """gamma 1, no reward before the end: r + (gamma - 1) V = 0 on every row still alive; rows that end there keep A."""
-    mdp = ToyMDP(6, rewards_at="the end")
-    e = Enumeration(mdp, exact(mdp, 1.0), 1.0, 0.9)
+    e = Enumeration(tree(6, rewards_at="the end"), 0.9)
     whole, l = e.whole(), 3
     batch = e.batch(l)
     last_column = batch.egae("previous")[:, l - 1]
     assert batch.cut.any()
     assert (last_column[batch.cut].abs() < 1e-15).all()
-    ends_there = torch.tensor([len(response) == l for response in e.responses])
+    ends_there = e.length == l
     close(last_column[ends_there], whole[ends_there, l - 1], atol=1e-14)
     assert (last_column[ends_there].abs() > 1e-3).any()
 
@@ -1061,35 +1096,31 @@ def test_p2_prime_at_the_last_token_before_a_cut_only_endings_are_trained():
 # Laws that do not hold. Each would be believed by someone; the example is here to stay.
 
 
-def bias_of(e: Enumeration, l: int, rule: str) -> dict[tuple[int, ...], float]:
+def bias_of(e: Enumeration, l: int, rule: str) -> dict[tuple[int, int], float]:
     advantages = e.batch(l).egae(rule)
-    return {
-        (*state, token): e.given((*state, token), advantages[:, len(state)]).item() - e.advantage(state, token)
-        for state, token in e.pairs(l)
-    }
+    return {at: e.given(*at, advantages[:, e.depth(at[0])]) - e.advantage(*at) for at in e.pairs(l)}
 
 
 def test_refuted_zero_cut_with_the_exact_critic_is_unbiased():
     """A trainer that takes a cut for an end tells the policy that living on is worth nothing."""
-    mdp = ToyMDP(2, rewards_at="the end")
-    e = Enumeration(mdp, exact(mdp, 1.0), 1.0, 0.95)
+    e = Enumeration(tree(2, rewards_at="the end"), 0.95)
     biases = bias_of(e, 3, "zero")
     assert max(map(abs, biases.values())) > 0.2
     assert max(map(abs, bias_of(e, 3, "critic").values())) < 1e-12
     # exactly what is dropped: (gamma lam)^{n-1} gamma E[V(s_l) 1(T>l)]
+    dropped = e.before(3, e.solution.value_N)
     for at, bias in biases.items():
-        dropped = torch.tensor([mdp.value(r[:3], 1.0) if len(r) > 3 else 0.0 for r in e.responses], dtype=F64)
-        assert bias == pytest.approx(-(0.95 ** (3 - len(at))) * e.given(at, dropped).item(), abs=1e-12)
+        assert bias == pytest.approx(-(0.95 ** (3 - e.depth(at[0]) - 1)) * e.given(*at, dropped), abs=1e-12)
 
 
 def test_refuted_egae_with_the_exact_critic_is_unbiased_at_the_last_token_before_the_cut():
     """P2': the choices that keep the response alive get no credit there, however good or bad they are."""
-    mdp = ToyMDP(6, rewards_at="the end")
-    e = Enumeration(mdp, exact(mdp, 1.0), 1.0, 0.9)
-    biases = {at: bias for at, bias in bias_of(e, 3, "previous").items() if len(at) == 3}
-    for at, bias in biases.items():
-        expected = -e.advantage(at[:-1], at[-1]) if e.alive(at) else 0.0
-        assert bias == pytest.approx(expected, abs=1e-12), at
+    e = Enumeration(tree(6, rewards_at="the end"), 0.9)
+    biases = {at: bias for at, bias in bias_of(e, 3, "previous").items() if e.depth(at[0]) == 2}
+    assert len(biases) == 4 * 3
+    for (node, token), bias in biases.items():
+        expected = -e.advantage(node, token) if token != END else 0.0
+        assert bias == pytest.approx(expected, abs=1e-12), (node, token)
     assert max(map(abs, biases.values())) > 0.05
 
 
@@ -1097,14 +1128,13 @@ def test_refuted_egae_has_the_lowest_variance():
     """P5: Var C <= Var A is a law; the term that EGAE drops can be negatively correlated with the rest."""
     refuted = False
     for seed in range(8):
-        mdp = ToyMDP(seed)
-        e = Enumeration(mdp, exact(mdp, 1.0), 1.0, 1.0)
+        e = Enumeration(tree(seed), 1.0)
         whole = e.whole()
-        for l in range(1, mdp.max_tokens):
+        for l in range(1, e.mdp.max_tokens):
             estimates = {"A": whole, "B": e.batch(l).egae("previous"), "C": e.batch(l).egae("critic")}
-            for state, token in e.pairs(l):
-                at, t = (*state, token), len(state)
-                var = {k: (e.given(at, x[:, t] ** 2) - e.given(at, x[:, t]) ** 2).item() for k, x in estimates.items()}
+            for at in e.pairs(l):
+                t = e.depth(at[0])
+                var = {k: e.given(*at, x[:, t] ** 2) - e.given(*at, x[:, t]) ** 2 for k, x in estimates.items()}
                 assert var["C"] <= var["A"] + 1e-12
                 refuted |= var["B"] > 1.1 * var["A"] + 1e-3
     assert refuted

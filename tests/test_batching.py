@@ -415,7 +415,7 @@ def test_a_state_that_went_through_json_gives_the_identical_rest(plan, num_befor
     run(before, batcher)
     saved = json.dumps(batcher.state_dict())
     restored = plan.batcher()
-    restored.load_state_dict(json.loads(saved))
+    restored.load_state_dict([json.loads(saved)])
     assert json.dumps(restored.state_dict()) == saved
     engines = [KnownLengthEngine(plan), KnownLengthEngine(plan)]
     rest = [run(plan, b, e, version=9) for b, e in zip((batcher, restored), engines, strict=True)]
@@ -432,7 +432,7 @@ def test_saving_keeps_scores_values_and_what_is_settled():
     (response,) = batcher.in_flight.values()
     response.values, response.score, response.num_settled = [0.1, -1 / 3, 2e-17, 3.0], -1.0, 3
     restored = plan.batcher()
-    restored.load_state_dict(json.loads(json.dumps(batcher.state_dict())))
+    restored.load_state_dict([json.loads(json.dumps(batcher.state_dict()))])
     assert list(restored.in_flight.values()) == [response]
 
 
@@ -443,7 +443,7 @@ def test_running_on_leaves_a_loaded_state_as_it_was():
     state = json.loads(json.dumps(batcher.state_dict()))
     before = json.dumps(state)
     restored = plan.batcher()
-    restored.load_state_dict(state)
+    restored.load_state_dict([state])
     run(plan, restored)
     assert json.dumps(state) == before
 
@@ -458,9 +458,9 @@ def test_carried_responses_are_seated_anew_in_other_slots_or_refused(plan, slots
     restored = other.batcher()
     if len(batcher.in_flight) > slots and slots != plan.slots:
         with pytest.raises(ValueError, match="slots"):
-            restored.load_state_dict(state)
+            restored.load_state_dict([state])
         return
-    restored.load_state_dict(state)
+    restored.load_state_dict([state])
     so_far = {r.id: len(r) for r in restored.in_flight.values()}
     assert so_far == {r.id: len(r) for r in batcher.in_flight.values()}
     engine = KnownLengthEngine(other)
@@ -516,7 +516,7 @@ def test_a_batcher_on_one_of_two_ranks_restores_its_own_stream_whole():
     ahead = [{"next": n, "rank": n % 3, "world": 3, "backlog": []} for n in (30, 1, 2)]  # two of three ranks had issued nothing
     batcher.stream.load_state_dict(ahead)
     restored = fresh()
-    restored.load_state_dict(json.loads(json.dumps(batcher.state_dict())))
+    restored.load_state_dict([json.loads(json.dumps(batcher.state_dict()))])
     assert [restored.stream.draw() for _ in range(5)] == [batcher.stream.draw() for _ in range(5)]
 
 
@@ -560,7 +560,7 @@ def test_in_flight_responses_are_dealt_to_another_number_of_ranks_none_lost_none
     states = json.loads(json.dumps([one.state_dict() for one in before]))
     after = [batcher(rank, restored, 12) for rank in range(restored)]
     for one in after:
-        one.deal_state_dicts(states)
+        one.load_state_dict(states)
     flying = sorted((r for one in before for r in one.in_flight.values()), key=lambda r: r.id)
     dealt = sorted((r for one in after for r in one.in_flight.values()), key=lambda r: r.id)
     assert flying, "nothing was in flight: this test would show nothing"
@@ -568,3 +568,63 @@ def test_in_flight_responses_are_dealt_to_another_number_of_ranks_none_lost_none
     assert sum(one.num_generated_tokens for one in after) == sum(one.num_generated_tokens for one in before)
     lengths = {r.id: len(r) for r in dealt}
     assert {c[0]: c[1] for one in after for c in one.schedule.carried if c} == lengths
+
+
+def group_of(plan: Plan, parts: int, *, rank: int = 0, world: int = 1, slots: int | None = None) -> list[SuccessiveBatcher]:
+    """The batchers of the ranks that share one engine."""
+    return [
+        SuccessiveBatcher(
+            SlotSchedule(slots=slots or plan.slots, window=plan.window, max_response_tokens=plan.cap, refill=plan.refill),
+            plan.stream(rank=rank, world=world), run_seed=RUN_SEED, part=part, parts=parts,
+        )
+        for part in range(parts)
+    ]  # fmt: skip
+
+
+@LAW
+@given(plans(), st.integers(2, 3))
+def test_ranks_that_share_an_engine_split_what_one_would_have_returned(plan, parts):
+    """Every slice goes to exactly one of them, a response to the same one in all of its windows, and the counts add up."""
+    alone, group = plan.batcher(), group_of(plan, parts)
+    engines = [KnownLengthEngine(plan) for _ in range(1 + parts)]
+    owner: dict[int, int] = {}
+    for _ in range(plan.num_windows):
+        whole = alone.window(engines[0])
+        ended: list[list[int]] = [[] for _ in group]
+        shares = [b.window(e, on_end=lambda r, x=x: x.append(r.id)) for b, e, x in zip(group, engines[1:], ended, strict=True)]
+        assert sorted((s.response.id, s.begin, s.stop) for share in shares for s in share) == sorted(
+            (s.response.id, s.begin, s.stop) for s in whole
+        )
+        for part, share in enumerate(shares):
+            assert all(owner.setdefault(s.response.id, part) == part for s in share)
+            assert ended[part] == [s.response.id for s in share if s.response.ended]
+        assert sum(b.num_generated_tokens for b in group) == alone.num_generated_tokens
+        assert sorted(r.id for b in group for r in b.own_in_flight) == sorted(alone.in_flight)
+        assert sum(b.slot_steps for b in group) == pytest.approx(alone.slot_steps)
+        assert all(b.segments == alone.segments for b in group)
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored"), [((1, 2), (1, 2)), ((2, 2), (2, 2)), ((1, 2), (2, 1)), ((2, 1), (1, 2)), ((2, 2), (1, 3))]
+)
+def test_groups_are_restored_on_the_same_ranks_and_dealt_anew_on_others(saved, restored):
+    """(engines, ranks per engine): each rank saves its share, in which alone its responses' settled counts are right."""
+    plan = Plan(lengths=(9, 2, 14, 7), slots=4, window=3, cap=14)
+    slots = 24 // restored[0] if saved != restored else 4
+    before = [b for rank in range(saved[0]) for b in group_of(plan, saved[1], rank=rank, world=saved[0])]
+    for batcher in before:
+        batcher.window(KnownLengthEngine(plan))
+        for response in batcher.own_in_flight:
+            response.num_settled = 1 + response.id % 2
+    states = json.loads(json.dumps([b.state_dict() for b in before]))
+    after = [b for rank in range(restored[0]) for b in group_of(plan, restored[1], rank=rank, world=restored[0], slots=slots)]
+    for batcher in after:
+        batcher.load_state_dict(states)
+    flying = sorted((r for b in before for r in b.own_in_flight), key=lambda r: r.id)
+    assert len(flying) >= 3
+    assert sorted((r for b in after for r in b.own_in_flight), key=lambda r: r.id) == flying
+    assert sum(b.num_generated_tokens for b in after) == sum(b.num_generated_tokens for b in before)
+    if saved == restored:
+        assert [b.state_dict() for b in after] == [b.state_dict() for b in before]
+    for batcher in after:  # every rank of a group must be able to submit all of the group's requests
+        assert {c[0] for c in batcher.schedule.carried if c} == set(batcher.in_flight)

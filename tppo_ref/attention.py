@@ -130,7 +130,8 @@ class Packed:
     def unpack(self, x_M: Tensor) -> Tensor:
         """[M] -> [B, T], 0 in padding; differentiable."""
         rows, columns = self.shape
-        return x_M.new_zeros(rows * columns).index_copy(0, self.cell_M, x_M).view(rows, columns)
+        # A copy at the end, not a view: sharded modules must not return views.
+        return x_M.new_zeros(rows * columns).index_copy(0, self.cell_M, x_M).view(rows, columns).clone()
 
 
 def pack(batch: TokenBatch, device: torch.device) -> Packed:

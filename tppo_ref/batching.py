@@ -12,12 +12,13 @@ nothing is ever aborted, and a window closes when nothing runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from tppo_ref.engines import Request, RolloutEngine, request_seed
+from tppo_ref.engines import Decoded, Request, RolloutEngine, request_seed
 from tppo_ref.types import End, Prompt, Response, WindowSlice
 
 Refill = Literal["immediate", "step"]
@@ -39,6 +40,68 @@ class Segment(NamedTuple):
     begin: int
     stop: int
     end: End
+
+
+class DecodeStep(NamedTuple):
+    """The load of one decode step, and how long it took.
+
+    active            responses that got a token
+    context_tokens    prompt and response tokens that they held before it, all together
+    prefill_tokens    tokens that the engine read besides one per active response: of the requests that came before this step, all
+                      but the last token each
+    seconds           from the end of the step before, so prefill and the batcher's own work are in it
+    """
+
+    active: int
+    context_tokens: int
+    prefill_tokens: int
+    seconds: float
+
+
+def decode_steps(segments: Sequence[Segment], slices: Sequence[WindowSlice], step_ends_s: Sequence[float]) -> list[DecodeStep]:
+    """Each decode step of a window, from what the batcher kept of it: `slices[i]` are the tokens of `segments[i]`.
+
+    Sums over the window: active, the tokens sampled; seconds, the last entry of `step_ends_s`.
+    """
+    active, held, prefill = np.zeros((3, len(step_ends_s)), dtype=np.int64)
+    for segment, part in zip(segments, slices, strict=True):
+        context, busy = len(part.response.prompt.token_ids) + part.begin, segment.stop - segment.begin
+        prefill[segment.begin] += context - 1
+        active[segment.begin : segment.stop] += 1
+        held[segment.begin : segment.stop] += np.arange(context, context + busy)
+    seconds = np.diff(step_ends_s, prepend=0.0)
+    return [DecodeStep(*row) for row in zip(active.tolist(), held.tolist(), prefill.tolist(), seconds.tolist(), strict=True)]
+
+
+class ObservedEngine:
+    """An engine that keeps the load and seconds of its decode steps in `steps`: for evaluation, whose batcher nobody keeps."""
+
+    def __init__(self, engine: RolloutEngine):
+        self.engine, self.steps = engine, list[DecodeStep]()
+        self._held: dict[int, int] = {}  # prompt and response tokens when it came, by response
+        self._context_tokens, self._prefill_tokens, self._last_end = 0, 0, time.perf_counter()
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.num_running
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._held[request.response_id] = len(request.token_ids)
+            self._context_tokens += len(request.token_ids)
+            self._prefill_tokens += len(request.token_ids) - 1
+        self.engine.submit(requests)
+
+    def step(self) -> list[Decoded]:
+        decoded = self.engine.step()
+        now, active = time.perf_counter(), len(self._held)
+        self.steps.append(DecodeStep(active, self._context_tokens, self._prefill_tokens, now - self._last_end))
+        self._last_end, self._prefill_tokens = now, 0
+        self._context_tokens += active - sum(self._held.pop(d.response_id) + len(d.token_ids) for d in decoded)
+        return decoded
+
+    def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
+        self.engine.load_weights(named_tensors, version)
 
 
 class SlotSchedule:
@@ -192,14 +255,19 @@ class SuccessiveBatcher:
     """SlotSchedule + Response records + an engine: `window(engine)` decodes one window and returns what it sampled.
 
     `in_flight` holds the responses that are RUNNING at the last window's edge; `segments` the last window's slots over its decode
-    steps, `step_ends_s` the seconds since its beginning at which each decode step ended (the timeline figure);
+    steps, `slices` their tokens in the same order, `step_ends_s` the seconds since its beginning at which each decode step ended;
     `num_generated_tokens` counts every token ever sampled.
+
+    part, parts   where several ranks decode the same requests (a tensor-parallel group of scale/), each answers for its share of
+                  the responses, from their first window to their last: what `window` returns, `own_in_flight` holds and
+                  `num_generated_tokens` counts is the share. One rank: everything
     """
 
-    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int):
-        self.schedule, self.stream, self.run_seed = schedule, stream, run_seed
+    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int, part: int = 0, parts: int = 1):
+        self.schedule, self.stream, self.run_seed, self.part, self.parts = schedule, stream, run_seed, part, parts
         self.in_flight: dict[int, Response] = {}
         self.segments: list[Segment] = []
+        self.slices: list[WindowSlice] = []
         self.step_ends_s: list[float] = []
         self.num_generated_tokens = 0
 
@@ -210,8 +278,7 @@ class SuccessiveBatcher:
 
         Returns the slices in the order in which they stopped. A RuntimeError names the responses that an engine lost.
         """
-        slices: list[WindowSlice] = []
-        self.segments, self.step_ends_s = [], []
+        self.segments, self.slices, self.step_ends_s = [], [], []
         begin_s = time.perf_counter()
         self._submit(engine, self.schedule.open_window(self.stream.draw))
         while self.schedule.running:
@@ -233,19 +300,33 @@ class SuccessiveBatcher:
                 response.versions += [version] * len(result.token_ids)
                 response.window_starts.append(begin)
                 response.end = segment.end
-                slices.append(WindowSlice(response, begin, len(response)))
                 if response.ended:
                     del self.in_flight[response.id]
-                    if on_end:
-                        on_end(response)
+                if response.ended and on_end and self._owns(response.id):
+                    on_end(response)
+                self.slices.append(WindowSlice(response, begin, len(response)))
             self.segments += segments
-        self.num_generated_tokens += sum(s.stop - s.begin for s in slices)
-        return slices
+        own = [s for s in self.slices if self._owns(s.response.id)]
+        self.num_generated_tokens += sum(s.stop - s.begin for s in own)
+        return own
+
+    def _owns(self, response: int) -> bool:
+        return response // self.stream.world % self.parts == self.part
+
+    @property
+    def own_in_flight(self) -> list[Response]:
+        """The responses in flight that this rank answers for."""
+        return [response for response in self.in_flight.values() if self._owns(response.id)]
 
     @property
     def num_steps(self) -> int:
         """Decode steps of the last window, so far."""
         return len(self.step_ends_s)
+
+    @property
+    def slot_steps(self) -> float:
+        """Slots x decode steps of the last window, this rank's share of its group's."""
+        return self.schedule.slots * self.num_steps / self.parts
 
     @property
     def occupancy(self) -> float:
@@ -273,29 +354,32 @@ class SuccessiveBatcher:
             engine.submit(requests)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything between two windows, in plain JSON types."""
+        """Everything between two windows, in plain JSON types; of the responses, this rank's share."""
         return {
             "schedule": self.schedule.state_dict(),
             "stream": self.stream.state_dict(),
-            "in_flight": [response.state_dict() for response in self.in_flight.values()],
+            "part": [self.part, self.parts],
+            "in_flight": [response.state_dict() for response in self.own_in_flight],
             "num_generated_tokens": self.num_generated_tokens,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What this rank saved, on the same number of ranks."""
-        self.schedule.load_state_dict(state["schedule"])
-        self.stream.load_state_dict([state["stream"]])
-        responses = [Response.from_state_dict(r) for r in state["in_flight"]]
-        self.in_flight = {response.id: response for response in responses}
-        self.num_generated_tokens = state["num_generated_tokens"]
-
-    def deal_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """What another number of ranks saved, all their states: unissued samples and in-flight responses are dealt anew."""
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """What all ranks saved, one state each. On as many ranks, cut into the same groups, everything is as it was; else unissued
+        samples and in-flight responses are dealt anew, each to one group."""
         stream = self.stream
-        stream.load_state_dict([state["stream"] for state in states])
-        saved = sorted((r for state in states for r in state["in_flight"]), key=lambda r: r["id"])
-        responses = [Response.from_state_dict(r) for r in saved[stream.rank :: stream.world]]
-        self.schedule.load_state_dict({"carried": [(r.id, len(r)) for r in responses]})
-        self.in_flight = {response.id: response for response in responses}
-        # Counted once over all ranks: the sum is what the ledger holds.
-        self.num_generated_tokens = sum(state["num_generated_tokens"] for state in states) if stream.rank == 0 else 0
+        group = [s for s in states if (s["stream"]["rank"], s["stream"]["world"]) == (stream.rank, stream.world)]
+        same = next((s for s in group if s["part"] == [self.part, self.parts]), None)
+        if same:
+            stream.load_state_dict([same["stream"]])
+            self.schedule.load_state_dict(same["schedule"])
+            saved = [r for s in group for r in s["in_flight"]]
+            self.num_generated_tokens = same["num_generated_tokens"]
+        else:
+            stream.load_state_dict([s["stream"] for s in states if s["part"][0] == 0])
+            everything = sorted((r for s in states for r in s["in_flight"]), key=lambda r: r["id"])
+            saved = everything[stream.rank :: stream.world]
+            self.schedule.load_state_dict({"carried": [[r["id"], len(r["token_ids"])] for r in saved]})
+            # Counted once over all ranks: the sum is what the ledger holds.
+            first = stream.rank == self.part == 0
+            self.num_generated_tokens = sum(s["num_generated_tokens"] for s in states) if first else 0
+        self.in_flight = {r["id"]: Response.from_state_dict(r) for r in saved}

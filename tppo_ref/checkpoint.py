@@ -130,7 +130,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     trainer.verdicts.clear()
     trainer.verdicts.update(state["verdicts"])
     trainer.held = [Response.from_state_dict(response) for response in state["held"]]
-    trainer.batcher.load_state_dict(state["batcher"])
+    trainer.batcher.load_state_dict([state["batcher"]])
     trainer.engine.load_weights(trainer.policy.module.named_tensors(), trainer.version)
 
 

@@ -24,15 +24,20 @@ def sample_answers(
     slots: int,
     max_response_tokens: int,
     seed: int,
+    rank: int = 0,
+    world: int = 1,
+    part: int = 0,
+    parts: int = 1,
 ) -> tuple[list[Response], int]:
     """Whole responses to each prompt, scored, in the order of the samples, and how many verifications failed.
 
-    It is one window, as long as the longest response needs.
+    It is one window, as long as the longest response needs. Engine `rank` of `world` draws its share of the samples, and of those
+    the share `part` of `parts` comes back (SampleStream, SuccessiveBatcher).
     """
     total = len(prompts) * samples_per_prompt
     schedule = SlotSchedule(slots=min(slots, total), window=max_response_tokens * total, max_response_tokens=max_response_tokens)
-    stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total)
-    batcher = SuccessiveBatcher(schedule, stream, run_seed=seed)
+    stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total, rank=rank, world=world)
+    batcher = SuccessiveBatcher(schedule, stream, run_seed=seed, part=part, parts=parts)
     slices = batcher.window(engine, on_end=scorer.submit)
     scores = scorer.collect()
     responses = sorted((s.response for s in slices), key=lambda response: response.id)
@@ -56,6 +61,11 @@ def evaluate(
         engine, scorer, prompts, samples_per_prompt=samples_per_prompt, slots=slots, max_response_tokens=max_response_tokens,
         seed=EVALUATION_SEED,
     )  # fmt: skip
+    return summary(answers, failures) | {"eval/time_s": time.perf_counter() - begin}, answers
+
+
+def summary(answers: Sequence[Response], failures: int) -> dict[str, float]:
+    """The eval/ metrics of scored answers."""
     lengths = np.array([len(answer) for answer in answers])
     return {
         "eval/accuracy": float(np.mean([(answer.score or 0.0) > 0 for answer in answers])),
@@ -63,5 +73,4 @@ def evaluate(
         "eval/length_p99": float(np.percentile(lengths, 99)),
         "eval/capped_share": float(np.mean([answer.end is End.LENGTH_CAP for answer in answers])),
         "eval/verify_failures": failures,
-        "eval/time_s": time.perf_counter() - begin,
-    }, answers
+    }

@@ -124,12 +124,19 @@ class PhaseClock:
 class MetricLog:
     """Metrics of a run as JSON lines and TensorBoard events; a run that goes on continues the same files.
 
-    `metrics.jsonl` holds one object a record: step, then names of GLOSSARY. Lines after `resume_step` (written after the
+    `metrics.jsonl` holds one object a record: step, then names of the glossary. Lines after `resume_step` (written after the
     checkpoint from which a run goes on) are taken back.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None, tensorboard: bool = True):
-        self.path = folder / "metrics.jsonl"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        glossary: Mapping[str, Metric] | None = None,
+    ):
+        self.path, self._glossary = folder / "metrics.jsonl", glossary or GLOSSARY
         if resume_step is None:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
@@ -145,8 +152,8 @@ class MetricLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one record. A name outside of GLOSSARY is a KeyError: the glossary is complete by construction."""
-        unknown = [name for name in metrics if name not in GLOSSARY]
+        """Write one record. A name outside of the glossary is a KeyError: it is complete by construction."""
+        unknown = [name for name in metrics if name not in self._glossary]
         if unknown:
             raise KeyError(f"metrics not in GLOSSARY: {unknown}")
         # NaN is not JSON: an undefined metric (accuracy of a step without an ended response) is null.

@@ -27,7 +27,7 @@ from tppo_ref.config import Config
 from tppo_ref.evaluate import evaluate, sample_answers
 from tppo_ref.learner import Learner
 from tppo_ref.models import ValueModel
-from tppo_ref.parallel import SingleProcess
+from tppo_ref.parallel import Parallel, SingleProcess
 from tppo_ref.rows import response_mask, terminal_rewards
 from tppo_ref.run import TaskScorer, base_model, make_engine, make_policy, make_task, make_value
 from tppo_ref.tasks import Task
@@ -92,17 +92,20 @@ def _sample(config: Config, task: Task, base: str) -> list[Response]:
     return responses[:wanted]
 
 
-def fit_value(config: Config, value: ValueModel, responses: Sequence[Response]) -> None:
+def fit_value(config: Config, value: ValueModel, responses: Sequence[Response], parallel: Parallel | None = None) -> None:
     """value.pretrain_epochs passes over Monte Carlo returns, without a clip: there is no older value to stay near to."""
     settings = dataclasses.replace(config.value, lr_warmup_steps=0)  # its steps are training steps: here there are none
-    learner = Learner("value", value, settings, SingleProcess())
+    parallel = parallel or SingleProcess()
+    learner = Learner("value", value, settings, parallel)
     device = value.device
     mask_BT = response_mask([len(r) for r in responses], device)
     returns_BT = monte_carlo_returns(terminal_rewards(responses, device), mask_BT, gamma=config.advantage.gamma)
     fed = [len(r.prompt.token_ids) + len(r) for r in responses]
     epochs = range(config.value.pretrain_epochs)
-    for epoch in tqdm(epochs, desc="value pre-training", unit="epoch", disable=not config.run.progress, leave=False):
-        plan = learner.plan([len(r) for r in responses], fed, np.random.default_rng((PRETRAIN_SEED, epoch)))
+    for epoch in tqdm(
+        epochs, desc="value pre-training", unit="epoch", disable=not config.run.progress or parallel.rank > 0, leave=False
+    ):
+        plan = learner.plan([len(r) for r in responses], fed, np.random.default_rng((PRETRAIN_SEED, epoch, parallel.rank)))
         update_value(learner, responses, returns_BT, mask_BT, None, [plan], step=epoch)
 
 

@@ -1,7 +1,8 @@
 """From a config to a run: builds the Trainer's parts, steps it, and keeps what a person wants afterwards.
 
 A run's folder: config.json, versions.json, metrics.jsonl, tensorboard/, responses.csv (each response that ended), timeline.csv
-(the decoding slots over time), checkpoints/.
+(the decoding slots over time), decode.csv and eval_decode.csv (load and seconds of each decode step of the windows, and of the
+evaluations, whose batch shrinks), checkpoints/.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,14 +25,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
+from tppo_ref.batching import DecodeStep, ObservedEngine, SampleStream, SlotSchedule, SuccessiveBatcher, decode_steps
 from tppo_ref.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from tppo_ref.config import Config, TaskConfig, field_paths, get_field
 from tppo_ref.engines import TorchEngine
 from tppo_ref.evaluate import evaluate
 from tppo_ref.learner import NonFiniteError
-from tppo_ref.metrics import MetricLog, Table
+from tppo_ref.metrics import GLOSSARY, Metric, MetricLog, Table
 from tppo_ref.models import PolicyModel, ValueModel, load_policy, load_value_model
+from tppo_ref.parallel import Parallel, SingleProcess
 from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.verifier import Verifier
 from tppo_ref.trainer import Trainer
@@ -149,28 +151,57 @@ class Session:
         self.out = writable_folder(config.run.out, "run.out")
         self.checkpoints = self.out / "checkpoints"
         self.start = self._resume_point()
-        self.task = make_task(config)
+        self.task: Any = self._make_task()  # a Task
+        self.eval_prompts = self.task.prompts("test")[: config.run.eval_prompts]
+        self.trainer = self._build()
+        self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
+        self._warned: Counter[str] = Counter()
+        if self.is_main:
+            self._open_files(self.trainer.num_steps if self.start else None)
+
+    # ------------------------------------------------------------------------------------------- what scale/ builds differently
+
+    parallel: Parallel = SingleProcess()
+    glossary: Mapping[str, Metric] = GLOSSARY
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files and talks to people."""
+        return self.parallel.rank == 0
+
+    def _make_task(self) -> Any:
+        return make_task(self.config)
+
+    def _build(self) -> Trainer:
+        """Models, engines and scorer, and the Trainer over them, in the state of the checkpoint where there is one."""
+        config = self.config
         base = base_model(config, self.task) if self.start is None else ""
         self.policy = make_policy(config, self.task, base if self.start is None else str(self.start / "policy"))
         value_source = (config.model.value or base) if self.start is None else str(self.start / "value")
         value = make_value(config, self.task, value_source)
-        self.eval_prompts = self.task.prompts("test")[: config.run.eval_prompts]
         self.eval_slots = min(256, len(self.eval_prompts) * config.run.eval_samples)
         self.eval_engine = make_engine(config, self.task, self.policy, self.eval_slots)
-        self.scorer = TaskScorer(self.task, config.task)
+        self.scorer: Any = TaskScorer(self.task, config.task)
         rollout = config.rollout
         schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                                 refill=rollout.refill)  # fmt: skip
         stream = SampleStream(self.task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
-        self.trainer = Trainer(
+        trainer = Trainer(
             config, policy=self.policy, value=value, engine=make_engine(config, self.task, self.policy, rollout.slots),
             batcher=SuccessiveBatcher(schedule, stream, run_seed=config.run.seed), scorer=self.scorer, device=self.policy.device,
         )  # fmt: skip
         if self.start is not None:
-            load_checkpoint(self.trainer, self.start)
-        self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
-        self._warned: Counter[str] = Counter()
-        self._open_files(self.trainer.num_steps if self.start else None)
+            load_checkpoint(trainer, self.start)
+        return trainer
+
+    def _saved_config(self, checkpoint: Path) -> dict[str, Any]:
+        return read_state(checkpoint)["config"]
+
+    def _gather(self, rows: list[Any]) -> list[Any]:
+        """Table rows of all ranks, in rank order."""
+        return [row for part in self.parallel.gather_objects(rows) for row in part]
+
+    # --------------------------------------------------------------------------------------------------------------- its files
 
     def _resume_point(self) -> Path | None:
         """The checkpoint to go on from. A run is never overwritten, and never continued under another config."""
@@ -182,7 +213,7 @@ class Session:
             return None
         if not found:
             raise UserError(f"run.resume: no complete checkpoint in {self.checkpoints}; leave it out to start anew")
-        before = read_state(found[-1])["config"]
+        before = self._saved_config(found[-1])
         for path in field_paths(Config):
             section, name = path.split(".")
             then, now = before[section].get(name), get_field(self.config, path)
@@ -193,35 +224,48 @@ class Session:
     def _open_files(self, resume_step: int | None) -> None:
         (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
         (self.out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-        self.log = MetricLog(self.out, resume_step=resume_step)
+        self.log = MetricLog(self.out, resume_step=resume_step, glossary=self.glossary)
         columns = ("step", "train_s", "response", "prompt", "tokens", "end", "score")
         self.responses = Table(self.out / "responses.csv", columns, resume_step=resume_step)
         columns = ("step", "slot", "response", "begin_s", "stop_s", "tokens", "end")
         self.timeline = Table(self.out / "timeline.csv", columns, resume_step=resume_step)
+        loads = ("step", "decode_step", *DecodeStep._fields)
+        self.decode = Table(self.out / "decode.csv", loads, resume_step=resume_step)
+        self.eval_decode = Table(self.out / "eval_decode.csv", loads, resume_step=resume_step)
 
     # ------------------------------------------------------------------------------------------------------------------- running
 
     def train(self) -> None:
         """Step until run.steps or run.train_seconds, or until Ctrl-C, which ends at the step's edge; then a checkpoint."""
         config, trainer = self.config.run, self.trainer
-        evaluations = 0 if not config.eval_every_s else trainer.train_s // config.eval_every_s
+        self._evaluations = self._due_evaluations()
         with PoliteStop() as stop, self._progress() as bar, self._guarded():
             if trainer.num_steps == 0:
                 self.evaluate()
-            while not self._finished() and not stop.asked:
+            while not self._finished() and not self._stops(stop):
                 metrics = self._step()
                 self._warn(metrics)
-                if config.eval_every_s and trainer.train_s // config.eval_every_s > evaluations:
+                if (due := self._due_evaluations()) > self._evaluations:
                     self.evaluate()  # a step longer than the interval is followed by one evaluation, not by several
-                    evaluations = trainer.train_s // config.eval_every_s
+                    self._evaluations = due
                 if config.checkpoint_every and trainer.num_steps % config.checkpoint_every == 0:
                     self.save()  # after the evaluation: what cannot decode is not worth a checkpoint
                 self._show(bar, metrics)
-            if not stop.asked and self.evaluated_at != trainer.num_steps:
+            stopped = self._stops(stop)
+            if not stopped and self.evaluated_at != trainer.num_steps:
                 self.evaluate()
             self.save()
-        if stop.asked:
+        if stopped:
             raise KeyboardInterrupt
+
+    def _stops(self, stop: PoliteStop) -> bool:
+        """Whether any rank was asked to stop: all of them leave at the same step."""
+        return bool(self.parallel.max([stop.asked])[0])
+
+    def _due_evaluations(self) -> int:
+        """How many evaluations should have been made by now."""
+        every_s = self.config.run.eval_every_s
+        return int(self.parallel.max([self.trainer.train_s])[0] // every_s) if every_s else 0
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -236,48 +280,68 @@ class Session:
     def _step(self) -> dict[str, float]:
         before_s = self.trainer.train_s
         metrics = self.trainer.step()
-        self.log.log(self.trainer.num_steps, metrics)
         self._write_tables(before_s)
+        if self.is_main:
+            self.log.log(self.trainer.num_steps, metrics)
         return metrics
 
     def _write_tables(self, before_s: float) -> None:
         step, batcher = self.trainer.num_steps, self.trainer.batcher
         ended = [s.response for s in self.trainer.slices if s.response.ended]
         clock = f"{self.trainer.train_s:.4f}"
-        self.responses.write([(step, clock, r.id, r.prompt.id, len(r), r.end.name, r.score) for r in ended])
+        responses = self._gather([(step, clock, r.id, r.prompt.id, len(r), r.end.name, r.score) for r in ended])
+        if not self.is_main:  # the timeline shows the slots of the first rank
+            return
+        self.responses.write(responses)
         if self.config.run.timeline:
             at = [before_s, *(before_s + s for s in batcher.step_ends_s)]
             self.timeline.write([
                 (step, s.slot, s.response, f"{at[s.begin]:.4f}", f"{at[s.stop]:.4f}", s.stop - s.begin, s.end.name)
                 for s in batcher.segments
             ])  # fmt: skip
+            self._write_decode(self.decode, decode_steps(batcher.segments, batcher.slices, batcher.step_ends_s))
+
+    def _write_decode(self, table: Table, steps: Sequence[DecodeStep]) -> None:
+        if self.config.run.timeline:
+            table.write([(self.trainer.num_steps, i, *s[:-1], f"{s.seconds:.6f}") for i, s in enumerate(steps)])
 
     def evaluate(self) -> None:
         """Log the accuracy on the fixed evaluation set; the training clock stands still."""
+        engine = ObservedEngine(self.eval_engine)
         metrics, _ = evaluate(
-            self.eval_engine, self.scorer, self.eval_prompts, samples_per_prompt=self.config.run.eval_samples,
+            engine, self.scorer, self.eval_prompts, samples_per_prompt=self.config.run.eval_samples,
             slots=self.eval_slots, max_response_tokens=self.config.rollout.max_response_tokens,
         )  # fmt: skip
-        self.eval_engine.load_weights(None, self.trainer.version)  # the next step changes the weights under its cache
+        self._write_decode(self.eval_decode, engine.steps)
+        engine.load_weights(None, self.trainer.version)  # the next step changes the weights under its cache
         trained = self.trainer.ledger["trained"]
         self.log.log(self.trainer.num_steps, metrics | {"time/train_s": self.trainer.train_s, "ledger/trained": trained})
         self.accuracy, self.evaluated_at = metrics["eval/accuracy"], self.trainer.num_steps
 
     def save(self) -> Path:
-        for table in (self.responses, self.timeline):
-            table.flush()
+        self._flush()
         return save_checkpoint(self.trainer, self.checkpoints, keep=self.config.run.checkpoints_kept,
                                config=dataclasses.asdict(self.config))  # fmt: skip
 
+    def _tables(self) -> list[Table]:
+        return [self.responses, self.timeline, self.decode, self.eval_decode] if self.is_main else []
+
+    def _flush(self) -> None:
+        for table in self._tables():
+            table.flush()
+
     def close(self) -> None:
         self.scorer.close()
-        self.log.close()
-        self.responses.close()
-        self.timeline.close()
+        for table in self._tables():
+            table.close()
+        if self.is_main:
+            self.log.close()
 
     def _finished(self) -> bool:
         limit_s = self.config.run.train_seconds
-        return self.trainer.num_steps >= self.config.run.steps if limit_s is None else self.trainer.train_s >= limit_s
+        if limit_s is None:
+            return self.trainer.num_steps >= self.config.run.steps
+        return self.parallel.max([self.trainer.train_s])[0] >= limit_s
 
     def _progress(self) -> Any:
         limit_s = self.config.run.train_seconds
@@ -286,7 +350,7 @@ class Session:
             None if limit_s is None else "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}{postfix}]"
         )
         return tqdm(total=total, desc=f"{self.config.run.method} seed {self.config.run.seed}", unit=unit, bar_format=form,
-                    disable=not self.config.run.progress)  # fmt: skip
+                    disable=not (self.config.run.progress and self.is_main))  # fmt: skip
 
     def _show(self, bar: Any, metrics: dict[str, float]) -> None:
         done = self.trainer.num_steps if self.config.run.train_seconds is None else self.trainer.train_s

@@ -185,8 +185,8 @@ class Trainer:
             {f"ledger/{name}": self.ledger[name] for name in ("trained", "excluded_tail", "excluded_warmup")}
             | {
                 "ledger/generated": self.batcher.num_generated_tokens,
-                "ledger/pending": sum(len(r) - r.num_settled for r in self.batcher.in_flight.values()),
-                "ledger/in_flight": len(self.batcher.in_flight),
+                "ledger/pending": sum(len(r) - r.num_settled for r in self.batcher.own_in_flight),
+                "ledger/in_flight": len(self.batcher.own_in_flight),
                 "policy/tokens": 0.0 if warming_up else float(rows.train_BT.sum()),
                 "policy/prefix_tokens": fed - float(new_BT.sum()),
             }
@@ -210,7 +210,7 @@ class Trainer:
             "rows": len(self.slices), "ended": len(ended), "capped": sum(r.end is End.LENGTH_CAP for r in ended),
             "length": sum(map(len, ended)), "score": sum(r.score or 0.0 for r in ended),
             "right": sum((r.score or 0.0) > 0 for r in ended), "tokens": busy,
-            "slot_steps": self.batcher.schedule.slots * self.batcher.num_steps, "timeout": self.verdicts["timeout"],
+            "slot_steps": self.batcher.slot_steps, "timeout": self.verdicts["timeout"],
             "error": self.verdicts["error"] + self.verdicts["bad_score"],
         })  # fmt: skip
         longest, steps, rollout_s = self.parallel.max([max(map(len, ended), default=0), self.batcher.num_steps, rollout_s])

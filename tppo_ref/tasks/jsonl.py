@@ -139,7 +139,8 @@ class JsonlTask:
     """
 
     name = "jsonl"
-    max_response_tokens = None
+    max_response_tokens: int | None = None
+    prompt_keys: tuple[str, ...] = ("prompt", "question")
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class JsonlTask:
         self.verifier = verifier
         self.max_prompt_tokens = max_prompt_tokens
         self._chat = chat_template
-        self._prompt_keys = (prompt_key,) if prompt_key else ("prompt", "question")
+        self._prompt_keys = (prompt_key,) if prompt_key else self.prompt_keys
         self._answer_key = answer_key
         train_prompts = self._read(Path(train), first_id=0)
         if test:
@@ -202,7 +203,7 @@ class JsonlTask:
     def _read(self, file: Path, first_id: int) -> list[Prompt]:
         prompts: list[Prompt] = []
         lines_by_id: dict[str, int] = {}
-        for number, row in read_lines(file):
+        for number, row in self._rows(file):
             where = f"{file}:{number}"
             text = self._text_of(row, self._prompt_keys, where, numbers=False)
             answer = self._text_of(row, (self._answer_key,), where, numbers=True)
@@ -212,13 +213,22 @@ class JsonlTask:
                     raise UserError(f"{where}: id {key} is that of line {lines_by_id[key]} too; expected unique ids.")
                 lines_by_id[key] = number
             token_ids = self._encode(text, where)
-            if len(token_ids) > self.max_prompt_tokens:
-                raise UserError(
-                    f"{where}: the prompt has {len(token_ids)} tokens, allowed are {self.max_prompt_tokens}; "
-                    "shorten or remove it, or raise max_prompt_tokens."
-                )
-            prompts.append(Prompt(id=first_id + len(prompts), token_ids=token_ids, answer=answer))
+            if self._admits(token_ids, where):
+                prompts.append(Prompt(id=first_id + len(prompts), token_ids=token_ids, answer=answer))
         return prompts
+
+    def _rows(self, file: Path) -> list[tuple[int, dict[str, Any]]]:
+        """(line number, row) of a prompt file. scale/ reads other formats here."""
+        return read_lines(file)
+
+    def _admits(self, token_ids: Sequence[int], where: str) -> bool:
+        """Whether a prompt is taken. Here a longer one than allowed is an error, never cut."""
+        if len(token_ids) > self.max_prompt_tokens:
+            raise UserError(
+                f"{where}: the prompt has {len(token_ids)} tokens, allowed are {self.max_prompt_tokens}; "
+                "shorten or remove it, or raise max_prompt_tokens."
+            )
+        return True
 
     def _text_of(self, row: dict[str, Any], keys: Sequence[str], where: str, *, numbers: bool) -> str:
         found = [key for key in keys if key in row]

@@ -1,0 +1,221 @@
+"""Distributed checkpoints: shards of both models and optimisers, and every response exactly once, on any number of ranks.
+
+A checkpoint is a folder `step-00000120`: `shards/` (torch.distributed.checkpoint: each rank writes its own), `rank-00003.json` per
+rank (in-flight and held responses, the sample stream, the ledger), and a manifest, which is written last, after every rank is done.
+A folder without one is not a checkpoint. Writing the shards goes on in the background while the next step runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+
+from scale.config import ScaleConfig
+from scale.distributed import World
+from scale.sharding import gathered
+from tppo_ref.checkpoint import MANIFEST, complete_checkpoints, file_digest
+from tppo_ref.models import PolicyModel, ValueModel
+from tppo_ref.trainer import Trainer
+from tppo_ref.types import Response, UserError
+
+REMEDY = "remove this folder to go on from the one before"
+
+
+class Checkpointer:
+    """Writes checkpoints of a run, one at a time, in the background. All ranks call the same methods in the same order."""
+
+    def __init__(self, folder: Path, world: World, config: ScaleConfig):
+        self.folder, self.world, self.config = folder, world, config
+        self._group = dist.new_group(backend="gloo")  # the background write talks on its own group
+        self._pending: tuple[Any, Path, Path] | None = None
+
+    def save(self, trainer: Trainer) -> Path:
+        """Begin writing `folder/step-N`; `finish` (or the next `save`) makes it a checkpoint. Returns its path to be."""
+        self.finish()
+        final = self.folder / f"step-{trainer.num_steps:08d}"
+        if (final / MANIFEST).exists():
+            return final
+        beside = self.folder / f".unfinished-{final.name}"
+        failure = ""
+        try:
+            if self.world.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob(".unfinished-*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                beside.mkdir()
+            self._agree("")
+            rank_state = rank_state_of(trainer, self.world)
+            (beside / f"rank-{self.world.rank:05d}.json").write_text(json.dumps(rank_state))
+            state = model_state(trainer)
+        except OSError as error:
+            failure = error.strerror or str(error)
+        self._agree(failure, final)
+        future = dcp.async_save(state, checkpoint_id=str(beside / "shards"), process_group=self._group)
+        self._pending = (future, beside, final)
+        return final
+
+    def finish(self) -> None:
+        """Wait for the write in progress and make it a checkpoint. UserError where a rank could not write; older ones stay good."""
+        if self._pending is None:
+            return
+        (future, beside, final), self._pending = self._pending, None
+        failure = ""
+        try:
+            future.result()
+        except Exception as error:  # torch wraps a full disk in types of its own
+            failure = " ".join(str(error).split())[:200] or type(error).__name__
+        self._agree(failure, final)
+        if self.world.rank == 0:
+            try:
+                write_manifest(beside, self.config, self.world)
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(beside, final)
+                for old in complete_checkpoints(self.folder)[: -self.config.algo.run.checkpoints_kept]:
+                    shutil.rmtree(old, ignore_errors=True)
+            except OSError as error:
+                failure = error.strerror or str(error)
+        self._agree(failure, final)
+
+    def _agree(self, failure: str, final: Path | None = None) -> None:
+        failures: list[Any] = [None] * self.world.world
+        dist.all_gather_object(failures, failure)
+        found = [(rank, text) for rank, text in enumerate(failures) if text]
+        if found:
+            rank, text = found[0]
+            raise UserError(f"checkpoint {final}: rank {rank} cannot write it ({text}); free some space or choose another "
+                            f"algo.run.out; earlier checkpoints are good")  # fmt: skip
+
+
+def model_state(trainer: Trainer) -> dict[str, Any]:
+    """Sharded states of both models and optimisers (and of PPO-EWMA's average)."""
+    state: dict[str, Any] = {}
+    for learner in (trainer.policy, trainer.value):
+        model, optimiser = get_state_dict(learner.module, learner.optimiser)
+        state[learner.name] = {"model": model, "optimiser": optimiser}
+    if trainer.ewma is not None:
+        state["ewma"] = get_model_state_dict(trainer.ewma.module)
+    return state
+
+
+def rank_state_of(trainer: Trainer, world: World) -> dict[str, Any]:
+    """What this rank alone knows, in plain JSON types."""
+    return {
+        "rank": world.rank, "world": world.world, "tensor_parallel": world.tensor_parallel,
+        "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s,
+        "ledger": dict(trainer.ledger), "verdicts": dict(trainer.verdicts),
+        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy, trainer.value)},
+        "ewma_weight": trainer.ewma.weight if trainer.ewma else None,
+        "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(),
+        "torch_rng": torch.get_rng_state().tolist(),
+    }  # fmt: skip
+
+
+def write_manifest(folder: Path, config: ScaleConfig, world: World) -> None:
+    """Sizes of the shards (hashing terabytes would take longer than writing them), digests of the small files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "config": dataclasses.asdict(config),
+        "world": dataclasses.asdict(world),
+        "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+        "sha256": {path.name: file_digest(path) for path in files if path.suffix == ".json"},
+    }
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is there, as long as it was written; else a UserError that names the file."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, size in manifest["bytes"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise UserError(f"checkpoint {folder}: {name} has {found} bytes, {size} were written; {REMEDY}")
+        for name, digest in manifest["sha256"].items():
+            if file_digest(folder / name) != digest:
+                raise UserError(f"checkpoint {folder}: {name} is not what was written; {REMEDY}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {folder}: cannot be read ({error}); {REMEDY}") from None
+
+
+def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
+    """Bring a freshly built trainer to what was saved, on any number of ranks. All ranks take part.
+
+    On the same ranks and groups everything is as it was. On others, in-flight and held responses and unissued samples are dealt
+    anew, none lost and none twice, and the first rank takes over the counts, of which only the sums mean anything.
+    """
+    read_manifest(folder)
+    states = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    state = model_state(trainer)
+    try:
+        dcp.load(state, checkpoint_id=str(folder / "shards"))
+        for learner in (trainer.policy, trainer.value):
+            saved = state[learner.name]
+            set_state_dict(learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"])
+            learner.num_steps = states[0]["learner_steps"][learner.name]
+        if trainer.ewma is not None:
+            set_model_state_dict(trainer.ewma.module, state["ewma"])
+            trainer.ewma.weight = states[0]["ewma_weight"]
+    except Exception as error:  # torch's checkpoint readers raise types of their own
+        raise UserError(f"checkpoint {folder}: does not fit this run ({' '.join(str(error).split())[:200]})") from None
+    trainer.num_steps, trainer.version = states[0]["num_steps"], states[0]["version"]
+    trainer.train_s = max(s["train_s"] for s in states)
+    same = (len(states), states[0]["tensor_parallel"]) == (world.world, world.tensor_parallel)
+    mine = [states[world.rank]] if same else states if world.rank == 0 else []
+    for counter, name in ((trainer.ledger, "ledger"), (trainer.verdicts, "verdicts")):
+        counter.clear()
+        for s in mine:
+            counter.update(s[name])
+    held = [r for s in states for r in s["held"]]
+    held = states[world.rank]["held"] if same else sorted(held, key=lambda r: r["id"])[world.rank :: world.world]
+    trainer.held = [Response.from_state_dict(r) for r in held]
+    trainer.batcher.load_state_dict([s["batcher"] for s in states])
+    if same:
+        torch.set_rng_state(torch.tensor(states[world.rank]["torch_rng"], dtype=torch.uint8))
+
+
+def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:
+    """The two models of a checkpoint, without the rest of the run. All ranks take part."""
+    state = {name: {"model": get_model_state_dict(model)} for name, model in (("policy", policy), ("value", value))}
+    dcp.load(state, checkpoint_id=str(folder / "shards"))
+    set_model_state_dict(policy, state["policy"]["model"])
+    set_model_state_dict(value, state["value"]["model"])
+
+
+def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype: torch.dtype) -> None:
+    """A Hugging Face folder that transformers and vLLM load. All ranks take part; rank 0 gathers and writes."""
+    whole = {}
+    for name, tensor in gathered(model):  # every rank gathers, one keeps
+        if world.rank == 0:
+            whole[name] = tensor.to("cpu", dtype)
+    failure = ""
+    if world.rank == 0:
+        try:
+            config = type(model.hf.config).from_dict(model.hf.config.to_dict())
+            config.dtype = dtype
+            with torch.device("meta"):
+                shell = _plain_class(model.hf)(config)
+            shell.save_pretrained(folder, state_dict=whole)
+        except OSError as error:
+            failure = error.strerror or str(error)
+    failures: list[Any] = [None] * world.world
+    dist.all_gather_object(failures, failure)
+    if failures[0]:
+        raise UserError(f"export: {folder} cannot be written ({failures[0]}); choose another folder")
+
+
+def _plain_class(hf: Any) -> Any:
+    """The transformers class of a model, without what FSDP mixed into it."""
+    return next(c for c in type(hf).__mro__ if c.__module__.startswith("transformers.models."))

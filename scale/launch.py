@@ -1,0 +1,156 @@
+"""The entry point: on one machine it starts its own workers, under torchrun it is one of them.
+
+    python scale/launch.py [train] --config scale/configs/cpu-tiny.yaml [--section.field VALUE ...]
+    torchrun --nnodes N --nproc-per-node G scale/launch.py --config scale/configs/qwen2.5-32b-math.yaml
+    python scale/launch.py --dry-run --config scale/configs/qwen2.5-32b-math.yaml
+
+Commands: train (default), pretrain-value, evaluate, export, report. Exit codes: 0 done, 2 a user's mistake (one line on stderr),
+130 Ctrl-C (once: at the step's edge, with a checkpoint), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Python puts a script's own folder first on the path: `import config` anywhere would find ours, and ours would shadow others'.
+sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p and Path(p).resolve() not in (HERE, HERE.parent))]
+
+COMMANDS = ("train", "pretrain-value", "evaluate", "export", "report")
+GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
+
+
+def main(argv: Sequence[str]) -> int:
+    from scale.config import ScaleConfig, check
+    from tppo_ref.config import nearest, parse
+    from tppo_ref.types import UserError
+
+    arguments = [a for a in argv if a != "--dry-run"]
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}, expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
+        config = check(config)
+        if "--dry-run" in argv:
+            from scale.dryrun import dry_run
+
+            return dry_run(config)
+        if command == "report":
+            from scale.report import report
+
+            return report(config)
+        if "RANK" in os.environ:
+            return work(command, config)
+        return start_workers(argv, config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def start_workers(argv: Sequence[str], config: object) -> int:
+    """Start cluster.devices_per_node ranks of this machine, wait, and when one goes, see to it that all go.
+
+    The first failure's exit code is the job's. Workers hold the other end of a pipe: should this process be killed, they leave too.
+    """
+    import socket
+
+    world = config.cluster.devices_per_node  # type: ignore[attr-defined]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(world):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TPPO_PARENT_PIPE": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        environment.setdefault("OMP_NUM_THREADS", str(config.algo.run.threads))  # type: ignore[attr-defined]
+        workers.append(subprocess.Popen([sys.executable, str(HERE / "launch.py"), *argv], env=environment, stdin=subprocess.PIPE,
+                                        start_new_session=True))  # fmt: skip
+    asked = False
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal asked
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGKILL if asked else signal.SIGINT)
+        asked = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    while all(worker.poll() in (None, 0) for worker in workers) and any(worker.poll() is None for worker in workers):
+        time.sleep(0.1)
+    deadline = time.monotonic() + (GRACE_S if not asked else 600.0)
+    failed = next(((r, w.returncode) for r, w in enumerate(workers) if w.poll() not in (None, 0)), None)
+    if failed and failed[1] < 0:  # killed from outside: the others wait for it in vain
+        deadline = 0.0
+        name = signal.Signals(-failed[1]).name
+        print(f"error: rank {failed[0]} was killed ({name}); start again with --algo.run.resume true to go on from the last "
+              f"checkpoint", file=sys.stderr)  # fmt: skip
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+        worker.wait()
+    if failed is None:
+        return 0
+    return failed[1] if failed[1] > 0 else 1
+
+
+def work(command: str, config: object) -> int:
+    """One rank. The first rank to fail says so, in one line; the exit code is the same everywhere."""
+    import logging
+
+    from scale import commands
+    from scale.config import ScaleConfig
+    from scale.distributed import finish, report_once, start
+    from tppo_ref.types import UserError
+
+    assert isinstance(config, ScaleConfig)
+    if "TPPO_PARENT_PIPE" in os.environ:
+        threading.Thread(target=_leave_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    code, message = 0, ""
+    world = None
+    try:
+        world = start(
+            tensor_parallel=config.engine.tensor_parallel, device=config.algo.model.device, timeout_s=config.cluster.timeout_s
+        )
+        getattr(commands, command.replace("-", "_"))(config, world)
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        code, message = 1, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if message and report_once(message):
+        print(message, file=sys.stderr, flush=True)
+    if code not in (0, 130):
+        os._exit(code)  # the others may be waiting for this rank: no orderly end is left
+    finish()
+    return code
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,218 @@
+"""From a `ScaleConfig` to a run: tppo_ref's `Session` with sharded models, a cluster's engine and distributed checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale.checkpoint import Checkpointer, load_checkpoint, read_manifest
+from scale.config import ScaleConfig
+from scale.data import MathTask, make_task
+from scale.distributed import Collective, World
+from scale.evaluate import GLOSSARY as EVALUATION
+from scale.evaluate import evaluate, write_texts
+from scale.rewards import NO_ANSWER, shaped
+from scale.sharding import load_sharded
+from scale.vllm_engine import VLLMEngine
+from tppo_ref import metrics
+from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
+from tppo_ref.config import Config
+from tppo_ref.engines import RolloutEngine, TorchEngine
+from tppo_ref.models import PolicyModel, ValueModel, load_policy
+from tppo_ref.run import Session, TaskScorer, check_vocabulary
+from tppo_ref.trainer import Trainer
+from tppo_ref.types import Response, UserError
+
+log = logging.getLogger("scale")
+
+PROBE = {"float32": (1e-4, 1e-3), "bfloat16": (0.03, 0.3)}  # mean and top-1 % gap; bfloat16 is unconfirmed until a GPU run
+
+
+class ShapingScorer(TaskScorer):
+    """The verifier's score, shaped (rewards.shaped) while `shaping` is on; evaluation turns it off."""
+
+    def __init__(self, task: Any, config: ScaleConfig):
+        super().__init__(task, config.algo.task)
+        self.rewards, self.cap, self.shaping = config.reward, config.algo.rollout.max_response_tokens, True
+        self._submitted: dict[int, Response] = {}
+
+    def submit(self, response: Response) -> None:
+        self._submitted[response.id] = response
+        super().submit(response)
+
+    def collect(self) -> dict[int, tuple[float, str]]:
+        scores = super().collect()
+        responses, self._submitted = self._submitted, {}
+        if not self.shaping:
+            return {id: (max(score, -1.0), status) for id, (score, status) in scores.items()}
+        return {id: (self._shaped(score, responses[id]), status) for id, (score, status) in scores.items()}
+
+    def _shaped(self, score: float, response: Response) -> float:
+        answered = score != NO_ANSWER
+        return shaped(score if answered else -1.0, response, self.rewards, cap=self.cap, answered=answered)
+
+
+class ScaleSession(Session):
+    """A run of scale/ on this rank. Everything that is not overridden here is tppo_ref's."""
+
+    glossary = metrics.GLOSSARY | EVALUATION
+
+    def __init__(self, config: ScaleConfig, world: World):
+        self.scale, self.world = config, world
+        self.parallel = Collective(world)
+        super().__init__(config.algo)
+        self.checkpointer = Checkpointer(self.checkpoints, world, config)
+
+    def _make_task(self) -> MathTask:
+        return make_task(self.scale)
+
+    def _saved_config(self, checkpoint: Path) -> dict[str, Any]:
+        return read_manifest(checkpoint)["config"]["algo"]
+
+    def _build(self) -> Trainer:
+        config, world = self.config, self.world
+        if config.rollout.slots % world.num_engines:
+            raise UserError(f"algo.rollout.slots: {config.rollout.slots} slots cannot be dealt to {world.num_engines} engines; "
+                            f"give a multiple")  # fmt: skip
+        self.policy, value = build_models(self.scale, world, self.task, weights=self.start is None)
+        slots = config.rollout.slots // world.num_engines
+        self.engine = build_engine(self.scale, world, self.task, slots)
+        self.scorer: ShapingScorer = ShapingScorer(self.task, self.scale)
+        rollout = config.rollout
+        schedule = SlotSchedule(slots=slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
+                                refill=rollout.refill)  # fmt: skip
+        stream = SampleStream(self.task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed,
+                              rank=world.engine, world=world.num_engines)  # fmt: skip
+        batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed, part=world.part, parts=world.tensor_parallel)
+        trainer = Trainer(config, policy=self.policy, value=value, engine=self.engine, batcher=batcher, scorer=self.scorer,
+                          parallel=self.parallel, device=world.device)  # fmt: skip
+        if self.start is not None:
+            load_checkpoint(trainer, self.start, world)
+        self.engine.load_weights(self.policy.named_tensors(), trainer.version)
+        if isinstance(self.engine, VLLMEngine):
+            probe(self.engine, self.policy, self.task, self.scale)
+            if world.device != "cpu":  # the probe's trainer pass came after the engine's memory was taken
+                self.engine.load_weights(self.policy.named_tensors(), trainer.version)
+        return trainer
+
+    def evaluate(self) -> None:
+        """avg@k and pass@k over all ranks; the training clock stands still."""
+        self.scorer.shaping = False
+        found, answers = evaluate(self.engine, self.scorer, self.eval_prompts, self.scale, self.world, self.parallel)
+        self.scorer.shaping = True
+        self.engine.load_weights(self.policy.named_tensors(), self.trainer.version)
+        (trained,) = self.parallel.sum([self.trainer.ledger["trained"]])
+        if self.is_main:
+            self.log.log(self.trainer.num_steps, found | {"time/train_s": self.trainer.train_s, "ledger/trained": trained})
+            write_texts(
+                self.out / f"answers-{self.trainer.num_steps:08d}.jsonl", answers[: self.scale.evaluation.save_texts], self.task
+            )
+        self.accuracy, self.evaluated_at = found["eval/accuracy"], self.trainer.num_steps
+
+    def _due_evaluations(self) -> int:
+        every = self.scale.evaluation.every_steps
+        return self.trainer.num_steps // every if every else 0
+
+    def save(self) -> Path:
+        self._flush()
+        return self.checkpointer.save(self.trainer)
+
+    def _open_files(self, resume_step: int | None) -> None:
+        super()._open_files(resume_step)
+        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.scale), indent=1) + "\n")
+
+    def _warn(self, metrics: dict[str, float]) -> None:
+        if not self.is_main:
+            return
+        super()._warn(metrics)
+        step, limit = self.trainer.num_steps, self.scale.engine.gap_warning or thresholds(self.scale)[0]
+        if metrics["policy/logprob_gap"] > limit:
+            log.warning("step %d: engine and trainer log-probabilities differ by %.2g on average (engine.gap_warning %.2g): "
+                        "policy.importance truncated corrects for it", step, metrics["policy/logprob_gap"], limit)  # fmt: skip
+        if metrics["response/ended"] < self.world.world and step % 20 == 1:
+            log.warning("step %d: only %d responses ended, the value model has little to learn from; a longer rollout.window "
+                        "or more slots help", step, metrics["response/ended"])  # fmt: skip
+
+
+def build_models(config: ScaleConfig, world: World, task: MathTask, *, weights: bool = True) -> tuple[PolicyModel, ValueModel]:
+    """Policy and value model, sharded; the value model from `algo.model.value`, or on the policy's backbone."""
+    model, rollout = config.algo.model, config.algo.rollout
+    if not model.policy:
+        raise UserError("algo.model.policy: expected a model's folder or a config.json, got none")
+    policy = load_sharded(
+        PolicyModel, model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights,
+        temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=task.end_token_id,
+        logit_chunk_tokens=model.logit_chunk_tokens or None,
+    )  # fmt: skip
+    value = load_sharded(
+        ValueModel, model.value or model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights
+    )
+    assert isinstance(policy, PolicyModel)
+    assert isinstance(value, ValueModel)
+    check_vocabulary("algo.model.policy", policy, task, model.policy)
+    return policy, value
+
+
+def build_engine(config: ScaleConfig, world: World, task: MathTask, slots: int) -> RolloutEngine:
+    """The engine of this rank's group. It has no weights yet."""
+    algo, engine = config.algo, config.engine
+    context = task.max_prompt_tokens + algo.rollout.max_response_tokens
+    source = Path(algo.model.policy or "")
+    folder = source.parent if source.suffix == ".json" else source
+    if engine.kind == "torch":
+        if world.tensor_parallel > 1:
+            raise UserError(
+                f"engine.tensor_parallel: TorchEngine is one process, got {world.tensor_parallel}; give 1, or kind vllm"
+            )
+        copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
+        return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
+                           temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip
+    options = {"block_size": engine.block_size} if engine.block_size else {}
+    if engine.max_batched_tokens:
+        options["max_num_batched_tokens"] = engine.max_batched_tokens
+    return VLLMEngine(
+        folder, world=world, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id, dtype=engine.dtype,
+        temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens, seed=algo.run.seed,
+        sleep_level=engine.sleep_level, gpu_memory_utilization=engine.gpu_memory_utilization, options=options,
+    )  # fmt: skip
+
+
+def thresholds(config: ScaleConfig) -> tuple[float, float]:
+    """(mean, top-1 %) gap above which the probe refuses to train."""
+    mean, top = PROBE[config.engine.dtype if config.sharding.compute_dtype == "float32" else "bfloat16"]
+    return config.engine.probe_mean or mean, config.engine.probe_top_percent or top
+
+
+def probe(engine: VLLMEngine, policy: PolicyModel, task: MathTask, config: ScaleConfig) -> None:
+    """Compare engine and trainer on the same tokens. UserError where they are further apart than the thresholds."""
+    prompts = [prompt.token_ids for prompt in task.prompts("train")[: config.engine.probe_prompts]]
+    gap = engine.probe(policy, prompts, new_tokens=config.engine.probe_tokens)
+    mean, top = thresholds(config)
+    verdict = (f"engine and trainer log-probabilities differ by {gap.mean:.2g} on average, {gap.top_percent:.2g} in the top 1 % "
+               f"of {gap.num_tokens} tokens (allowed: {mean:.2g}, {top:.2g})")  # fmt: skip
+    if not (gap.mean <= mean and gap.top_percent <= top):
+        raise UserError(f"engine.probe_mean: {verdict}; look at dtype, temperature, the weights' sync and the prefix cache")
+    if engine.world.rank == 0:
+        log.info("probe passed: %s", verdict)
+
+
+def train(config: ScaleConfig, world: World) -> Path | None:
+    """Run or resume, and leave a checkpoint; its path."""
+    torch.set_num_threads(config.algo.run.threads)
+    session = ScaleSession(config, world)
+    path = None
+    try:
+        session.train()
+        path = session.checkpoints
+    finally:
+        session.checkpointer.finish()
+        session.close()
+    return path
+
+
+__all__ = ["Config", "ScaleSession", "ShapingScorer", "build_engine", "build_models", "probe", "thresholds", "train"]

@@ -1,0 +1,47 @@
+"""`python -m sim COMMAND ...`: each command is a module with a `main(argv)`, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from tppo_ref.config import nearest
+from tppo_ref.types import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "bias": (
+        "sim.bias_command",
+        "What a window costs: exact bias, variance and gradient error on a token MDP, and the window to take.",
+    ),
+    "throughput": ("sim.throughput_command", "Where the 2.5x comes from, and where it vanishes: the clock on published lengths."),
+    "plan": ("sim.plan_command", "What a run needs and takes: bytes per device, seconds per step, which window."),
+}
+"""Name -> (module, one line for people)."""
+
+
+def usage() -> str:
+    lines = [f"  {name:12} {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(["usage: python -m sim COMMAND [--option VALUE ...]", "", *lines, "", "COMMAND --help lists its options."])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 Ctrl-C."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}, expected one of {', '.join(COMMANDS)}{nearest(argv[0], list(COMMANDS))}")
+        importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
