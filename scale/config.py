@@ -70,6 +70,10 @@ class ClusterConfig:
     """Memory of one device, in bytes, for the dry run's verdict. [O]"""
     timeout_s: float = 600.0
     """Longest wait for another rank, in seconds; then the run ends and says who was missing. [O]"""
+    plan_file: str = ""
+    """Dry run: file that `python -m sim plan --json` wrote, for the step's seconds. [O]"""
+    dry_run_json: str = ""
+    """Dry run: write its table to this file too. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,17 +105,21 @@ class Collective:
         return tensor.tolist()
 
 
-def report_once(message: str) -> bool:
+def report_once() -> bool:
     """True on the first rank that calls it: several ranks fail of one cause, and one line is enough."""
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.add("tppo/failures", 1) == 1
+        return dist.distributed_c10d._get_default_store().add("tppo/failures", 1) == 1
     except Exception:  # no process group yet, or its store went with rank 0
         return int(os.environ.get("RANK", "0")) == 0
 
 
-def finish() -> None:
-    """The last collective of a rank that leaves in order."""
+def lost_a_rank(error: Exception) -> bool:
+    """Whether an error only says that another rank is gone or late."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo/transport", "Timed out waiting", "NCCL"))
+
+
+def last_barrier() -> None:
+    """The last collective of ranks that leave in order."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()

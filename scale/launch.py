@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p and Path(p).resolve() not in (HERE, HERE.parent))]
 
 COMMANDS = ("train", "pretrain-value", "evaluate", "export", "report")
+ECHO_S = 10.0  # how long a rank that lost another one keeps quiet
 GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
 
 
@@ -115,7 +117,7 @@ def work(command: str, config: object) -> int:
 
     from scale import commands
     from scale.config import ScaleConfig
-    from scale.distributed import finish, report_once, start
+    from scale.distributed import last_barrier, lost_a_rank, report_once, start
     from tppo_ref.types import UserError
 
     assert isinstance(config, ScaleConfig)
@@ -134,16 +136,19 @@ def work(command: str, config: object) -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
         code, message = 1, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if message and report_once(message):
+        if lost_a_rank(error):
+            message = f"error: rank {os.environ['RANK']} waited for another rank in vain ({' '.join(str(error).split())[:120]})"
+            time.sleep(ECHO_S)  # whoever failed first says why, and the launcher or torchrun ends the rest
+        else:
+            traceback.print_exc()
+    if message and report_once():
         print(message, file=sys.stderr, flush=True)
-    if code not in (0, 130):
-        os._exit(code)  # the others may be waiting for this rank: no orderly end is left
-    finish()
-    return code
+    if code in (0, 130):
+        last_barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no orderly end: vLLM and torch each take the process groups down, and the second one fails
 
 
 def _leave_with_parent() -> None:

@@ -91,9 +91,14 @@ def draw_timeline(path: Path, rows: Rows) -> None:
         mine = select(rows, method=name)
         for row in select(mine, kind="training"):
             axes.axvspan(row["begin_s"], row["stop_s"], facecolor="#d9d9d9", hatch="////", edgecolor="white", linewidth=0)
-        for row in select(mine, kind="decoding"):
-            axes.barh(row["slot"], row["stop_s"] - row["begin_s"], left=row["begin_s"], height=0.82,
-                      color=shades[name][row["response"] // 2 % 2], edgecolor="white", linewidth=0.5)  # fmt: skip
+        before: dict[str, Any] = {"slot": -1, "response": -1}
+        shade = 0
+        for row in sorted(select(mine, kind="decoding"), key=lambda row: (row["slot"], row["begin_s"])):
+            if row["response"] != before["response"]:
+                shade = 1 - shade if row["slot"] == before["slot"] else 0
+            axes.barh(row["slot"], row["stop_s"] - row["begin_s"], left=row["begin_s"], height=0.82, color=shades[name][shade],
+                      edgecolor="white", linewidth=0.5)  # fmt: skip
+            before = row
         cut = [row for row in select(mine, kind="decoding", end="RUNNING") if row["stop_s"] < row["until_s"]]
         axes.plot(values(cut, "stop_s"), values(cut, "slot"), linestyle="", marker=">", color="black", markersize=2.5)
         ended = sum(row["end"] in ("END_TOKEN", "LENGTH_CAP") and row["stop_s"] < row["until_s"] for row in mine)
@@ -113,56 +118,58 @@ def draw_timeline(path: Path, rows: Rows) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- roofline
 
-ACCOUNTS = {"weights": "weights only", "kv": "weights and keys, values", "cache": "the same, cache of real size"}
+ACCOUNTS = {
+    "claim": "stated by the paper",
+    "steps": "weights only, mean over decode steps",
+    "weights": "weights only, mean over seconds",
+    "kv": "with keys and values",
+    "cache": "and a cache of real size",
+}
 
 
 def roofline_rows(conditions: Rows) -> Rows:
     """Both methods' operations per byte and what the roof allows there, TFLOP/s per device; lengths with a mean of a third of the cap."""
     gpu = setup_of(Case()).costs.accelerator  # type: ignore[attr-defined]
-    rows = []
-    for row in conditions:
-        if row["lengths"] != conditions[0]["lengths"] or row["slots"] != 8192:
-            continue
-        for method, column in (("ppo", "ppo_ops_per_byte"), ("tppo", "ops_per_byte")):
-            rows.append(_on_the_roof(gpu, row["counted"], method, float(row[column])))
-    for method, claimed in (("ppo", PPO_INTENSITY), ("tppo", TPPO_INTENSITY)):
-        rows.append(_on_the_roof(gpu, "claim", method, claimed))
-    return rows
-
-
-def _on_the_roof(gpu: Any, counted: str, method: str, intensity: float) -> dict[str, Any]:
-    allowed = min(gpu.flops_per_s, intensity * gpu.memory_bytes_per_s) / 1e12
-    return {"counted": counted, "method": method, "operations_per_byte": intensity, "tflops_per_s": allowed,
-            "ridge": gpu.ridge, "device": gpu.name, "peak_tflops_per_s": gpu.flops_per_s / 1e12}  # fmt: skip
+    mine = [row for row in conditions if row["lengths"] == conditions[0]["lengths"] and row["slots"] == conditions[0]["slots"]]
+    weights = select(mine, counted="weights")[0]
+    found = {"claim": (PPO_INTENSITY, TPPO_INTENSITY), "steps": (weights["ppo_active_per_step"], weights["slots_per_replica"])}
+    found |= {row["counted"]: (row["ppo_ops_per_byte"], row["ops_per_byte"]) for row in mine}
+    return [
+        {"counted": counted, "method": method, "operations_per_byte": intensity, "ridge": gpu.ridge, "device": gpu.name,
+         "tflops_per_s": min(gpu.flops_per_s, intensity * gpu.memory_bytes_per_s) / 1e12, "peak_tflops_per_s": gpu.flops_per_s / 1e12}
+        for counted, pair in found.items() for method, intensity in zip(("ppo", "tppo"), pair, strict=True)
+    ]  # fmt: skip
 
 
 def draw_roofline(path: Path, rows: Rows) -> None:
-    figure = Figure(figsize=(8, 4.8), dpi=DPI, layout="constrained")
-    axes, first = figure.subplots(), rows[0]
-    x = np.geomspace(8, 1000, 200)
-    axes.plot(x, np.minimum(first["peak_tflops_per_s"], x * first["peak_tflops_per_s"] / first["ridge"]), color="black", linewidth=1.6)
-    axes.axvline(first["ridge"], color="#888888", linewidth=0.8, linestyle=(0, (4, 4)))
-    axes.text(first["ridge"] * 1.05, 30, f"ridge {first['ridge']:.0f}", fontsize=SMALL)
-    labels = {"claim": "stated by the paper: 84 and 249", **ACCOUNTS}
-    handles: list[Any] = []
-    for at, (counted, label) in enumerate(labels.items()):
-        for method, filled in (("ppo", False), ("tppo", True)):
-            (row,) = select(rows, counted=counted, method=method)
-            y = row["tflops_per_s"] * (1 - 0.17 * at)
-            face = COLOURS[at + 1 if at else 6] if filled else "white"
-            axes.plot(row["operations_per_byte"], y, MARKERS[at], color=COLOURS[at + 1 if at else 6], markerfacecolor=face, markersize=8)
-            axes.annotate(f"{row['operations_per_byte']:.0f}", (row["operations_per_byte"], y), xytext=(0, -13), textcoords="offset points",
-                          fontsize=SMALL, ha="center")  # fmt: skip
-        handles.append(Line2D([], [], color=COLOURS[at + 1 if at else 6], marker=MARKERS[at], linestyle="", markersize=7, label=label))
-    handles += [Line2D([], [], color="black", marker="o", markerfacecolor=face, linestyle="", markersize=7, label=name)
-                for face, name in (("white", "hollow: PPO"), ("black", "filled: T-PPO"))]  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(8, 1000), ylim=(15, 1500))
-    tidy(axes, title=f"decoding, Qwen2.5-32B on {first['device']}, 8,192 slots; markers are moved down a little, one under the other",
-         x="operations per byte that is read", y="roof (TFLOP/s per device)")  # fmt: skip
-    with_kv = [select(rows, counted="kv", method=m)[0]["operations_per_byte"] for m in ("ppo", "tppo")]
-    head(figure, "84 to 249 operations per byte is what weights alone give;\n"
-                 f"with keys and values read it is {with_kv[0]:.0f} to {with_kv[1]:.0f}")  # fmt: skip
-    below(figure, handles)
+    """Above: the roof with the stated points. Below: PPO to T-PPO by what is counted, on the same axis."""
+    figure = Figure(figsize=(8, 5.6), dpi=DPI, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2.4))
+    first, x = rows[0], np.geomspace(10, 1000, 200)
+    top.plot(x, np.minimum(first["peak_tflops_per_s"], x * first["peak_tflops_per_s"] / first["ridge"]), color="black", linewidth=1.6)
+    for at, (counted, label) in enumerate(ACCOUNTS.items()):
+        pair = [select(rows, counted=counted, method=method)[0] for method in ("ppo", "tppo")]
+        x_pair, colour = values(pair, "operations_per_byte"), COLOURS[(6, 2, 1, 3, 0)[at]]
+        bottom.plot(x_pair, [at, at], color=colour, linewidth=1.5, zorder=1)
+        for number, row in enumerate(pair):
+            face = colour if number else "white"
+            bottom.plot(x_pair[number], at, MARKERS[at], color=colour, markerfacecolor=face, markersize=8)
+            bottom.annotate(f"{x_pair[number]:.0f}", (x_pair[number], at), xytext=((-9, 9)[number], 0), textcoords="offset points",
+                            ha=("right", "left")[number], va="center", fontsize=SMALL)  # fmt: skip
+            if counted in ("claim", "kv"):
+                top.plot(x_pair[number], row["tflops_per_s"], MARKERS[at], color=colour, markerfacecolor=face, markersize=8)
+                top.annotate(f"{x_pair[number]:.0f}", (x_pair[number], row["tflops_per_s"]), xytext=(-7, 5), textcoords="offset points",
+                             ha="right", fontsize=SMALL)  # fmt: skip
+    for axes in (top, bottom):
+        axes.axvline(first["ridge"], color="#888888", linewidth=0.8, linestyle=(0, (4, 4)))
+    top.annotate(f"ridge {first['ridge']:.0f}", (first["ridge"] * 1.04, 40), fontsize=SMALL)
+    bottom.set(yticks=range(len(ACCOUNTS)), yticklabels=list(ACCOUNTS.values()), ylim=(len(ACCOUNTS) - 0.4, -0.6))
+    top.set(xscale="log", yscale="log", xlim=(10, 1000), ylim=(20, 1500))
+    tidy(top, title=f"roof of one {first['device']}; lengths whose mean is a third of the cap", x="", y="roof (TFLOP/s)")
+    tidy(bottom, title="Qwen2.5-32B, 256 slots for each pair of devices; hollow: PPO, filled: T-PPO", x="operations per byte read in decoding", y="")
+    kv = [select(rows, counted="kv", method=m)[0]["operations_per_byte"] for m in ("ppo", "tppo")]
+    head(figure, "84 to 249 operations per byte is what weights alone would give;\n"
+                 f"with keys and values read it is {kv[0]:.0f} to {kv[1]:.0f}")  # fmt: skip
     figure.savefig(path)
 
 
@@ -184,10 +191,11 @@ def draw_windows(path: Path, rows: Rows) -> None:
         axes.minorticks_off()
         tidy(axes, title=title, x="window (tokens)", y="gain over PPO (trained tokens per second)" if axes is panels[0] else "")
     step = select(rows, lengths=specs[0])
-    head(figure, f"A window of 1k costs what it wins: {step[0]['gain']:.2f}x of the step, {step[0]['gain_rollout']:.1f}x of the rollout;\n"
-                 "no window helps where a third of the cap is the mean")  # fmt: skip
-    below(figure, [Line2D([], [], color=COLOURS[at], linestyle=LINES[at], marker=MARKERS[at], label=f"{spec}, mean "
-                          f"{select(rows, lengths=spec)[0]['mean_tokens']:,.0f} tokens") for at, spec in enumerate(specs)])  # fmt: skip
+    most = max(values(select(rows, lengths=specs[-1]), "gain"))
+    head(figure, f"A window of 1k costs what it wins: {step[0]['gain_rollout']:.1f}x in the rollout, {step[0]['gain']:.2f}x in the step;\n"
+                 f"where responses are long in the mean, no window brings more than {most:.2f}x")  # fmt: skip
+    below(figure, [Line2D([], [], color=COLOURS[at], linestyle=LINES[at], marker=MARKERS[at], label=f"{spec}: mean "
+                          f"{select(rows, lengths=spec)[0]['mean_tokens']:,.0f}") for at, spec in enumerate(specs)])  # fmt: skip
     figure.savefig(path)
 
 
@@ -208,7 +216,7 @@ def draw_tails(path: Path, rows: Rows) -> None:
     axes, handles = figure.subplots(), []
     longest = values(select(rows, counted="cache"), "longest_over_mean")
     axes.plot([1, longest.max()], [1, longest.max()], color="#888888", linewidth=0.9, linestyle=(0, (1, 2)))
-    axes.annotate("longest / mean", (4.0, 4.15), rotation=35, fontsize=SMALL, ha="center", va="bottom")
+    axes.annotate("longest / mean", (4.0, 4.4), rotation=27, fontsize=SMALL, ha="center", va="bottom")
     for at, (counted, column, label) in enumerate(TAIL_LINES):
         mine = select(rows, counted=counted)
         style: dict[str, Any] = {"color": COLOURS[at], "linestyle": LINES[at], "marker": MARKERS[at]}
@@ -256,8 +264,7 @@ def draw_plan(plan: Plan, out: str) -> list[Path]:
     if plan.systems:
         _stack(panels[1], select(rows, panel="seconds"), list(COLUMNS), "seconds per million trained tokens")
         best = max(plan.systems, key=lambda w: plan.systems[w].tokens_per_s)
-        name = "PPO" if best == plan.lengths.cap else f"T-PPO with {best:,}"
-        title += f"; {name} trains fastest, {plan.gain(best):.2f}x PPO"
+        title += "; PPO trains fastest" if best == plan.lengths.cap else f"; T-PPO with {best:,} trains fastest, {plan.gain(best):.2f}x PPO"
     head(figure, title)
     figure.savefig(folder / "plan.png")
     return [folder / "plan.png"]

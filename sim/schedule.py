@@ -123,6 +123,8 @@ class Windowed:
 
     tail   last `tail_tokens` of a cut row: trained at once ("none"), left out for good ("exclude"), or trained in the next window
            ("defer"); the masks are those of `tppo_ref.filters`
+
+    `segments` are the last step's: the replica of each, and rows (slot, sample, begin, stop, end), in decode steps.
     """
 
     def __init__(
@@ -146,7 +148,8 @@ class Windowed:
         setup, samples, step = self.setup, self.samples, self.num_steps
         windows = [self._window(replica) for replica in range(setup.num_replicas)]
         replica_n = np.repeat(np.arange(len(windows)), [len(window) for window in windows])
-        slot_n, id_n, begin_n, stop_n, end_n = np.concatenate(windows).T
+        self.segments = replica_n, np.concatenate(windows)
+        slot_n, id_n, begin_n, stop_n, end_n = self.segments[1].T
         row, new_n, cut_n = samples.at(id_n), stop_n - begin_n, end_n == End.RUNNING
         context_n, done_n, begun_n = row.prompt + row.done, row.done + new_n, row.done > 0
         rollout, preemptions = self._time(Stints(replica_n, np.arange(len(id_n)), begin_n, begin_n, stop_n, context_n), slot_n)

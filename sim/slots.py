@@ -80,17 +80,19 @@ class Slots:
         return self.end_B != End.RUNNING
 
     def observations(self) -> dict[str, Ints]:
+        """Arrays of their own, not views."""
         state_B = np.where(self.node_B == ENDED, self.mdp.num_states, self.mdp.state_N[self.node_B])
         return {"state": state_B, "tokens_left": self.mdp.max_tokens - self.num_tokens_B}
 
     def infos(self) -> dict[str, Any]:
+        """Views in part: who hands them out copies them."""
         last_B = np.maximum(self.num_tokens_B - 1, 0)  # column 0 is -1 before the first token
         return {
             "end": END_NAMES[self.end_B],
-            "node": self.node_B.copy(),
+            "node": self.node_B,
             "action_mask": (self.mdp.legal_NA[self.node_B] & ~self.ended_B[:, None]).astype(np.int8),
             "token": self.token_BT[np.arange(len(last_B)), last_B],
-            "num_redrawn": self.num_redrawn_B.copy(),
+            "num_redrawn": self.num_redrawn_B,
         }
 
 

@@ -11,6 +11,9 @@ Three gains of T-PPO over PPO, all of trained tokens per second:
     gain_without_prefix   of the step, as if no earlier window were ever fed again, to the engine or to the policy
     gain                  of the step
 
+Operations per byte are means over the seconds of decoding; `ppo_active_per_step` is PPO's mean batch over its decode steps, slots of a
+replica x mean / longest, which is what weights-only operations per byte would be if every step took the same time.
+
 `counted` says what decoding is charged for: "weights": their bytes and operations only, and a KV cache without bound, as in the
 simplest roofline; "kv": keys and values are read too; "cache": and their room is limited, as it is. T-PPO runs on a few of the
 engine replicas, PPO on all (steady.py).
@@ -120,6 +123,7 @@ def evaluate(case: Case) -> dict[str, Any]:
         "slots_per_replica": case.slots / setup.num_replicas, "mean_tokens": mean, "longest_over_mean": longest / mean,
         **gains(before, after),
         "ppo_ops_per_byte": before.ops_per_byte, "ops_per_byte": after.ops_per_byte,
+        "ppo_active_per_step": case.slots / setup.num_replicas * mean / longest,
         "ppo_active": before.mean_active, "active": after.mean_active,
         "ppo_rollout_share": before.rollout_share, "rollout_share": after.rollout_share,
         "ppo_step_s": before.step_s, "step_s": after.step_s,

@@ -572,7 +572,7 @@ def count_variances(seeds: range, lam: float, every_token: bool) -> tuple[int, i
 
 
 def test_how_often_egaes_variance_is_not_the_lowest():
-    """Over random MDPs it is neither rare nor the rule: 16 % (above A) and 46 % (above C) with rewards at every token, lambda 0.95."""
+    """Over random MDPs it is neither rare nor the rule: 19 % above A, 44 % above C; final rewards alone: 2 %, 10 %."""
     for every_token, low, high in ((True, (0.05, 0.3), (0.3, 0.6)), (False, (0.001, 0.08), (0.03, 0.2))):
         total, above_a, above_c = count_variances(range(40), 0.95, every_token)
         assert total > 500

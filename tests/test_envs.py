@@ -276,6 +276,7 @@ def test_sampled_tokens_follow_the_policy_and_are_legal():
     assert abs(token_B[node_B == 1].mean() - 0.7) < 4 * math.sqrt(0.21 / 5000)
     assert abs(sample_tokens(mdp, node_B, np.random.default_rng(0))[node_B == 1].mean() - 0.5) < 4 * math.sqrt(0.25 / 5000)
     assert sample_tokens(mdp, 0, np.random.default_rng(0)).shape == ()
+    assert not sample_tokens(load("noisy-reward").mdp, np.full(99, ENDED), np.random.default_rng(0)).any(), "0 after the end"
     with pytest.raises(ValueError, match="policy_NA"):
         sample_tokens(mdp, node_B, np.random.default_rng(0), policy_NA[:2])
 

@@ -150,14 +150,13 @@ def batchers(plan):
 @example({"lengths": [4, 8, 10, 11], "cap": 10, "window": 4, "slots": 2, "num_replicas": 1, "prompt": 1, "refill": "immediate"})
 @example({"lengths": [3, 1, 20], "cap": 10, "window": 4, "slots": 5, "num_replicas": 2, "prompt": 1, "refill": "step"})
 def test_the_schedule_is_the_batchers_event_by_event(plan):
-    system, windows = windowed(plan), []
-    real, play = list(batchers(plan)), system._window
-    system._window = lambda replica: windows.append(play(replica)) or windows[-1]
+    system, real = windowed(plan), list(batchers(plan))
     for _ in range(4):
         system.step()
-        for batcher, engine in real:
+        replica_n, rows = system.segments
+        for replica, (batcher, engine) in enumerate(real):
             batcher.window(engine)
-            assert windows.pop(0).tolist() == [list(segment) for segment in batcher.segments]
+            assert rows[replica_n == replica].tolist() == [list(segment) for segment in batcher.segments]
 
 
 @LAW
@@ -434,6 +433,7 @@ def test_every_token_is_in_exactly_one_place_and_every_slot_second_is_busy_or_id
         assert flows["generated"] == flows["trained"] + flows["discarded"] + flows["excluded"] + r.in_flight + r.deferred
         assert min(r.trained, r.discarded, r.excluded, r.in_flight, r.deferred, r.queue_s, r.idle_slot_s + 1e-9) >= 0
         assert sum(x.finished for x in records) >= sum(x.completed for x in records)
+        assert 0 <= r.staleness_sum <= r.trained * r.staleness_max
         # Busy and idle from the curve of active sequences, which is computed apart from them.
         edges, active = np.append(r.active_time_s, r.rollout_s), r.active_n
         assert active.max(initial=0) <= r.slots
@@ -782,7 +782,7 @@ def test_tail_batching_by_hand():
     assert (a.rollout_s, a.generated, a.trained, a.discarded) == (3.0, 2 + 3 + 3 + 3, 5, 6)
     assert (b.rollout_s, b.generated, b.trained, b.discarded) == (9.0, 17, 17, 0)  # b and d, from their beginning
     assert (c.rollout_s, c.trained, c.discarded) == (1.0, 2, 2)
-    assert (d.rollout_s, d.trained, d.staleness_max) == (7.0, 13, 0)
+    assert (d.rollout_s, d.trained, d.staleness_sum, d.staleness_max) == (7.0, 13, 0, 0)
     assert [r.started for r in (a, b, c, d)] == [4, 0, 4, 0]
     assert system.samples.next_R.tolist() == [8]
 

@@ -916,6 +916,8 @@ def test_rounding_in_probabilities_is_scaled_away():
     assert mdp.prob_E.sum() == pytest.approx(1, abs=1e-15)
     mdp = TokenMDP(**GOOD | {"start_S": [0.5, 0.5 + 5e-10]})
     assert mdp.start_N.sum() == pytest.approx(1, abs=1e-15)
+    policy_NA = mdp.check_policy([[0.5, 0.5 + 5e-10]] + [[0, 1 - 5e-10]] * (mdp.num_nodes - 1))
+    assert policy_NA.sum(1) == pytest.approx(np.ones(mdp.num_nodes), abs=1e-15)
 
 
 @pytest.mark.parametrize(

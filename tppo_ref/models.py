@@ -116,7 +116,10 @@ class PolicyModel(_Backbone):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Log-probability of each response token under the sampling distribution, float32 [B, T]."""
         if not len(batch):  # a spare micro-batch: weightless, but every parameter is in its graph, as sharded ones need
-            return self(NO_ROWS)[:0, :0]
+            return self._forward(NO_ROWS)[:0, :0].clone()  # not self(...): the hooks of a sharded module must run once
+        return self._forward(batch)
+
+    def _forward(self, batch: TokenBatch) -> Tensor:
         packed = pack(batch, self.device)
         hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout).index_select(0, packed.predictor_M)
         chunk = self.logit_chunk_tokens
@@ -143,15 +146,18 @@ class ValueModel(_Backbone):
 
     def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         if not len(batch):
-            value_BT, last_value_B = self(NO_ROWS)
-            return value_BT[:0, :0], last_value_B[:0]
+            value_BT, last_value_B = self._forward(NO_ROWS)
+            return value_BT[:0, :0].clone(), last_value_B[:0].clone()
+        return self._forward(batch)
+
+    def _forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         packed = pack(batch, self.device)
         hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout)
         read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
         head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
         value = head(read)[:, 0].float()
         num_tokens = len(packed.predictor_M)
-        return packed.unpack(value[:num_tokens]), value[num_tokens:]
+        return packed.unpack(value[:num_tokens]), value[num_tokens:].clone()  # no view: sharded modules must not return one
 
 
 def load_policy(

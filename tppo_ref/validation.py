@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tppo_ref.config import Config, get_field
@@ -72,7 +73,7 @@ def writable_folder(path: str, name: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
+        probe = folder / f".write-test-{os.getpid()}"  # other ranks test the same folder at the same time
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -1,0 +1,152 @@
+"""Step times and shares that others published, predicted by the clock from the setups that they state, before anything is tuned.
+
+    python -m benchmarks.literature            about a minute; writes results/literature.csv
+
+Every efficiency is sim/layout.py's default; none was chosen by looking at these numbers. What a source does not state is assumed, and
+stands in `assumed`; where that matters, several assumptions are printed, the first of them chosen beforehand. `error` is relative
+to the nearest end of the published range, 0 inside it. Misses are kept: they are what the page is for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import report
+from sim.cluster import Setup
+from sim.footprint import Budget
+from sim.hardware import Layout, Roofline, cluster, model
+from sim.lengths import load_lengths
+from sim.plan import at_step, with_utilisation
+from sim.steady import Steady, synchronous
+
+PROMPT_TOKENS = 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stated:
+    """A setup: what its source states, what is assumed beside it [O], and whether a critic is trained."""
+
+    name: str
+    known: str
+    model: str
+    gpus: str
+    cap: int
+    tp: int
+    lengths: str
+    responses: int
+    updates: int = 16
+    critic: bool = False
+    forward_passes: int = 1
+    """Of log-probabilities: the old policy's, and a reference's if there is one."""
+
+    @property
+    def assumed(self) -> str:
+        return (f"{self.gpus}, TP {self.tp}, {self.lengths}, {self.responses} responses, {self.updates} updates, "
+                f"{'a' if self.critic else 'no'} critic, {self.forward_passes} log-probability passes")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A quantity as published, from `low` to `high`."""
+
+    quantity: str
+    low: float
+    high: float
+    unit: str
+
+
+LONG = Stated(
+    name="32B/32k", known="32B, cap 32k, 64 H800, 1,024 responses, the longest at the cap [V]", model="Qwen2.5-32B", gpus="64xH800",
+    cap=32_768, tp=4, lengths="math-mixture", responses=1024,
+)  # fmt: skip
+H20 = Stated(
+    name="7B/28k", known="7B, cap 28k, 32 H20 [V]", model="Qwen2.5-7B", gpus="32xH20", cap=28_672, tp=1, lengths="math-mixture",
+    responses=1024, forward_passes=2,
+)  # fmt: skip
+SHARE = Stated(
+    name="32B synchronous", known="32B, synchronous [V]", model="Qwen2.5-32B", gpus="64xH800", cap=20_480, tp=4, lengths="dapo-32b@2049",
+    responses=8192,
+)  # fmt: skip
+MATH = Stated(
+    name="14B/16k math", known="14B, cap 16k, mathematics, GRPO; lengths as math-14b [V]", model="Qwen2.5-14B", gpus="64xH800", cap=16_000,
+    tp=2, lengths="math-14b", responses=1024,
+)  # fmt: skip
+
+ROLLOUT = Published("rollout", 550, 600, "s")
+PARTS = (Published("generation", 357, 357, "s"), Published("log-probabilities", 108, 108, "s"), Published("update", 270, 270, "s"),
+         Published("update / log-probabilities", 2.5, 2.5, ""))  # fmt: skip
+SETUPS: tuple[tuple[Stated, tuple[Published, ...]], ...] = (
+    (LONG, (ROLLOUT,)),
+    (dataclasses.replace(LONG, tp=8), (ROLLOUT,)),
+    (dataclasses.replace(LONG, tp=2), (ROLLOUT,)),
+    (dataclasses.replace(LONG, lengths="code-14b"), (ROLLOUT,)),
+    (H20, PARTS),
+    (dataclasses.replace(H20, responses=512), PARTS),
+    (dataclasses.replace(H20, lengths="dapo-32b@5280"), PARTS),
+    (SHARE, (Published("rollout share", 0.70, 0.70, ""),)),
+    (dataclasses.replace(SHARE, responses=2048), (Published("rollout share", 0.70, 0.70, ""),)),
+    (MATH, (Published("rollout share", 0.72, 0.72, ""), Published("training share", 0.23, 0.23, ""))),
+    (dataclasses.replace(MATH, gpus="8xH800"), (Published("rollout share", 0.72, 0.72, ""), Published("training share", 0.23, 0.23, ""))),
+)
+
+
+def simulate(stated: Stated) -> Steady:
+    """Synchronous steps of the setup; the critic's passes are in it, `parts` leaves them out."""
+    spec, _, step = stated.lengths.partition("@")
+    shape, (num_devices, gpu) = model(stated.model), cluster(stated.gpus)
+    budget = Budget(sequence_tokens=stated.cap + PROMPT_TOKENS, value_model=stated.critic)
+    plain = Layout(num_devices=num_devices, tensor_parallel=stated.tp, micro_batch_tokens=budget.sequence_tokens)
+    layout = with_utilisation(shape, plain, budget, gpu)
+    setup = Setup(
+        lengths=at_step(load_lengths(spec, stated.cap), int(step or 0)), prompt_tokens=PROMPT_TOKENS, slots=stated.responses,
+        costs=Roofline(accelerator=gpu, model=shape, layout=layout), num_replicas=layout.num_replicas, samples_per_prompt=16,
+        updates_per_step=stated.updates,
+    )  # fmt: skip
+    return synchronous(setup)
+
+
+def parts(found: Steady, stated: Stated) -> dict[str, float]:
+    """Quantities as the sources name them. What is neither rollout, log-probabilities nor update is in no denominator but the step's."""
+    logprob_s, update_s = stated.forward_passes * found.phases_s["logprob"], found.phases_s["policy_train"]
+    critic_s = found.phases_s["value_forward"] + found.phases_s["value_train"]
+    step_s = found.step_s + logprob_s - found.phases_s["logprob"] - critic_s * (not stated.critic)
+    training_s = logprob_s + update_s + critic_s * stated.critic
+    return {
+        "rollout": found.rollout_s, "generation": found.rollout_s, "log-probabilities": logprob_s, "update": update_s,
+        "update / log-probabilities": update_s / logprob_s, "rollout share": found.rollout_s / step_s, "training share": training_s / step_s,
+    }  # fmt: skip
+
+
+def error(predicted: float, published: Published) -> float:
+    """(predicted - nearest end of the range) / that end; 0 inside."""
+    nearest = min(max(predicted, published.low), published.high)
+    return (predicted - nearest) / nearest
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
+    for stated, quantities in SETUPS:
+        predicted = parts(simulate(stated), stated)
+        for published in quantities:
+            found = predicted[published.quantity]
+            span = f"{published.low:g}" if published.low == published.high else f"{published.low:g}-{published.high:g}"
+            yield {
+                "setup": stated.name, "first": stated.name not in seen, "quantity": published.quantity, "unit": published.unit,
+                "published": span, "predicted": round(found, 3 if found < 10 else 1), "error": f"{100 * error(found, published):+.0f} %",
+                "known": stated.known, "assumed": stated.assumed,
+            }  # fmt: skip
+        seen.add(stated.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="CSV file; results/literature.csv by default")
+    report("literature", list(rows()), parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
