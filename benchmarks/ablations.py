@@ -270,7 +270,7 @@ def run_all(jobs: Sequence[Job], path: Path, num_workers: int, command: Sequence
         waiting.put(job)
     workers = [Worker(waiting, answers, command) for _ in range(min(num_workers, len(jobs)))]
     failed = []
-    with tqdm(total=len(jobs), unit="run", smoothing=0.1) as bar:
+    with tqdm(total=len(jobs), unit="run", smoothing=0.1, disable=not jobs) as bar:
         try:
             for worker in workers:
                 worker.start()

@@ -98,8 +98,11 @@ class VLLMEngine:
         self._vllm = vllm
         if self._on_cpu and world.tensor_parallel > 1:
             _name_shared_memory_after_this_job()
+        # On a CPU no prompt in pieces: vLLM then rewinds the seeded generator of a piece's discarded token, which a CPU's cannot.
         device_options: dict[str, Any] = (
-            {"block_size": 32} if self._on_cpu else {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+            {"block_size": 32, "enable_chunked_prefill": False}
+            if self._on_cpu
+            else {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
         )
         try:
             self._llm = vllm.LLM(
@@ -121,10 +124,11 @@ class VLLMEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         if self.version is None or self._asleep:
             raise RuntimeError("the engine has no weights: call load_weights before submit")
-        for request in requests:
+        for request in requests:  # all of them, before any is taken
             length = len(request.token_ids) + request.max_new_tokens
             if length > self.max_context_tokens:
                 raise ValueError(f"request {request.response_id}: {length} tokens, the engine holds {self.max_context_tokens}")
+        for request in requests:
             self._running[request.response_id] = _Running(request, self._step)
             prompt = {"prompt_token_ids": list(request.token_ids)}
             self._engine.add_request(str(request.response_id), prompt, self._sampling(request))

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from benchmarks.reality import compare, measured_means, predicted_means, recorded_lengths, spread
 from sim.calibrate import Measured, Passes, least_absolute
-from tppo_ref.batching import DecodeStep, ObservedEngine, SampleStream, Segment, SlotSchedule, SuccessiveBatcher, decode_steps
+from tppo_ref.batching import SampleStream, Segment, SlotSchedule, SuccessiveBatcher
 from tppo_ref.checkpoint import MANIFEST
 from tppo_ref.config import Config, apply_method, replace_fields
 from tppo_ref.engines import DONE, LENGTH, Decoded
 from tppo_ref.metrics import read_metrics
 from tppo_ref.run import Session
+from tppo_ref.timeline import DecodeStep, ObservedEngine, decode_steps
 from tppo_ref.types import End, Prompt, Response, UserError, WindowSlice
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -840,6 +840,9 @@ def test_the_trace_sums_up_and_writes_a_table(tmp_path):
     assert totals["seconds"] == trace.records[-1].end_s == pytest.approx(sum(r.step_s for r in trace.records))
     assert totals["updates"] == 20
     assert totals["ops_per_byte"] is None
+    levels = run(PartialRollouts(setup_of([2, 9, 14, 5]), batch_responses=2), steps=3)
+    assert levels.totals()["in_flight"] == levels.records[-1].in_flight > 0
+    assert levels.totals()["staleness_max"] == max(r.staleness_max for r in levels.records)
     assert trace.time_to(updates=5) == trace.records[1].end_s
     assert trace.time_to(tokens=1) == trace.records[0].end_s
     assert trace.time_to(tokens=10**9) is None

@@ -233,7 +233,7 @@ class RunConfig:
     progress: bool = True
     """Show progress bars. [O]"""
     timeline: bool = True
-    """Write the decoding slots of each window to timeline.csv. [O]"""
+    """Write the decoding slots of each window to timeline.csv, the load of each decode step to decode.csv. [O]"""
     threads: int = 1
     """CPU threads of torch; more do not help models this small. [M]"""
     cut_warning: float = 0.9

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tppo_ref.batching import DecodeStep, ObservedEngine, SampleStream, SlotSchedule, SuccessiveBatcher, decode_steps
+from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
 from tppo_ref.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from tppo_ref.config import Config, TaskConfig, field_paths, get_field
 from tppo_ref.engines import TorchEngine
@@ -36,6 +36,7 @@ from tppo_ref.models import PolicyModel, ValueModel, load_policy, load_value_mod
 from tppo_ref.parallel import Parallel, SingleProcess
 from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.verifier import Verifier
+from tppo_ref.timeline import DecodeStep, ObservedEngine, decode_steps
 from tppo_ref.trainer import Trainer
 from tppo_ref.types import Response, UserError
 from tppo_ref.validation import writable_folder
