@@ -2,9 +2,9 @@
 
     python -m benchmarks.literature            about a minute; writes results/literature.csv
 
-Every efficiency is sim/layout.py's default; none was chosen by looking at these numbers. What a source does not state is assumed, and
-stands in `assumed`; where that matters, several assumptions are printed, the first of them chosen beforehand. `error` is relative
-to the nearest end of the published range, 0 inside it. Misses are kept: they are what the page is for.
+Every efficiency is sim/layout.py's default; none was chosen by looking at these numbers. What a source does not state is assumed,
+and stands in `assumed`; where that matters, several assumptions are printed, the first of them chosen beforehand. `error` is
+relative to the nearest end of the published range, 0 inside it. Misses are kept: they are what the page is for.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ H20 = Stated(
     responses=1024, forward_passes=2,
 )  # fmt: skip
 SHARE = Stated(
-    name="32B synchronous", known="32B, synchronous [V]", model="Qwen2.5-32B", gpus="64xH800", cap=20_480, tp=4, lengths="dapo-32b@2049",
+    name="32B synchronous", known="32B, synchronous [V]", model="Qwen2.5-32B", gpus="64xH800", cap=20_480, tp=4,
+    lengths="dapo-32b@2049",
     responses=8192,
 )  # fmt: skip
 MATH = Stated(
-    name="14B/16k math", known="14B, cap 16k, mathematics, GRPO; lengths as math-14b [V]", model="Qwen2.5-14B", gpus="64xH800", cap=16_000,
+    name="14B/16k math", known="14B, cap 16k, mathematics, GRPO; lengths as math-14b [V]", model="Qwen2.5-14B", gpus="64xH800",
+    cap=16_000,
     tp=2, lengths="math-14b", responses=1024,
 )  # fmt: skip
 
@@ -90,7 +92,10 @@ SETUPS: tuple[tuple[Stated, tuple[Published, ...]], ...] = (
     (SHARE, (Published("rollout share", 0.70, 0.70, ""),)),
     (dataclasses.replace(SHARE, responses=2048), (Published("rollout share", 0.70, 0.70, ""),)),
     (MATH, (Published("rollout share", 0.72, 0.72, ""), Published("training share", 0.23, 0.23, ""))),
-    (dataclasses.replace(MATH, gpus="8xH800"), (Published("rollout share", 0.72, 0.72, ""), Published("training share", 0.23, 0.23, ""))),
+    (
+        dataclasses.replace(MATH, gpus="8xH800"),
+        (Published("rollout share", 0.72, 0.72, ""), Published("training share", 0.23, 0.23, "")),
+    ),
 )
 
 
@@ -110,14 +115,15 @@ def simulate(stated: Stated) -> Steady:
 
 
 def parts(found: Steady, stated: Stated) -> dict[str, float]:
-    """Quantities as the sources name them. What is neither rollout, log-probabilities nor update is in no denominator but the step's."""
+    """Quantities as the sources name them. What is neither rollout nor training is in no denominator but the step's."""
     logprob_s, update_s = stated.forward_passes * found.phases_s["logprob"], found.phases_s["policy_train"]
     critic_s = found.phases_s["value_forward"] + found.phases_s["value_train"]
     step_s = found.step_s + logprob_s - found.phases_s["logprob"] - critic_s * (not stated.critic)
     training_s = logprob_s + update_s + critic_s * stated.critic
     return {
         "rollout": found.rollout_s, "generation": found.rollout_s, "log-probabilities": logprob_s, "update": update_s,
-        "update / log-probabilities": update_s / logprob_s, "rollout share": found.rollout_s / step_s, "training share": training_s / step_s,
+        "update / log-probabilities": update_s / logprob_s, "rollout share": found.rollout_s / step_s,
+        "training share": training_s / step_s,
     }  # fmt: skip
 
 
@@ -136,7 +142,8 @@ def rows() -> Iterator[dict[str, Any]]:
             span = f"{published.low:g}" if published.low == published.high else f"{published.low:g}-{published.high:g}"
             yield {
                 "setup": stated.name, "first": stated.name not in seen, "quantity": published.quantity, "unit": published.unit,
-                "published": span, "predicted": round(found, 3 if found < 10 else 1), "error": f"{100 * error(found, published):+.0f} %",
+                "published": span, "predicted": round(found, 3 if found < 10 else 1),
+                "error": f"{100 * error(found, published):+.0f} %",
                 "known": stated.known, "assumed": stated.assumed,
             }  # fmt: skip
         seen.add(stated.name)

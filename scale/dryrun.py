@@ -13,107 +13,167 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scale import memory
 from scale.config import ScaleConfig
-from scale.memory import (
-    PHASES, TERMS, bytes_per_phase, config_file, host_bytes, kv_tokens, longest_row, num_engines, num_ranks, passing, problems, shapes,
-    terms_per_phase,
-)  # fmt: skip
+from scale.memory import bytes_per_phase, terms_per_phase
 from scale.plan_file import Seconds, read_seconds
 from scale.remedies import Change, changes, longest_response
 from tppo_ref.types import UserError
 
+__all__ = ["Verdict", "bytes_per_phase", "dry_run", "judge", "terms_per_phase"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a dry run found: bytes on one rank, tokens."""
+
+    terms: dict[str, dict[str, float]]
+    problems: list[str]
+    remedies: list[Change]
+    longest_response: int
+    kv_tokens: int
+    host_bytes: float
+
+    @property
+    def totals(self) -> dict[str, float]:
+        return {phase: sum(found.values()) for phase, found in self.terms.items()}
+
 
 def dry_run(config: ScaleConfig) -> int:
     """Print the table, the verdict and, where a plan is given, the seconds. 0: it fits; 1: it does not."""
-    seconds = read_seconds(config, shapes(config)[0].num_parameters, num_ranks(config)) if config.cluster.plan_file else None
-    found = problems(config)
-    longest = longest_response(config)
-    remedies = changes(config) if found else []
-    print(report(config, found, longest, remedies, seconds))
-    if config.cluster.dry_run_json:
-        content = as_json(config, found, longest, remedies, seconds)
+    policy, _ = memory.shapes(config)
+    memory.check_cuts(config, policy)
+    seconds = None
+    if config.cluster.plan_file:
+        seconds = read_seconds(config, policy.num_parameters, memory.num_ranks(config))
+    verdict = judge(config)
+    print("\n".join(report(config, verdict, seconds)))
+    if path := config.cluster.dry_run_json:
         try:
-            Path(config.cluster.dry_run_json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            Path(path).write_text(json.dumps(as_json(config, verdict, seconds), indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(f"cluster.dry_run_json: cannot write {config.cluster.dry_run_json} ({error.strerror})") from None
-    return 1 if found else 0
+            raise UserError(f"cluster.dry_run_json: cannot write {path} ({error.strerror}); choose another file") from None
+    return 1 if verdict.problems else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- what is said
+def judge(config: ScaleConfig) -> Verdict:
+    """Everything that the table and the JSON say, but the seconds."""
+    found = memory.problems(config)
+    return Verdict(
+        terms=terms_per_phase(config), problems=found, remedies=changes(config) if found else [],
+        longest_response=longest_response(config), kv_tokens=memory.kv_tokens(config, memory.shapes(config)[0]),
+        host_bytes=memory.host_bytes(config),
+    )  # fmt: skip
 
 
-def report(config: ScaleConfig, found: list[str], longest: int, remedies: Sequence[Change], seconds: Seconds | None) -> str:
-    """The table for people."""
-    policy, _ = shapes(config)
-    rollout, device = config.algo.rollout, config.cluster.device_bytes
-    held, slots = kv_tokens(config, policy), rollout.slots // num_engines(config)
-    typical = config.algo.task.max_prompt_tokens + min(rollout.window, rollout.max_response_tokens)
-    lines = [
-        f"{config.algo.model.policy} ({policy.num_parameters / 1e9:.2f} B parameters; shape from {config_file(config.algo.model.policy)})",
-        f"{num_ranks(config)} ranks of {device / 1e9:.1f} GB, {num_engines(config)} engines of {config.engine.tensor_parallel}; fed at most "
-        f"{sum(map(sum, passing(config, 'policy_update').rows)):,} tokens at a time, longest row {longest_row(config):,}.",
-        "",
-        *table(terms_per_phase(config)),
-        "",
-        f"Each engine's cache holds {held:,} tokens: {held / longest_row(config):.1f} of the longest sequences, {held / typical:.1f} of a "
-        f"prompt and one window; it has {slots:,} slots. Requests that find no room wait inside vLLM: slower, never wrong.",
-        f"Host memory of a machine: {host_bytes(config) / 1e9:.0f} GB (a checkpoint being written"
-        f"{', offloaded states' if config.sharding.offload else ''}).",
-        "",
-    ]
-    if found:
-        lines += ["DOES NOT FIT:", *(f"  {problem}" for problem in found)]
-        lines += ["Any one of these makes it fit:", *(f"  {change.text}: {change.peak_bytes / 1e9:.1f} GB at the peak" for change in remedies)] if remedies else [
-            "No change of one or two fields that a dry run knows makes it fit: take more devices, or larger ones."]  # fmt: skip
+def report(config: ScaleConfig, verdict: Verdict, seconds: Seconds | None) -> list[str]:
+    """For people."""
+    rollout = config.algo.rollout
+    if verdict.longest_response:
+        longest = (f"The longest response, hence the largest window, that fits: {verdict.longest_response:,} tokens (asked for: "
+                   f"{rollout.max_response_tokens:,} in windows of {rollout.window:,}).")  # fmt: skip
     else:
-        phase, peak = max(bytes_per_phase(config).items(), key=lambda item: item[1])
-        lines.append(f"FITS: {phase} is the largest phase, {peak / 1e9:.1f} of {device / 1e9:.1f} GB.")
-    lines.append(f"Longest response, hence largest window, that fits: {longest:,} tokens (asked for: {rollout.max_response_tokens:,} in "
-                 f"windows of {rollout.window:,})." if longest else "No response fits, however short.")  # fmt: skip
-    return "\n".join([*lines, "", *(seconds.lines() if seconds else [no_seconds(config)])])
+        longest = "No response fits, however short."
+    return [
+        *heading(config),
+        "",
+        *table(verdict.terms),
+        "",
+        *engine_lines(config, verdict),
+        "",
+        *judgement(config, verdict),
+        longest,
+        "",
+        *(seconds.lines() if seconds else [no_seconds(config)]),
+    ]
 
 
-def table(phases: dict[str, dict[str, float]]) -> list[str]:
+def heading(config: ScaleConfig) -> list[str]:
+    policy, source = memory.shapes(config)[0], config.algo.model.policy
+    file = memory.config_file(source)
+    fed = sum(map(sum, memory.passing(config, "policy_update").rows))
+    by = "" if str(file).startswith(str(source)) else f" (the folder is not here: shape from {file.name})"
+    return [
+        f"{source}: {policy.num_parameters / 1e9:.2f} B parameters{by}",
+        f"{memory.num_ranks(config)} ranks of {config.cluster.device_bytes / 1e9:.1f} GB; engines: {memory.num_engines(config)}, of "
+        f"{config.engine.tensor_parallel} each. The policy's update is fed {fed:,} tokens at a time; the longest row has "
+        f"{memory.longest_row(config):,}.",
+    ]  # fmt: skip
+
+
+def table(phases: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A row per term, a column per phase, GB on one rank."""
-    names = [term for term in TERMS if any(term in found for found in phases.values())]
-    width = max(map(len, PHASES)) + 1
-    rows = [f"{'GB per rank':20}" + "".join(f"{phase:>{width}}" for phase in phases)]
-    for term in names:
-        rows.append(
-            f"{term:20}"
-            + "".join(f"{found[term] / 1e9:>{width}.1f}" if term in found else " " * width for found in phases.values())
-        )
-    return [*rows, f"{'in all':20}" + "".join(f"{sum(found.values()) / 1e9:>{width}.1f}" for found in phases.values())]
+    width = max(map(len, phases)) + 2
+
+    def row(name: str, numbers: Sequence[float | None]) -> str:
+        return f"{name:20}" + "".join(" " * width if x is None else f"{x / 1e9:>{width}.1f}" for x in numbers)
+
+    terms = [term for term in memory.TERMS if any(term in found for found in phases.values())]
+    return [
+        f"{'GB per rank':20}" + "".join(f"{phase:>{width}}" for phase in phases),
+        *(row(term, [found.get(term) for found in phases.values()]) for term in terms),
+        row("in all", [sum(found.values()) for found in phases.values()]),
+    ]
+
+
+def engine_lines(config: ScaleConfig, verdict: Verdict) -> list[str]:
+    """How much of a window the cache holds, and what the host needs."""
+    rollout, prompt = config.algo.rollout, config.algo.task.max_prompt_tokens
+    typical = prompt + min(rollout.window, rollout.max_response_tokens)
+    held, slots = verdict.kv_tokens, rollout.slots // memory.num_engines(config)
+    offloaded = ", and the offloaded states" if config.sharding.offload else ""
+    return [
+        f"An engine's cache holds {held:,} tokens: {held / memory.longest_row(config):.1f} of the longest sequences, or "
+        f"{held / typical:.1f} of a prompt and one window.",
+        f"It has {slots:,} slots: {held / slots:,.0f} tokens each. Requests without room wait inside vLLM: slower, never wrong.",
+        f"Host memory of a machine: {verdict.host_bytes / 1e9:.0f} GB for a checkpoint being written{offloaded}.",
+    ]  # fmt: skip
+
+
+def judgement(config: ScaleConfig, verdict: Verdict) -> list[str]:
+    """Whether it fits, and what to change."""
+    if not verdict.problems:
+        phase, peak = max(verdict.totals.items(), key=lambda item: item[1])
+        return [f"FITS: {phase} is the largest phase, {peak / 1e9:.1f} of {config.cluster.device_bytes / 1e9:.1f} GB."]
+    lines = ["DOES NOT FIT:", *(f"  {problem}" for problem in verdict.problems)]
+    if not verdict.remedies:
+        return [*lines, "No two changes, nor eight times the machines, make it fit: take larger devices, or a smaller model."]
+    remedies = (f"  {change.text}   ({change.peak_bytes / 1e9:.1f} GB at the peak)" for change in verdict.remedies)
+    return [*lines, "Each of these makes it fit:", *remedies]
 
 
 def no_seconds(config: ScaleConfig) -> str:
-    rollout, name = config.algo.rollout, Path(config.algo.model.policy or "").name
-    prompts = max(1, rollout.slots // rollout.samples_per_prompt)
-    return (f"Seconds: unknown here. python -m sim plan --model {name} --gpus {num_ranks(config)}xH100 --cap {rollout.max_response_tokens} "
-            f"--window {rollout.window} --prompts {prompts} --samples {rollout.samples_per_prompt} --tp {config.engine.tensor_parallel} "
-            f"--json > plan.json, then --cluster.plan_file plan.json")  # fmt: skip
+    rollout, engine = config.algo.rollout, config.engine
+    return (
+        f"Seconds: not known here. python -m sim plan --model {Path(config.algo.model.policy or '').name} "
+        f"--gpus {memory.num_ranks(config)}xH100 --cap {rollout.max_response_tokens} --window {rollout.window} "
+        f"--prompts {max(1, rollout.slots // rollout.samples_per_prompt)} --samples {rollout.samples_per_prompt} "
+        f"--tp {engine.tensor_parallel} --memory-utilisation {engine.gpu_memory_utilization} --json > plan.json; "
+        f"then --cluster.plan_file plan.json"
+    )
 
 
-def as_json(
-    config: ScaleConfig, found: list[str], longest: int, remedies: Sequence[Change], seconds: Seconds | None
-) -> dict[str, Any]:
-    """`cluster.dry_run_json`, schema "tppo-dry-run/1": bytes on one rank, tokens and seconds as the names say."""
-    policy, value = shapes(config)
+def as_json(config: ScaleConfig, verdict: Verdict, seconds: Seconds | None) -> dict[str, Any]:
+    """What `cluster.dry_run_json` holds; bytes on one rank, host_bytes on one machine, tokens and seconds as the names say."""
+    policy, value = memory.shapes(config)
     return {
         "schema": "tppo-dry-run/1",
         "model": {"policy": config.algo.model.policy, "num_parameters": policy.num_parameters,
                   "num_value_parameters": value.num_value_parameters},
-        "ranks": num_ranks(config), "engines": num_engines(config), "device_bytes": config.cluster.device_bytes,
-        "fits": not found, "problems": found,
-        "remedies": [{"change": change.text, "peak_bytes": change.peak_bytes} for change in remedies],
-        "terms_per_phase": terms_per_phase(config), "bytes_per_phase": bytes_per_phase(config),
-        "kv_cache_tokens": kv_tokens(config, policy), "longest_response_tokens": longest, "host_bytes": host_bytes(config),
+        "ranks": memory.num_ranks(config),
+        "engines": memory.num_engines(config),
+        "device_bytes": config.cluster.device_bytes,
+        "fits": not verdict.problems,
+        "problems": verdict.problems,
+        "remedies": [{"fields": r.fields, "peak_bytes": r.peak_bytes} for r in verdict.remedies],
+        "terms_per_phase": verdict.terms,
+        "bytes_per_phase": verdict.totals,
+        "kv_cache_tokens": verdict.kv_tokens,
+        "longest_response_tokens": verdict.longest_response,
+        "host_bytes": verdict.host_bytes,
         "seconds": dataclasses.asdict(seconds) if seconds else None,
     }  # fmt: skip
-
-
-__all__ = ["bytes_per_phase", "dry_run", "terms_per_phase"]

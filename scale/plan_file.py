@@ -1,4 +1,4 @@
-"""The step's seconds, read from a file that `python -m sim plan --json` wrote. Nothing of sim/ is imported: the file is the seam."""
+"""The step's seconds, from a file that `python -m sim plan --json` wrote. Nothing of sim/ is imported: the file is the seam."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Seconds:
         parts = ", ".join(f"{name} {s:.0f}" for name, s in self.phases_s.items() if s >= 0.5)
         days = self.step_s * self.steps / 86400
         return [
-            f"Seconds per step, as `sim plan` has them: {self.step_s:.0f} ({parts}); {self.gain:.2f}x PPO's trained tokens per second.",
+            f"Seconds per step, by `sim plan`: {self.step_s:.0f} ({parts}); {self.gain:.2f}x PPO's trained tokens per second.",
             f"{self.steps:,} steps: {days:.1f} days, {24 * days * self.ranks:,.0f} device hours, evaluation not counted.",
             *(f"  The plan is of another run: {difference}." for difference in self.differences),
         ]
@@ -48,7 +48,7 @@ def read_seconds(config: ScaleConfig, num_parameters: int, ranks: int) -> Second
         window = min(rollout.window, rollout.max_response_tokens)
         if not entries:
             raise UserError(
-                f"cluster.plan_file: {name}: this plan did not fit, so it holds no seconds; plan again with more devices"
+                f"cluster.plan_file: {name}: nothing fitted in this plan, so it holds no seconds; plan again"
             )
         if window not in entries:
             raise UserError(f"cluster.plan_file: {name} has windows {', '.join(map(str, entries))}, expected {window}; plan again with "

@@ -10,12 +10,19 @@ from typing import Any
 
 from scale.config import ScaleConfig
 from scale.memory import (
-    bytes_per_phase, check_cuts, engine_terms, kv_bytes_per_token, longest_row, on_cpu, problems, shapes, stays_awake, terms_per_phase,
+    bytes_per_phase,
+    check_cuts,
+    engine_terms,
+    kv_bytes_per_token,
+    longest_row,
+    on_cpu,
+    problems,
+    shapes,
+    stays_awake,
+    terms_per_phase,
 )  # fmt: skip
-from tppo_ref.config import get_field, replace_fields
+from tppo_ref.config import replace_fields
 from tppo_ref.types import UserError
-
-TRAINING = ("logprob", "value_forward", "policy_update", "value_update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Change:
 
 
 def changes(config: ScaleConfig) -> list[Change]:
-    """Changes that make it fit: of one kind each, else of two kinds, else more machines. The engine's share follows where it must."""
+    """Changes that make it fit: of one kind each, else of two, else more machines. The engine's share follows where it must."""
     kinds = list(_kinds(config))
     for number in (0, 1, 2):
         found = [change for some in itertools.combinations(kinds, number)
@@ -91,7 +98,7 @@ def affordable_share(config: ScaleConfig) -> float:
 
 
 def longest_response(config: ScaleConfig) -> int:
-    """Tokens of the longest response with which every training pass fits, the cache holds one sequence, and positions suffice; 0: none.
+    """Tokens of the longest response with which training fits, the cache holds one sequence and positions suffice; 0: none.
 
     A pass's bytes grow linearly with the tokens fed, once these outweigh a chunk of logits: the line through two lengths is solved.
     Below the longest row asked for, the second length is an eighth of it, and the chord errs on the safe side.

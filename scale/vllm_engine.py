@@ -164,9 +164,10 @@ class VLLMEngine:
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
             sent = _Checksum()
-            received = self._llm.collective_rpc(
-                _receive, args=(sent.over((name, tensor.to(self._dtype)) for name, tensor in pairs),)
-            )
+            stream = sent.over((name, tensor.to(self._dtype)) for name, tensor in pairs)
+            received = self._llm.collective_rpc(_receive, args=(stream,))
+            for _ in stream:  # what vLLM left lying, so that it counts as sent
+                pass
             if any(r != sent.totals for r in received):
                 raise RuntimeError(f"weight sync: {sent.totals} left the trainer, {received} arrived in the engine")
         if self._asleep:

@@ -1,10 +1,9 @@
-"""The figures of `python -m sim throughput` and `plan`. `*_rows` makes the numbers, which go into a CSV, and `draw_*` draws those rows.
+"""The figures of `python -m sim throughput` and `plan`. `*_rows` makes the numbers, which go into a CSV, and `draw_*` draws those.
 
 Colours, line styles, markers and hatches are tppo_ref.figures' and differ together: readable in grey.
 """
 
 from __future__ import annotations
-
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,23 @@ from tppo_ref.types import End
 from tppo_ref.validation import writable_folder
 
 HATCHES = ("", "////", "\\\\\\\\", "....", "xx", "--", "++", "oo", "**", "||", "///", "")
-SHADES = ("#F0A87A", "#0B5394", "#7DB7E8", "#B8480A", "#009E73", "#CC79A7", "#E69F00", "#BBBBBB", "#56B4E9", "#FFFFFF", "#7F7F7F", "#DDDDDD")
-TIMELINE = Case(what="timeline", gpus="4xH800", model="Qwen2.5-7B", tp=4, lengths="dapo-32b@2049", cap=12_288, slots=16, window=4096)
+SHADES = (
+    "#F0A87A",
+    "#0B5394",
+    "#7DB7E8",
+    "#B8480A",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#BBBBBB",
+    "#56B4E9",
+    "#FFFFFF",
+    "#7F7F7F",
+    "#DDDDDD",
+)
+TIMELINE = Case(
+    what="timeline", gpus="4xH800", model="Qwen2.5-7B", tp=4, lengths="dapo-32b@2049", cap=12_288, slots=16, window=4096
+)
 
 
 def head(figure: Figure, title: str) -> None:
@@ -128,7 +142,7 @@ ACCOUNTS = {
 
 
 def roofline_rows(conditions: Rows) -> Rows:
-    """Both methods' operations per byte and what the roof allows there, TFLOP/s per device; lengths with a mean of a third of the cap."""
+    """Both methods' operations per byte and what the roof allows there, TFLOP/s per device; lengths of finding 1."""
     gpu = setup_of(Case()).costs.accelerator  # type: ignore[attr-defined]
     mine = [row for row in conditions if row["lengths"] == conditions[0]["lengths"] and row["slots"] == conditions[0]["slots"]]
     weights = select(mine, counted="weights")[0]
@@ -136,7 +150,8 @@ def roofline_rows(conditions: Rows) -> Rows:
     found |= {row["counted"]: (row["ppo_ops_per_byte"], row["ops_per_byte"]) for row in mine}
     return [
         {"counted": counted, "method": method, "operations_per_byte": intensity, "ridge": gpu.ridge, "device": gpu.name,
-         "tflops_per_s": min(gpu.flops_per_s, intensity * gpu.memory_bytes_per_s) / 1e12, "peak_tflops_per_s": gpu.flops_per_s / 1e12}
+         "tflops_per_s": min(gpu.flops_per_s, intensity * gpu.memory_bytes_per_s) / 1e12,
+         "peak_tflops_per_s": gpu.flops_per_s / 1e12}
         for counted, pair in found.items() for method, intensity in zip(("ppo", "tppo"), pair, strict=True)
     ]  # fmt: skip
 
@@ -146,8 +161,10 @@ def draw_roofline(path: Path, rows: Rows) -> None:
     figure = Figure(figsize=(8, 5.6), dpi=DPI, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2.4))
     first, x = rows[0], np.geomspace(10, 1000, 200)
-    top.plot(x, np.minimum(first["peak_tflops_per_s"], x * first["peak_tflops_per_s"] / first["ridge"]), color="black", linewidth=1.6)
-    for at, (counted, label) in enumerate(ACCOUNTS.items()):
+    top.plot(
+        x, np.minimum(first["peak_tflops_per_s"], x * first["peak_tflops_per_s"] / first["ridge"]), color="black", linewidth=1.6
+    )
+    for at, counted in enumerate(ACCOUNTS):
         pair = [select(rows, counted=counted, method=method)[0] for method in ("ppo", "tppo")]
         x_pair, colour = values(pair, "operations_per_byte"), COLOURS[(6, 2, 1, 3, 0)[at]]
         bottom.plot(x_pair, [at, at], color=colour, linewidth=1.5, zorder=1)
@@ -158,7 +175,8 @@ def draw_roofline(path: Path, rows: Rows) -> None:
                             ha=("right", "left")[number], va="center", fontsize=SMALL)  # fmt: skip
             if counted in ("claim", "kv"):
                 top.plot(x_pair[number], row["tflops_per_s"], MARKERS[at], color=colour, markerfacecolor=face, markersize=8)
-                top.annotate(f"{x_pair[number]:.0f}", (x_pair[number], row["tflops_per_s"]), xytext=(-7, 5), textcoords="offset points",
+                top.annotate(f"{x_pair[number]:.0f}", (x_pair[number], row["tflops_per_s"]), xytext=(-7, 5),
+                textcoords="offset points",
                              ha="right", fontsize=SMALL)  # fmt: skip
     for axes in (top, bottom):
         axes.axvline(first["ridge"], color="#888888", linewidth=0.8, linestyle=(0, (4, 4)))
@@ -166,7 +184,12 @@ def draw_roofline(path: Path, rows: Rows) -> None:
     bottom.set(yticks=range(len(ACCOUNTS)), yticklabels=list(ACCOUNTS.values()), ylim=(len(ACCOUNTS) - 0.4, -0.6))
     top.set(xscale="log", yscale="log", xlim=(10, 1000), ylim=(20, 1500))
     tidy(top, title=f"roof of one {first['device']}; lengths whose mean is a third of the cap", x="", y="roof (TFLOP/s)")
-    tidy(bottom, title="Qwen2.5-32B, 256 slots for each pair of devices; hollow: PPO, filled: T-PPO", x="operations per byte read in decoding", y="")
+    tidy(
+        bottom,
+        title="Qwen2.5-32B, 256 slots for each pair of devices; hollow: PPO, filled: T-PPO",
+        x="operations per byte read in decoding",
+        y="",
+    )
     kv = [select(rows, counted="kv", method=m)[0]["operations_per_byte"] for m in ("ppo", "tppo")]
     head(figure, "84 to 249 operations per byte is what weights alone would give;\n"
                  f"with keys and values read it is {kv[0]:.0f} to {kv[1]:.0f}")  # fmt: skip
@@ -181,10 +204,19 @@ def draw_windows(path: Path, rows: Rows) -> None:
     figure = Figure(figsize=(8, 4.4), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     specs = list(dict.fromkeys(row["lengths"] for row in rows))
-    for axes, column, title in zip(panels, ("gain_rollout", "gain"), ("rollout alone", "whole step, earlier windows fed again"), strict=True):
+    for axes, column, title in zip(
+        panels, ("gain_rollout", "gain"), ("rollout alone", "whole step, earlier windows fed again"), strict=True
+    ):
         for at, spec in enumerate(specs):
             mine = select(rows, lengths=spec)
-            axes.plot(values(mine, "window") / 1024, values(mine, column), color=COLOURS[at], linestyle=LINES[at], marker=MARKERS[at], linewidth=1.8)
+            axes.plot(
+                values(mine, "window") / 1024,
+                values(mine, column),
+                color=COLOURS[at],
+                linestyle=LINES[at],
+                marker=MARKERS[at],
+                linewidth=1.8,
+            )
         _reference_lines(axes)
         axes.set(xscale="log", yscale="log", xticks=[1, 2, 4, 8, 16], xticklabels=["1k", "2k", "4k", "8k", "16k"])
         axes.set(yticks=[0.5, 1, 2, 4, 8], yticklabels=["0.5", "1", "2", "4", "8"])
@@ -192,10 +224,13 @@ def draw_windows(path: Path, rows: Rows) -> None:
         tidy(axes, title=title, x="window (tokens)", y="gain over PPO (trained tokens per second)" if axes is panels[0] else "")
     step = select(rows, lengths=specs[0])
     most = max(values(select(rows, lengths=specs[-1]), "gain"))
-    head(figure, f"A window of 1k costs what it wins: {step[0]['gain_rollout']:.1f}x in the rollout, {step[0]['gain']:.2f}x in the step;\n"
-                 f"where responses are long in the mean, no window brings more than {most:.2f}x")  # fmt: skip
-    below(figure, [Line2D([], [], color=COLOURS[at], linestyle=LINES[at], marker=MARKERS[at], label=f"{spec}: mean "
-                          f"{select(rows, lengths=spec)[0]['mean_tokens']:,.0f}") for at, spec in enumerate(specs)])  # fmt: skip
+    head(figure, f"A window of 1k costs what it wins: {step[0]['gain_rollout']:.1f}x in the rollout, {step[0]['gain']:.2f}x in "
+                 f"the step;\nwhere responses are long in the mean, no window brings more than {most:.2f}x")  # fmt: skip
+    handles = []
+    for at, spec in enumerate(specs):
+        style: dict[str, Any] = {"color": COLOURS[at], "linestyle": LINES[at], "marker": MARKERS[at]}
+        handles.append(Line2D([], [], **style, label=f"{spec}: mean {select(rows, lengths=spec)[0]['mean_tokens']:,.0f}"))
+    below(figure, handles)
     figure.savefig(path)
 
 
@@ -229,7 +264,10 @@ def draw_tails(path: Path, rows: Rows) -> None:
     tidy(axes, title="log-normal lengths with a mean of 2,500 tokens before the cap; 32B on 64 H800, 2,048 slots, window 8,192",
          x="longest response of a step / mean", y="gain over PPO (trained tokens per second)")  # fmt: skip
     best = max(values(select(rows, counted="cache"), "gain"))
-    head(figure, f"The tail's gain is made in the rollout; of the step {best:.2f}x is left,\nbecause training takes its share and grows")
+    head(
+        figure,
+        f"The tail's gain is made in the rollout; of the step {best:.2f}x is left,\nbecause training takes its share and grows",
+    )
     below(figure, handles)
     figure.savefig(path)
 
@@ -259,12 +297,18 @@ def draw_plan(plan: Plan, out: str) -> list[Path]:
     _stack(panels[0], select(rows, panel="bytes"), list(TERMS), "GB per device")
     memory = plan.accelerator.memory_bytes / 1e9
     panels[0].axvline(memory, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
-    panels[0].annotate(f" {memory:.1f} GB", (memory, 1.0), xycoords=("data", "axes fraction"), fontsize=SMALL, va="bottom", ha="center")
+    panels[0].annotate(
+        f" {memory:.1f} GB", (memory, 1.0), xycoords=("data", "axes fraction"), fontsize=SMALL, va="bottom", ha="center"
+    )
     title = f"{plan.model.name} on {plan.layout.num_devices} {plan.accelerator.name}: " + ("fits" if plan.fits else "does not fit")
     if plan.systems:
         _stack(panels[1], select(rows, panel="seconds"), list(COLUMNS), "seconds per million trained tokens")
         best = max(plan.systems, key=lambda w: plan.systems[w].tokens_per_s)
-        title += "; PPO trains fastest" if best == plan.lengths.cap else f"; T-PPO with {best:,} trains fastest, {plan.gain(best):.2f}x PPO"
+        title += (
+            "; PPO trains fastest"
+            if best == plan.lengths.cap
+            else f"; T-PPO with {best:,} trains fastest, {plan.gain(best):.2f}x PPO"
+        )
     head(figure, title)
     figure.savefig(folder / "plan.png")
     return [folder / "plan.png"]
@@ -277,7 +321,16 @@ def _stack(axes: Axes, rows: Rows, parts: list[str], x: str) -> None:
     for at, part in enumerate(parts):
         width = np.array([sum(row["value"] for row in select(rows, bar=bar, part=part)) for bar in bars])
         if width.any():
-            axes.barh(bars, width, left=left, label=part.replace("_", " "), color=SHADES[at], hatch=HATCHES[at], edgecolor="black", linewidth=0.5)
+            axes.barh(
+                bars,
+                width,
+                left=left,
+                label=part.replace("_", " "),
+                color=SHADES[at],
+                hatch=HATCHES[at],
+                edgecolor="black",
+                linewidth=0.5,
+            )
         left += width
     axes.invert_yaxis()
     axes.legend(fontsize=SMALL - 1, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -61,7 +61,7 @@ class Budget:
     offload: bool = False
     """Shards, gradients and moments in the host's memory instead."""
     accumulate: bool = True
-    """Several micro-batches per update: gradient shards exist from the first on. False: one, whose gradients come after the peak."""
+    """Several micro-batches per update: gradient shards exist from the first on. False: one; its gradients come after the peak."""
     value_model: bool = True
     """A value model of the policy's shape; False: the policy alone."""
     runtime_bytes: float = 2e9
@@ -83,9 +83,9 @@ def bytes_per_phase(
 
     accelerator   its memory sets the KV cache's share, `layout.memory_utilisation`; None: no `kv_cache`
 
-    Colocated: the engine's weights live beside the sharded states in "sync" and "rollout", and are gone in training at sleep level 1
-    and 2. At level 0 they and the KV cache stay everywhere. With engine devices of their own, "rollout" is such a device, and "sync"
-    the larger of the two.
+    Colocated: the engine's weights live beside the sharded states in "sync" and "rollout", and are gone in training at sleep level
+    1 and 2. At level 0 they and the KV cache stay everywhere. With engine devices of their own, "rollout" is such a device, and
+    "sync" the larger of the two.
     """
     budget_tokens = max(budget.sequence_tokens, layout.micro_batch_tokens)
     engine, kv_cache = _engine(model, layout, accelerator)

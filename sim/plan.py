@@ -61,7 +61,9 @@ class PlanConfig:
     lam: float = _option(0.95, "trace parameter; the floor of the adaptive one [P]", type=float)
     alpha: float = _option(0.05, "lambda = max(lam, 1 - 1/(alpha L)) [P]; 0: lam at every length", type=float)
     tolerance: float = _option(0.1, "largest weight of the cut (see below) of a window to choose [O]", type=float)
-    replicas: int = _option(0, "engine replicas that are simulated for all; 0: 2, or 1 where 2 have more than 1,024 slots [O]", type=int)
+    replicas: int = _option(
+        0, "engine replicas that are simulated for all; 0: 2, or 1 where 2 have more than 1,024 slots [O]", type=int
+    )
     seed: int = _option(0, "of the lengths [O]", type=int)
     out: str | None = _option(None, "folder for the figure and its CSV; none: not drawn", metavar="FOLDER")
     json: bool = _option(False, "print JSON and nothing else", action="store_true")
@@ -144,8 +146,8 @@ def make(config: PlanConfig) -> Plan:
     if not found:
         whole = _setup(config, shape, layout, gpu, lengths)
         some, _ = sampled(whole, config.replicas or few(whole))
-        sampling = (f"T-PPO: {some.num_replicas} of {layout.num_replicas} engine replicas simulated, {some.slots:,} of {whole.slots:,} slots; "
-                    "PPO: all")  # fmt: skip
+        sampling = (f"T-PPO: {some.num_replicas} of {layout.num_replicas} engine replicas simulated, {some.slots:,} of "
+                    f"{whole.slots:,} slots; PPO: all")  # fmt: skip
         systems = {w: in_routine(whole, w, refill=config.refill, replicas=config.replicas) for w in windows if w < lengths.cap}
         systems[lengths.cap] = synchronous(whole)
         choice = choose(config, lengths, {w: s for w, s in systems.items() if w < lengths.cap or len(systems) == 1})
@@ -186,14 +188,13 @@ def kv_capacity(shape: ModelShape, layout: Layout, gpu: Accelerator) -> int:
     return math.floor(kv_cache_bytes(shape, layout, gpu) / (shape.kv_bytes_per_token(layout.bytes_per_parameter) * share))
 
 
-def _layout(
-    config: PlanConfig, shape: ModelShape, gpu: Accelerator, num_devices: int, budget: Budget, lengths: Lengths
-) -> Layout:
+def _layout(config: PlanConfig, shape: ModelShape, gpu: Accelerator, num_devices: int, budget: Budget, lengths: Lengths) -> Layout:
     """The layout asked for; what is left open is chosen: the engine's share by what the trainer leaves, its devices by speed."""
 
     def layout(tensor_parallel: int) -> Layout:
         plain = Layout(
-            num_devices=num_devices, tensor_parallel=tensor_parallel, micro_batch_tokens=config.micro_batch or budget.sequence_tokens,
+            num_devices=num_devices, tensor_parallel=tensor_parallel,
+            micro_batch_tokens=config.micro_batch or budget.sequence_tokens,
             activation_checkpointing=not config.no_checkpointing, sleep_level=config.sleep_level,  # type: ignore[arg-type]
             memory_utilisation=config.memory_utilisation or 0.9,
         )  # fmt: skip
@@ -270,7 +271,9 @@ def _remedies(config: PlanConfig, shape: ModelShape, layout: Layout, budget: Bud
             return
 
 
-def _changes(shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _changes(
+    shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(words, fields of the layout, fields of the budget)."""
     for split in tensor_parallel_sizes(shape, layout.num_devices):
         if split > layout.tensor_parallel:
@@ -308,7 +311,8 @@ def _setup(config: PlanConfig, shape: ModelShape, layout: Layout, gpu: Accelerat
         raise ValueError(f"prompts x samples are {slots}, expected at least one response for each of {layout.num_replicas} engine "
                          "replicas")  # fmt: skip
     return Setup(
-        lengths=lengths, prompt_tokens=config.prompt_tokens, costs=Roofline(accelerator=gpu, model=shape, layout=layout), slots=slots,
+        lengths=lengths, prompt_tokens=config.prompt_tokens, costs=Roofline(accelerator=gpu, model=shape, layout=layout),
+        slots=slots,
         num_replicas=layout.num_replicas, samples_per_prompt=config.samples, seed=config.seed,
         update_tokens=max(1, round(slots * lengths.mean_tokens() / config.updates)),
     )  # fmt: skip
@@ -350,4 +354,6 @@ def choose(config: PlanConfig, lengths: Lengths, systems: dict[int, Steady]) -> 
         best = max(within, key=lambda w: systems[w].tokens_per_s)
         return Choice(best, f"the fastest of those whose weight of the cut is within {config.tolerance:g}", weights)
     best = min(weights, key=lambda w: weights[w])
-    return Choice(best, f"no window examined has a weight of the cut within {config.tolerance:g}; this one has the smallest", weights)
+    return Choice(
+        best, f"no window examined has a weight of the cut within {config.tolerance:g}; this one has the smallest", weights
+    )

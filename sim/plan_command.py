@@ -54,7 +54,8 @@ def parse(argv: Sequence[str]) -> PlanConfig:
         names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
         parser.add_argument(*sorted(names), dest=field.name, default=field.default, **field.metadata)
     given = vars(parser.parse_args(list(argv))).items()
-    return PlanConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in given})
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given}
+    return PlanConfig(**values)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,11 +91,11 @@ def report(plan: Plan, toy: str) -> str:
     """The table for people."""
     lay, gpu, config = plan.layout, plan.accelerator, plan.config
     lines = [
-        f"{plan.model.name} on {lay.num_devices} x {gpu.name} ({gpu.memory_bytes / 1e9:.1f} GB each), {lay.num_replicas} engine replicas "
-        f"of {lay.tensor_parallel}, engine's share {100 * lay.memory_utilisation:.0f} %.",
+        f"{plan.model.name} on {lay.num_devices} x {gpu.name} ({gpu.memory_bytes / 1e9:.1f} GB each), {lay.num_replicas} engine "
+        f"replicas of {lay.tensor_parallel}, engine's share {100 * lay.memory_utilisation:.0f} %.",
         f"Responses: {plan.lengths.name or config.lengths}, mean {plan.lengths.mean_tokens():,.0f} tokens, "
-        f"{100 * plan.lengths.capped_share():.2g} % at the cap of {plan.lengths.cap:,}; {config.prompts} prompts x {config.samples} = "
-        f"{config.prompts * config.samples:,} slots; prompts of {config.prompt_tokens} tokens.",
+        f"{100 * plan.lengths.capped_share():.2g} % at the cap of {plan.lengths.cap:,}; {config.prompts} prompts x "
+        f"{config.samples} = {config.prompts * config.samples:,} slots; prompts of {config.prompt_tokens} tokens.",
         "",
         *bytes_table(plan),
         "",
@@ -125,8 +126,8 @@ def verdict(plan: Plan) -> list[str]:
     """Whether it fits, and what to change."""
     name, num_bytes = plan.peak
     if plan.fits:
-        return [f"Fits: {name} is the largest phase, {num_bytes / 1e9:.1f} of {plan.accelerator.memory_bytes / 1e9:.1f} GB. The engine's "
-                f"KV cache holds {plan.kv_capacity_tokens:,} tokens per replica: "
+        return [f"Fits: {name} is the largest phase, {num_bytes / 1e9:.1f} of {plan.accelerator.memory_bytes / 1e9:.1f} GB. The "
+                f"engine's KV cache holds {plan.kv_capacity_tokens:,} tokens per replica: "
                 f"{plan.kv_capacity_tokens / plan.budget.sequence_tokens:.1f} of the longest sequences. A smaller window makes no "
                 "training pass smaller: earlier windows are fed again."]  # fmt: skip
     return ["DOES NOT FIT:", *(f"  {problem}" for problem in plan.problems), "Any one of these would make it fit:",
@@ -147,16 +148,18 @@ def seconds_table(plan: Plan) -> list[str]:
         weight = plan.choice.weights.get(window) if plan.choice else None
         lines.append(
             f"{found.system:6} {window:>7} {found.step_s:>8.0f} " + " ".join(f"{seconds[name]:>13.0f}" for name in COLUMNS) +
-            f" {found.tokens_per_s:>9,.0f} {plan.gain(window):>5.2f}x {100 * found.occupancy:>4.0f} % {found.ops_per_byte or 0:>9.0f} "
-            f"{100 * found.prefix_tokens_trained / max(found.tokens_fed, 1):>8.0f} % {'-' if weight is None else f'{weight:.4f}':>11}"
+            f" {found.tokens_per_s:>9,.0f} {plan.gain(window):>5.2f}x {100 * found.occupancy:>4.0f} % "
+            f"{found.ops_per_byte or 0:>9.0f} "
+            f"{100 * found.prefix_tokens_trained / max(found.tokens_fed, 1):>8.0f} % "
+            f"{'-' if weight is None else f'{weight:.4f}':>11}"
         )  # fmt: skip
-    lines.append("gain: trained tokens per second, against PPO. busy: slots while decoding. fed again: share of the policy's training "
-                 "tokens. other: wake-up, verification, weight sync.")  # fmt: skip
+    lines.append("gain: trained tokens per second, against PPO. busy: slots while decoding. fed again: share of the policy's "
+                 "training tokens. other: wake-up, verification, weight sync.")  # fmt: skip
     crowded = [s for s in plan.systems.values() if s.preemptions]
     if crowded:
         held = plan.kv_capacity_tokens / (plan.lengths.mean_tokens() / 2 + plan.config.prompt_tokens) * plan.layout.num_replicas
-        lines.append("The KV cache is too small for the slots: requests queue and are preempted, so that idle slots are not idle devices "
-                     f"and windows have little to win. It holds about {held:,.0f} sequences that are half-way.")  # fmt: skip
+        lines.append("The KV cache is too small for the slots: requests queue and are preempted; idle slots are no idle "
+                     f"devices and windows have little to win. It holds about {held:,.0f} half-way sequences.")  # fmt: skip
     if plan.budget.offload:
         lines.append("Transfers of --offload to and from the host are not charged: these seconds are too few.")
     return lines
@@ -192,11 +195,13 @@ def decay_sentence(plan: Plan) -> str:
     """What of the bias can be said beforehand."""
     window = plan.choice.window if plan.choice and plan.choice.window else plan.lengths.cap
     near, far = (decay_tokens(plan.config, n + window / 2) for n in (window, plan.lengths.cap))
-    exact = ("" if not plan.config.alpha else " The trace grows with the response's length here (--alpha), for which P4 is not proven: "
-             "the weight compares windows and bounds nothing; --alpha 0 gives the bound.")  # fmt: skip
-    return (f"A cut's influence decays over 1/(1 - gamma lambda) = {near:,.0f} tokens at the first edge, {far:,.0f} at the cap. The cut "
-            "weight is P4's (theory.md): mean |bias| by the cut <= weight x [largest step of the critic + its error ...]; that bracket "
-            "belongs to your task and critic and is unknown here." + exact)  # fmt: skip
+    caveat = (
+        " The trace grows with the response's length here (--alpha), for which P4 is not proven: the weight compares windows and "
+    )
+    caveat += "bounds nothing; --alpha 0 gives the bound."
+    return (f"A cut's influence decays over 1/(1 - gamma lambda) = {near:,.0f} tokens at the first edge, {far:,.0f} at the cap. "
+            "The cut weight is P4's (theory.md): mean |bias| by the cut <= weight x [largest step of the critic + its error ...]; "
+            "that bracket belongs to your task and critic and is unknown here." + caveat * bool(plan.config.alpha))  # fmt: skip
 
 
 TOY_LAMBDAS = (0.5, 0.75, 0.9)
@@ -209,12 +214,15 @@ def toy_sentence() -> str:
 
     found = []
     for lam in TOY_LAMBDAS:
-        toy = BiasConfig(instance="calm-chain", critic="exact", lam=lam, estimators=("egae",), window=(2, 3, 4, 6, 8), tolerance=0.05)
+        toy = BiasConfig(
+            instance="calm-chain", critic="exact", lam=lam, estimators=("egae",), window=(2, 3, 4, 6, 8), tolerance=0.05
+        )
         knee = examine(toy).findings["egae"].knee
         found.append("none" if knee is None else f"{knee * (1 - lam):.2g}")
-    return (f"Toy (`python -m sim bias --instance calm-chain --critic exact`, 48 tokens): the knee at 5 % lies at {', '.join(found)} decay "
-            f"lengths for lambda {', '.join(map(str, TOY_LAMBDAS))}. It is no constant, so no toy's knee carries over to a window in "
-            "tokens; only P4's decay does.")  # fmt: skip
+    return (f"Toy (`python -m sim bias --instance calm-chain --critic exact`, 48 tokens): the knee at 5 % lies at "
+            f"{', '.join(found)} decay "
+            f"lengths for lambda {', '.join(map(str, TOY_LAMBDAS))}. It is no constant, so no toy's knee carries over to a "
+            f"window in tokens; only P4's decay does.")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------- JSON

@@ -70,7 +70,7 @@ class Multiplied:
 
 
 def sampled(setup: Setup, replicas: int) -> tuple[Setup, float]:
-    """The setup with at most `replicas` engine replicas, which stand for all of them, and how many times as large the real one is."""
+    """The setup with at most `replicas` engine replicas, which stand for all of them, and how many times larger the real one is."""
     if setup.num_replicas <= replicas:
         return setup, 1.0
     slots = max(replicas, round(setup.slots * replicas / setup.num_replicas))

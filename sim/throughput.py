@@ -11,8 +11,8 @@ Three gains of T-PPO over PPO, all of trained tokens per second:
     gain_without_prefix   of the step, as if no earlier window were ever fed again, to the engine or to the policy
     gain                  of the step
 
-Operations per byte are means over the seconds of decoding; `ppo_active_per_step` is PPO's mean batch over its decode steps, slots of a
-replica x mean / longest, which is what weights-only operations per byte would be if every step took the same time.
+Operations per byte are means over the seconds of decoding; `ppo_active_per_step` is PPO's mean batch over its decode steps, slots
+of a replica x mean / longest, which is what weights-only operations per byte would be if every step took the same time.
 
 `counted` says what decoding is charged for: "weights": their bytes and operations only, and a KV cache without bound, as in the
 simplest roofline; "kv": keys and values are read too; "cache": and their room is limited, as it is. T-PPO runs on a few of the
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -98,7 +98,8 @@ def setup_of(case: Case, **changes: Any) -> Setup:
     lengths, layout = lengths_of(case), layout_of(case)
     costs = COUNTED[case.counted](accelerator=cluster(case.gpus)[1], model=model(case.model), layout=layout)
     plain: dict[str, Any] = {
-        "lengths": lengths, "prompt_tokens": PROMPT_TOKENS, "costs": costs, "slots": case.slots, "num_replicas": layout.num_replicas,
+        "lengths": lengths, "prompt_tokens": PROMPT_TOKENS, "costs": costs, "slots": case.slots,
+        "num_replicas": layout.num_replicas,
         "samples_per_prompt": SAMPLES, "update_tokens": max(1, round(case.slots * lengths.mean_tokens() / UPDATES)),
     }  # fmt: skip
     return Setup(**plain | changes)
@@ -161,7 +162,8 @@ THIRD = "lognormal:median=7400,sigma=0.42"
 
 def length_cases() -> Iterator[Case]:
     """The published distributions, each with its own cap and a window of a third of it."""
-    for spec, cap in (("dapo-32b-early", 20_480), ("dapo-32b@1024", 20_480), (DAPO, 20_480), ("dapo-32b@5280", 20_480), ("math-14b", 16_000),
+    for spec, cap in (("dapo-32b-early", 20_480), ("dapo-32b@1024", 20_480), (DAPO, 20_480), ("dapo-32b@5280", 20_480),
+                      ("math-14b", 16_000),
                       ("code-14b", 16_000), ("math-mixture", 24_576), ("constant:8192", 8192)):  # fmt: skip
         yield Case(what=spec, lengths=spec, cap=cap, window=-(-cap // 3))
 
@@ -225,27 +227,33 @@ def systems(case: Case) -> Iterator[dict[str, Any]]:
     """
     before, setup = baseline(case), setup_of(case)
     half = cluster(case.gpus)[0] // 2
-    apart = [Roofline(accelerator=cluster(case.gpus)[1], model=model(case.model), layout=layout)
-             for layout in (layout_of(case, engine_devices=half), layout_of(case, engine_devices=half))]  # fmt: skip
-    asynchronous = setup_of(case, costs=apart[0], train_costs=apart[1], num_replicas=half // case.tp, slots=2 * case.slots)
+    apart = Roofline(accelerator=cluster(case.gpus)[1], model=model(case.model), layout=layout_of(case, engine_devices=half))
+    asynchronous = setup_of(case, costs=apart, train_costs=apart, num_replicas=half // case.tp, slots=2 * case.slots)
     more = {share: dataclasses.replace(setup, slots=int(share * case.slots)) for share in (1.5, 1.25)}
-    runs = [
+    partial = functools.partial(PartialRollouts, more[1.5], batch_responses=case.slots)
+    tail = functools.partial(TailBatching, more[1.25], batch_responses=case.slots)
+    runs: list[tuple[str, str, Callable[[], Steady]]] = [
         ("ppo", "", lambda: before),
         ("tppo", f"window {case.window}", lambda: in_routine(setup, case.window)),
-        ("partial", "1.5 batches in flight", lambda: steady(PartialRollouts(more[1.5], batch_responses=case.slots), warm=6, steps=8)),
-        ("tail-batching", "1.25 batches in flight", lambda: steady(TailBatching(more[1.25], batch_responses=case.slots), warm=5, steps=10)),
+        ("partial", "1.5 batches in flight", lambda: steady(partial(), warm=6, steps=8)),
+        ("tail-batching", "1.25 batches in flight", lambda: steady(tail(), warm=5, steps=10)),
     ]  # fmt: skip
     for lag in (1, 4):
-        runs.append(("async", f"{half} + {half} devices, staleness {lag}", lambda lag=lag: steady(
-            Asynchronous(asynchronous, batch_responses=case.slots, max_staleness=lag), warm=8, steps=8)))  # fmt: skip
-    for name, how, make in runs:
-        found = make()
+        make = functools.partial(Asynchronous, asynchronous, batch_responses=case.slots, max_staleness=lag)
+        how = f"{half} + {half} devices, staleness {lag}"
+        runs.append(("async", how, functools.partial(_in_turn, make)))
+    for name, how, start in runs:
+        found = start()
         yield {
             "what": case.what, "system": name, "how": how, "gain_rollout": gains(before, found)["gain_rollout"],
             "gain": gains(before, found)["gain"], "step_s": found.step_s, "occupancy": found.occupancy,
             "ops_per_byte": found.ops_per_byte, "staleness_mean": found.staleness_mean,
             "discarded": found.discarded / max(found.generated, 1), "preemptions": found.preemptions,
         }  # fmt: skip
+
+
+def _in_turn(make: Callable[[], Asynchronous]) -> Steady:
+    return steady(make(), warm=8, steps=8)
 
 
 def system_cases() -> Iterator[Case]:

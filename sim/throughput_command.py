@@ -92,12 +92,15 @@ def text(name: str, rows: Rows) -> str:
         return f"timeline: {len(rows)} bars"
     if name == "systems":
         lines = [f"{'setup':16} {'system':14} {'how':34} {'rollout':>8} {'step':>6} {'busy':>6} {'stale':>6} {'given up':>9}"]
-        lines += [f"{r['what']:16} {r['system']:14} {r['how']:34} {r['gain_rollout']:>7.2f}x {r['gain']:>5.2f}x {100 * r['occupancy']:>4.0f} % "
+        lines += [f"{r['what']:16} {r['system']:14} {r['how']:34} {r['gain_rollout']:>7.2f}x {r['gain']:>5.2f}x "
+                  f"{100 * r['occupancy']:>4.0f} % "
                   f"{r['staleness_mean']:>6.2f} {100 * r['discarded']:>7.0f} %" for r in rows]  # fmt: skip
         claims = [f"  {system:38} {claim:34} {setup}" for system, claim, setup in PUBLISHED]
         return "\n".join([f"{name}: setups of ours", *lines, "Published, on their own setups:", *claims])
     head = f"{'':36} " + " ".join(f"{column.replace('gain_', 'gain '):>19}" for column in COLUMNS)
-    return "\n".join([f"{name}", head, *(f"{_label(r):36} " + " ".join(f"{r[column]:>19,.2f}" for column in COLUMNS) for r in rows)])
+    return "\n".join(
+        [f"{name}", head, *(f"{_label(r):36} " + " ".join(f"{r[column]:>19,.2f}" for column in COLUMNS) for r in rows)]
+    )
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -86,7 +86,9 @@ def test_phases_and_terms_are_the_documented_ones():
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)
 def test_more_devices_fewer_tokens_and_offload_never_need_more_training_bytes(devices, tokens, split, level, offload):
-    layout = Layout(num_devices=devices, tensor_parallel=split, micro_batch_tokens=tokens, sleep_level=level, memory_utilisation=0.5)
+    layout = Layout(
+        num_devices=devices, tensor_parallel=split, micro_batch_tokens=tokens, sleep_level=level, memory_utilisation=0.5
+    )
     budget = Budget(sequence_tokens=tokens, offload=offload)
     now = totals(bytes_per_phase(QWEN32, layout, budget, accelerator=H800))
     for easier_layout, easier in (
@@ -144,7 +146,11 @@ def test_a_cache_that_cannot_hold_one_response_does_not_fit():
 
 @pytest.fixture(scope="module")
 def small_plan():
-    return make(PlanConfig(model="Qwen2.5-0.5B", gpus="4xH100", lengths="twopoint:short=100,share=0.1", cap=1024, prompts=8, samples=4, tp=1))
+    return make(
+        PlanConfig(
+            model="Qwen2.5-0.5B", gpus="4xH100", lengths="twopoint:short=100,share=0.1", cap=1024, prompts=8, samples=4, tp=1
+        )
+    )
 
 
 def test_phases_sum_to_the_step_and_gain_is_a_ratio_of_tokens_per_second(small_plan):
@@ -180,7 +186,16 @@ def test_a_sample_of_the_replicas_stands_for_all_where_they_are_alike():
     part, scale = sampled(setup, 2)
     assert (part.slots, part.num_replicas, scale) == (16, 2, 4.0)
     all_of_it, some = (steady(tppo(s, window=16), warm=4, steps=4, scale=k) for s, k in ((setup, 1.0), (part, scale)))
-    for name in ("step_s", "trained", "tokens_fed", "prefix_tokens_trained", "reprefilled_tokens", "occupancy", "ops_per_byte", "mean_active"):
+    for name in (
+        "step_s",
+        "trained",
+        "tokens_fed",
+        "prefix_tokens_trained",
+        "reprefilled_tokens",
+        "occupancy",
+        "ops_per_byte",
+        "mean_active",
+    ):
         assert getattr(some, name) == pytest.approx(getattr(all_of_it, name)), name
     assert gain(before=all_of_it, after=some) == pytest.approx(1)
     assert sampled(setup, 8) == (setup, 1.0)
@@ -232,7 +247,15 @@ def test_the_window_is_the_fastest_within_the_tolerance(small_plan):
 def test_people_get_a_table_and_json_is_json_and_nothing_else(capsys, tmp_path):
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    for piece in ("GB per device", "engine_weights", "Fits:", "A dry run on fake tensors does not see", "gain", "ppo", "Window to choose"):
+    for piece in (
+        "GB per device",
+        "engine_weights",
+        "Fits:",
+        "A dry run on fake tensors does not see",
+        "gain",
+        "ppo",
+        "Window to choose",
+    ):
         assert piece in text
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     header, *rows = (tmp_path / "plan.csv").read_text().splitlines()

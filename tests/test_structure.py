@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,3 +210,16 @@ def test_every_file_and_public_class_says_what_it_is(path):
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+# ------------------------------------------------------------------------------------------------ the maps show what is there
+
+
+@pytest.mark.parametrize("house", ["sim", "scale"])
+def test_the_map_of_a_house_names_each_of_its_files_and_no_others(house):
+    page = (ROOT / "docs" / f"{house}.md").read_text()
+    named = set(re.findall(r"\b([a-z_]+\.py)\b", page))
+    files = {path.name for path in (ROOT / house).glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert files - named == set(), "files that the page does not name"
+    known = files | {path.name for other in HOUSES for path in sources(other)}
+    assert named - known == set(), "names of files that are not there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 
 from benchmarks import literature
 from sim.__main__ import main
-from sim.cluster import Setup
 from sim.clock_figures import busy_share, timeline_rows
+from sim.cluster import Setup
 from sim.distributions import Constant, TwoPoint
 from sim.hardware import Roofline
 from sim.policies import PartialRollouts
@@ -30,14 +31,19 @@ CLAIMS = re.findall(r"([-+]?[\d.,]+(?: %)?)<!-- (\w+) \"([^\"]+)\" (\w+) (\S+) -
 def committed(name: str) -> list[dict[str, str]]:
     file = "literature" if name == "literature" else f"throughput_{name}"
     with (RESULTS / f"{file}.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+        rows = list(csv.DictReader(stream))
+    if name == "literature":  # "" for a setup's first assumption, then #2, #3, ...
+        for at, row in enumerate(rows):
+            before = sum((other["setup"], other["quantity"]) == (row["setup"], row["quantity"]) for other in rows[:at])
+            row["nth"] = f"#{before + 1}" if before else ""
+    return rows
 
 
 def key(name: str, row: dict[str, str]) -> str:
     if name == "systems":
         lag = re.search(r"staleness (\d+)", row["how"])
         return f"{row['what']}/{row['system']}" + (f"/{lag[1]}" if lag else "")
-    return f"{row['setup']}/{row['quantity']}" if name == "literature" else row["what"]
+    return f"{row['setup']}/{row['quantity']}{row['nth']}" if name == "literature" else row["what"]
 
 
 def written(value: str, spec: str) -> str:
@@ -52,7 +58,9 @@ def test_every_number_of_the_page_is_the_committed_one():
     assert len(CLAIMS) > 60
     tables = {name: committed(name) for name in {claim[1] for claim in CLAIMS}}
     for number, name, what, column, spec in CLAIMS:
-        row = next(row for row in tables[name] if key(name, row) == what)  # the first: literature's first assumption, finding 1's lengths
+        row = next(
+            row for row in tables[name] if key(name, row) == what
+        )  # the first: literature's first assumption, finding 1's lengths
         assert number == written(row[column], spec), (name, what, column)
 
 
@@ -100,7 +108,15 @@ def test_the_tables_committed_are_all_of_their_cases():
 
 
 def small(**changes) -> Case:
-    plain = {"model": "Qwen2.5-0.5B", "gpus": "1xH100", "tp": 1, "cap": 512, "slots": 16, "window": 128, "lengths": "twopoint:short=50,share=0.1"}
+    plain = {
+        "model": "Qwen2.5-0.5B",
+        "gpus": "1xH100",
+        "tp": 1,
+        "cap": 512,
+        "slots": 16,
+        "window": 128,
+        "lengths": "twopoint:short=50,share=0.1",
+    }
     return Case(**plain | changes)
 
 
@@ -108,7 +124,9 @@ def test_weights_only_operations_per_byte_are_the_batch():
     costs = setup_of(small(counted="weights")).costs
     assert isinstance(costs, WeightsOnly)
     shape = costs.model
-    per_sequence = (shape.num_layer_matrix_parameters + shape.num_embedding_parameters) / (shape.num_body_parameters + shape.num_embedding_parameters)
+    per_sequence = (shape.num_layer_matrix_parameters + shape.num_embedding_parameters) / (
+        shape.num_body_parameters + shape.num_embedding_parameters
+    )
     for batch in (1, 84, 249):
         assert costs.operations_per_byte(batch, 10_000 * batch) == pytest.approx(batch * per_sequence)
     assert 0.999 < per_sequence < 1
@@ -150,7 +168,15 @@ def test_gains_by_hand():
         return Steady(**plain | {"system": "", "steps": 1, "phases_s": phases} | fields)
 
     before = made(step_s=20.0, rollout_s=14.0, trained=100.0)
-    after = made(step_s=12.0, rollout_s=6.0, trained=90.0, tokens_fed=200.0, prefix_tokens_trained=100.0, prefill_tokens=40.0, reprefilled_tokens=30.0)
+    after = made(
+        step_s=12.0,
+        rollout_s=6.0,
+        trained=90.0,
+        tokens_fed=200.0,
+        prefix_tokens_trained=100.0,
+        prefill_tokens=40.0,
+        reprefilled_tokens=30.0,
+    )
     assert after.step_without_prefix_s == 12 - 4 / 2 - 3 / 4
     found = gains(before, after)
     assert found["gain"] == pytest.approx((90 / 12) / (100 / 20))
@@ -159,7 +185,9 @@ def test_gains_by_hand():
 
 
 def test_a_steady_state_is_a_mean_over_its_steps():
-    setup = Setup(lengths=TwoPoint(short=20, long_share=0.2, cap=100), prompt_tokens=5, costs=setup_of(small()).costs, slots=8, seed=3)
+    setup = Setup(
+        lengths=TwoPoint(short=20, long_share=0.2, cap=100), prompt_tokens=5, costs=setup_of(small()).costs, slots=8, seed=3
+    )
     found = steady(tppo(setup, window=25), warm=4, steps=3)
     system = tppo(setup, window=25)
     records = [system.step() for _ in range(7)][4:]
@@ -176,12 +204,14 @@ def test_a_steady_state_is_a_mean_over_its_steps():
 
 
 def test_the_timelines_bars_do_not_overlap_and_t_ppo_is_busier():
-    rows = timeline_rows(Case(gpus="1xH100", model="Qwen2.5-0.5B", tp=1, lengths="twopoint:short=50,share=0.1", cap=512, slots=4, window=128), warm=2)
+    rows = timeline_rows(
+        Case(gpus="1xH100", model="Qwen2.5-0.5B", tp=1, lengths="twopoint:short=50,share=0.1", cap=512, slots=4, window=128), warm=2
+    )
     for method in ("ppo", "tppo"):
         mine = [row for row in rows if row["method"] == method]
         for slot in range(4):
             spans = sorted((r["begin_s"], r["stop_s"]) for r in mine if r["slot"] == slot)
-            assert all(a[1] <= b[0] + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(spans))
         assert all(0 <= row["begin_s"] <= row["stop_s"] <= row["until_s"] for row in mine if row["begin_s"] >= 0)
     shares = [busy_share([row for row in rows if row["method"] == method], 4) for method in ("ppo", "tppo")]
     assert shares[0] < shares[1] <= 1

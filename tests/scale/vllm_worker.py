@@ -154,8 +154,11 @@ def main(folder, tied):
         return arrived.totals
 
     perturb(policy, 101)
-    vllm_engine._receive = without_repack
-    engine.load_weights(policy.named_tensors(), 7)
+    if tied:  # the packed copy of the shared matrix; of a head of its own vLLM renews the copy itself
+        vllm_engine._receive = without_repack
+        engine.load_weights(policy.named_tensors(), 7)
+    else:
+        engine.load_weights(((n, t) for n, t in policy.named_tensors() if n != "lm_head.weight"), 7)
     planted("stale head")
     vllm_engine._receive = receive
     engine.load_weights(policy.named_tensors(), 8)

@@ -1,0 +1,303 @@
+"""The numbers of docs/findings.md: exact ones computed here, measured ones read from the committed CSV, and put into the page.
+
+    python -m benchmarks.findings [--check]      rewrites the numbers of docs/findings.md; --check only says which are stale
+
+A number on the page stands before a comment that names its source, its key there, its column and its format:
+
+    0.0481<!-- exact "calm-chain egae 8" relative .4f -->     a function of this module: nothing is sampled
+    -0.02 [-0.03, 0.01]<!-- text "all window-32 tppo area" difference .3f -->     a mean and its interval
+    undecided<!-- text "all window-32 tppo area" verdict s -->     words come from the CSV, too
+
+and a table between `<!-- begin NAME -->` and `<!-- end -->`. So new seeds change the page by one command, and a test
+(tests/test_findings.py) fails where the page and its sources differ.
+
+Sources: exact; text and runs (ablations_summary.csv, ablations.csv); early (early_decision.csv); headline (headline-*/summary.csv);
+throughput tables by the name of their file. Text comparisons also get Holm's correction over the whole summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import ablations, early_decision
+from benchmarks.common import RESULTS
+from sim import instances
+from sim.bias import AtDistance, by_distance
+from sim.critics import critic
+from sim.estimators import Estimator, named
+from sim.gradients import GradientError, gradient_errors, knee
+from sim.rollouts import Rollouts, older_policy
+
+PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
+VALUE = r"[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"
+MARK = re.compile(rf'(?P<value>{VALUE})(?P<mark><!-- (?P<source>\w+) "(?P<key>[^"]+)" (?P<column>\w+) (?P<form>\S+) -->)')
+BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+NUM_RANDOM = 40
+
+# ----------------------------------------------------------------------------------------------------------------- exact numbers
+
+
+@functools.cache
+def world(name: str) -> Rollouts:
+    """`early-0` and `early-12` are those of benchmarks.early_decision, `random-7` is the one of seed 7; `thinking/1`: earlier windows
+    were sampled by a policy that is one step behind."""
+    name, _, behind = name.partition("/")
+    kind, _, number = name.rpartition("-")
+    if kind == "early":
+        made = early_decision.instance(int(number))
+    elif kind == "random":
+        made = instances.load("random", seed=int(number), num_states=4, num_tokens=2, max_tokens=8, every_token=False)
+    else:
+        made = instances.load(name)
+    older_NA = older_policy(made.mdp, made.policy_NA, float(behind)) if behind else None
+    return Rollouts(made.mdp, made.policy_NA, older_NA)
+
+
+def estimator(name: str) -> Estimator:
+    """sim's, with lambda 0.95; `egae-defer4` has a tail of 4 tokens."""
+    plain = name.rstrip("0123456789")
+    tail = name[len(plain) :]
+    return named(plain) if not tail else Estimator(**{**vars(named(plain)), "tail_tokens": int(tail)})
+
+
+@functools.cache
+def gradient(key: str) -> GradientError:
+    """ "calm-chain egae 8": the exact critic, responses that begin at an edge. More words: a critic; `anywhere` in a window."""
+    name, rule, window, *more = key.split()
+    rollouts, anywhere = world(name), "anywhere" in more
+    spec = next((word for word in more if word != "anywhere"), "exact")
+    value_N = critic(spec, rollouts.mdp, rollouts.solution, seed=int(name.rpartition("-")[2]) if name.startswith("random") else 0)
+    return gradient_errors(rollouts, value_N, estimator(rule), [int(window)], average_offsets=anywhere)[int(window)]
+
+
+@functools.cache
+def bias(key: str) -> tuple[AtDistance, ...]:
+    name, rule, window, *spec = key.split()
+    rollouts = world(name)
+    value_N = critic(spec[0] if spec else "exact", rollouts.mdp, rollouts.solution)
+    return tuple(by_distance(rollouts, value_N, estimator(rule), int(window)))
+
+
+@functools.cache
+def knee_of(key: str) -> int | None:
+    """ "calm-chain egae": the knee at 5 %, exact critic, over powers of 2 and the cap, as `python -m sim bias` has it."""
+    name, rule = key.split()
+    cap = world(name).mdp.max_tokens
+    windows = sorted({*(2**i for i in range(cap.bit_length())), cap})
+    return knee({w: gradient(f"{name} {rule} {w}") for w in windows}, 0.05)
+
+
+def over_random(key: str) -> list[float]:
+    """ "random egae 4 ...": relative errors on the forty random MDPs of notebook 03."""
+    return [gradient(key.replace("random", f"random-{seed}", 1)).relative for seed in range(NUM_RANDOM)]
+
+
+def exact(key: str, column: str) -> float | int | None:
+    """A number of the laboratory. `near` and `far`: at the last token before the cut, at the first of the window."""
+    if column == "knee":
+        return knee_of(key)
+    if column == "median":
+        return float(np.median(over_random(key)))
+    if column == "wins":  # "random cut-gae:egae 4 ...": in how many of the MDPs the first has the smaller error
+        ours, theirs = (over_random(re.sub(r"[\w-]+:[\w-]+", name, key, count=1)) for name in key.split()[1].split(":"))
+        return sum(a < b * (1 - 1e-6) for a, b in zip(ours, theirs, strict=True))
+    if column.startswith(("near_", "far_")):
+        end, _, what = column.partition("_")
+        found: float = getattr(bias(key)[0 if end == "near" else -1], what)
+        return found
+    if column == "ended":  # "early-0 8": the share of the responses that end within so many tokens
+        name, tokens = key.split()
+        return float(world(name).solution.length_T[: int(tokens) + 1].sum())
+    found_error = gradient(key)
+    if column == "along":  # the part of the gradient that points along the true one, in units of its length
+        return found_error.length * found_error.cosine
+    value: float = getattr(found_error, column)
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------------- committed numbers
+
+
+@functools.cache
+def table(name: str) -> tuple[dict[str, str], ...]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+def holm(p: Iterable[float], level: float = 0.05) -> list[bool]:
+    """Holm's step-down test: which hypotheses fall with a family-wise error of `level`. A p that is not a number never falls."""
+    p = [x if math.isfinite(x) else 1.0 for x in p]
+    falls = [False] * len(p)
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[place] > level / (len(p) - rank):
+            break
+        falls[place] = True
+    return falls
+
+
+@functools.cache
+def text_rows() -> dict[str, dict[str, Any]]:
+    """Rows of ablations_summary.csv by "task arm base metric", with `holm`: the verdict that is left after the correction."""
+    rows = table("ablations_summary")
+    return {
+        f"{r['task']} {r['arm']} {r['base']} {r['metric']}": {**r, "holm": r["verdict"] if falls else "undecided"}
+        for r, falls in zip(rows, holm(float(r["p"]) for r in rows), strict=True)
+    }
+
+
+def text(key: str, column: str) -> Any:
+    if key == "every":
+        decided = {"plain": "verdict", "holm": "holm"}
+        if column in decided:
+            return sum(r[decided[column]] != "undecided" for r in text_rows().values())
+        return len(text_rows()) if column == "tests" else min(int(r["n"]) for r in text_rows().values())
+    row = text_rows()[key]
+    if column == "difference":
+        return float(row["mean_difference"]), float(row["low"]), float(row["high"])
+    return row[column] if column in ("verdict", "holm") else float(row[column])
+
+
+def runs(key: str, column: str) -> float:
+    """ "chain tppo": means over the whole runs of a task ("all": of every task) and an arm; of their last row, or of `first_*` the
+    first after the start. trained_share: of the generated tokens."""
+    task, arm = key.split()
+    first = column.startswith("first_")
+    rows = [r for r in table("ablations") if r["arm"] == arm and task in (r["task"], "all")]
+    rows = [r for r in rows if (r["mark"] == "1" if first else r["final"] == "1")]
+    name = column.removeprefix("first_")
+    if name == "trained_share":
+        return float(np.mean([int(r["trained_tokens"]) / int(r["generated_tokens"]) for r in rows]))
+    return float(np.mean([float(r[name]) for r in rows]))
+
+
+def decode_ratio(key: str, column: str) -> float:
+    """ "chain ppo tppo": decode steps of the first arm per decode step of the second, at the same generated tokens."""
+    task, arm, base = key.split()
+    return runs(f"{task} {arm}", column) / runs(f"{task} {base}", column)
+
+
+def early(key: str, column: str) -> Any:
+    """ "network zero 0 tokens": a row of early_decision's table; `difference` is the ratio with its interval."""
+    if key == "every":
+        return min(r["n"] for r in early_table()) if column == "n" else len(early_table())
+    model, start, at, quantity = key.split()
+    row = next(r for r in early_table() if (r["model"], r["critic"], str(r["at"]), r["quantity"]) == (model, start, at, quantity))
+    return (row["ratio"], row["low"], row["high"]) if column == "ratio" else row[column]
+
+
+@functools.cache
+def early_table() -> tuple[dict[str, Any], ...]:
+    return tuple(early_decision.table(early_decision.read(early_decision.PATH)))
+
+
+def headline(key: str, column: str) -> Any:
+    """ "chain tppo speed-up": the median or mean over seeds with its interval."""
+    task, method, quantity = key.split(maxsplit=2)
+    row = next(r for r in table(f"headline-{task}/summary")
+               if (r["method"], r["quantity"]) == (method, quantity) and r["statistic"] in ("median", "mean"))  # fmt: skip
+    return (float(row["value"]), float(row["low"]), float(row["high"])) if column == "ratio" else float(row[column])
+
+
+def throughput(name: str, key: str, column: str) -> float:
+    return float(next(r for r in table(f"throughput_{name}") if r["what"] == key)[column])
+
+
+SOURCES: dict[str, Callable[[str, str], Any]] = {
+    "exact": exact, "text": text, "runs": runs, "ratio": decode_ratio, "early": early, "headline": headline,
+    **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------- the page
+
+
+def written(value: Any, form: str) -> str:
+    """A value as the page prints it: `.2f` and the like, `%` for a share in per cent, `s` as it is; pairs of ends in brackets."""
+    if isinstance(value, tuple):
+        middle, low, high = (written(x, form) for x in value)
+        return f"{middle} [{low}, {high}]"
+    if form == "s":
+        return "no" if value is None else str(value)
+    if form == "%":
+        return f"{100 * value:.0f}"
+    shown = format(value, form)
+    return shown.removeprefix("-") if float(shown.replace(",", "")) == 0 else shown  # no -0.00
+
+
+def lines_of_comparisons() -> str:
+    """Every comparison of the ablations, mean over the three tasks, area under the learning curve."""
+    head = "| question | arm | against | seeds | difference in area, 95 % | verdict | after Holm | final, 95 % | verdict |"
+    lines = [head, "|" + " --- |" * head.count(" | ") + " --- |"]
+    for question, arm, base in ablations.COMPARISONS:
+        keys = [f"all {arm} {base} {metric}" for metric in ("area", "final")]
+        if keys[0] not in text_rows():
+            continue
+        area, final = (text_rows()[key] for key in keys)
+        difference = [written(text(key, "difference"), "+.3f") for key in keys]
+        lines.append(f"| {question} | {arm} | {base} | {area['n']} | {difference[0]} | {area['verdict']} | {area['holm']} "
+                     f"| {difference[1]} | {final['verdict']} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def lines_of_decided() -> str:
+    """What is left of all comparisons, single tasks and both metrics included, after Holm's correction."""
+    left = [f"- {r['arm']} against {r['base']}, {r['task']}, {r['metric']}: {written(text(key, 'difference'), '+.3f')}, {r['holm']}"
+            for key, r in text_rows().items() if r["holm"] != "undecided"]  # fmt: skip
+    return "\n".join(left or ["- none"]) + "\n"
+
+
+def lines_of_early() -> str:
+    head = "| policy and critic | critic begins | decides at token | tokens: PPO-dual / T-PPO, 95 % | decode steps, 95 % | seeds |"
+    lines, rows = [head, "|" + " --- |" * 6], early_table()
+    for tokens, steps in zip(rows[::2], rows[1::2], strict=True):
+        shown = [written((r["ratio"], r["low"], r["high"]), ".2f") + f", {r['verdict']}" for r in (tokens, steps)]
+        lines.append(f"| {tokens['model']} | {tokens['critic']} | {tokens['at']} | {shown[0]} | {shown[1]} | {tokens['n']} |")
+    return "\n".join(lines) + "\n"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early,
+}  # fmt: skip
+
+
+def rewrite(page: str) -> str:
+    """The page with every marked number and table as its sources have it now. KeyError for a source or table that is unknown."""
+
+    def fresh(match: re.Match[str]) -> str:
+        try:
+            value = SOURCES[match["source"]](match["key"], match["column"])
+        except (KeyError, StopIteration, AttributeError) as error:
+            raise KeyError(f"{match['mark']}: no such number ({error!r})") from error
+        return written(value, match["form"]) + match["mark"]
+
+    page = MARK.sub(fresh, page)
+    return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], page)
+
+
+def main() -> int:
+    """Exit codes: 0 the page is up to date or was rewritten, 1 --check found it stale."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is stale")
+    arguments = parser.parse_args()
+    old = PAGE.read_text()
+    new = rewrite(old)
+    for before, after in zip(old.splitlines(), new.splitlines(), strict=False):
+        if before != after:
+            print(f"- {before}\n+ {after}")
+    if not arguments.check:
+        PAGE.write_text(new)
+    print(f"{PAGE.name}: {'up to date' if new == old else 'stale' if arguments.check else 'rewritten'}")
+    return int(arguments.check and new != old)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
