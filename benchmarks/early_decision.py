@@ -1,11 +1,11 @@
-"""The counter-example: does T-PPO lose its advantage where an early token decides and a long rest follows? Confirmed or refuted here.
+"""The counter-example: does T-PPO lose its advantage where an early token decides and a long rest follows?
 
     python -m benchmarks.early_decision [--seeds 8] [--out FILE.csv]
 
-The real Trainer on a token MDP (`sim.learning`): at token `at` the right choice leads to +1, the other to -1; every later token ends
-the response with 5 %, the 64th must. 32 slots, windows of 8, about 256 tokens per update, whichever the method. Counted is what it
-takes until the policy's exact return reaches 0.70 (it begins at 0): sampled tokens, and decode steps, which are time where a step
-takes as long for few slots as for many. Both at the end of the first Trainer step that is there: nothing is interpolated.
+The real Trainer on a token MDP (`sim.learning`): at token `at` the right choice leads to +1, the other to -1; every later token
+ends the response with 5 %, the 64th must. 32 slots, windows of 8, about 256 tokens per update, whichever the method. Counted is
+what it takes until the policy's exact return reaches 0.70 (it begins at 0): sampled tokens, and decode steps, which are time where
+a step takes as long for few slots as for many. Both at the end of the first Trainer step that is there: nothing is interpolated.
 
 Results go to results/early_decision.csv, a row per run, appended when the run ends; the same command goes on where it was stopped.
 Fixed steps, no seconds: a busy machine makes it later, not different. One thread. Float32, so that another processor may sample
@@ -148,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"PPO-dual / T-PPO until the return is {TARGET:g}; above 1: T-PPO needs less")
     for r in table(read(arguments.out)):
-        print(f"{r['model']:<8} {r['critic']:<7} decision at {r['at']:<3} {r['quantity']:<13} {r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-              f"  n = {r['n']}, {r['reached']} of {r['runs']} reached it: {r['verdict']}")  # fmt: skip
+        world = f"{r['model']:<8} {r['critic']:<7} decision at {r['at']:<3} {r['quantity']:<13}"
+        found = f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]  n = {r['n']}, {r['reached']} of {r['runs']} reached it"
+        print(f"{world} {found}: {r['verdict']}")
     return 0
 
 

@@ -12,7 +12,7 @@ and a table between `<!-- begin NAME -->` and `<!-- end -->`. So new seeds chang
 (tests/test_findings.py) fails where the page and its sources differ.
 
 Sources: exact; text and runs (ablations_summary.csv, ablations.csv); early (early_decision.csv); headline (headline-*/summary.csv);
-throughput tables by the name of their file. Text comparisons also get Holm's correction over the whole summary.
+throughput tables by their file's name. Text comparisons also get Holm's correction over the whole summary.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ NUM_RANDOM = 40
 
 @functools.cache
 def world(name: str) -> Rollouts:
-    """`early-0` and `early-12` are those of benchmarks.early_decision, `random-7` is the one of seed 7; `thinking/1`: earlier windows
-    were sampled by a policy that is one step behind."""
+    """`early-0`: of benchmarks.early_decision; `random-7`: of seed 7; `thinking/1`: earlier windows' sampler is one step behind."""
     name, _, behind = name.partition("/")
     kind, _, number = name.rpartition("-")
     if kind == "early":
@@ -118,10 +117,8 @@ def exact(key: str, column: str) -> float | int | None:
     if column == "ended":  # "early-0 8": the share of the responses that end within so many tokens
         name, tokens = key.split()
         return float(world(name).solution.length_T[: int(tokens) + 1].sum())
-    found_error = gradient(key)
-    if column == "along":  # the part of the gradient that points along the true one, in units of its length
-        return found_error.length * found_error.cosine
-    value: float = getattr(found_error, column)
+    error = gradient(key)  # along: the part that points along the true gradient, in units of its length
+    value: float = error.length * error.cosine if column == "along" else getattr(error, column)
     return value
 
 
@@ -156,6 +153,7 @@ def text_rows() -> dict[str, dict[str, Any]]:
 
 
 def text(key: str, column: str) -> Any:
+    """ "all window-32 tppo area": a row of the summary; "every": counts over all of them."""
     if key == "every":
         decided = {"plain": "verdict", "holm": "holm"}
         if column in decided:
@@ -180,8 +178,8 @@ def runs(key: str, column: str) -> float:
     return float(np.mean([float(r[name]) for r in rows]))
 
 
-def decode_ratio(key: str, column: str) -> float:
-    """ "chain ppo tppo": decode steps of the first arm per decode step of the second, at the same generated tokens."""
+def ratio(key: str, column: str) -> float:
+    """ "all ppo tppo": of the first arm, per one of the second."""
     task, arm, base = key.split()
     return runs(f"{task} {arm}", column) / runs(f"{task} {base}", column)
 
@@ -213,7 +211,7 @@ def throughput(name: str, key: str, column: str) -> float:
 
 
 SOURCES: dict[str, Callable[[str, str], Any]] = {
-    "exact": exact, "text": text, "runs": runs, "ratio": decode_ratio, "early": early, "headline": headline,
+    "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 

@@ -94,12 +94,12 @@ def report(config: ScaleConfig, verdict: Verdict, seconds: Seconds | None) -> li
 
 def heading(config: ScaleConfig) -> list[str]:
     policy, source = memory.shapes(config)[0], config.algo.model.policy
-    file = memory.config_file(source)
+    file, engines = memory.config_file(source), memory.num_engines(config)
     fed = sum(map(sum, memory.passing(config, "policy_update").rows))
     by = "" if str(file).startswith(str(source)) else f" (the folder is not here: shape from {file.name})"
     return [
         f"{source}: {policy.num_parameters / 1e9:.2f} B parameters{by}",
-        f"{memory.num_ranks(config)} ranks of {config.cluster.device_bytes / 1e9:.1f} GB; engines: {memory.num_engines(config)}, of "
+        f"{memory.num_ranks(config)} ranks of {config.cluster.device_bytes / 1e9:.1f} GB; engines: {engines}, of "
         f"{config.engine.tensor_parallel} each. The policy's update is fed {fed:,} tokens at a time; the longest row has "
         f"{memory.longest_row(config):,}.",
     ]  # fmt: skip

@@ -230,15 +230,19 @@ def config_file(source: str | None) -> Path:
 
 def check_cuts(config: ScaleConfig, shape: Shape) -> None:
     """UserError where ranks, heads or slots cannot be dealt out evenly."""
-    split = config.engine.tensor_parallel
+    split, share = config.engine.tensor_parallel, config.engine.gpu_memory_utilization
+    if not 0 < share <= 1:
+        raise UserError(f"engine.gpu_memory_utilization: expected a share above 0, up to 1, got {share}")
+    if not 0 < config.cluster.device_bytes < math.inf:
+        raise UserError(f"cluster.device_bytes: expected a positive number of bytes, got {config.cluster.device_bytes}")
     if shape.num_heads % split or (shape.num_kv_heads % split and split % shape.num_kv_heads):
         fitting = [n for n in range(1, shape.num_heads + 1)
                    if shape.num_heads % n == 0 and (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip
-        raise UserError(f"engine.tensor_parallel: {shape.num_heads} heads and {shape.num_kv_heads} key-value heads cannot be cut into "
-                        f"{split}; give one of {', '.join(map(str, fitting))}")  # fmt: skip
+        raise UserError(f"engine.tensor_parallel: {shape.num_heads} heads and {shape.num_kv_heads} key-value heads cannot be cut "
+                        f"into {split}; give one of {', '.join(map(str, fitting))}")  # fmt: skip
     if split > config.cluster.devices_per_node:
-        raise UserError(f"engine.tensor_parallel: an engine of {split} ranks does not fit on a machine with cluster.devices_per_node "
-                        f"{config.cluster.devices_per_node}; give at most that")  # fmt: skip
+        raise UserError(f"engine.tensor_parallel: an engine of {split} ranks does not fit on a machine with "
+                        f"cluster.devices_per_node {config.cluster.devices_per_node}; give at most that")  # fmt: skip
     if config.algo.rollout.slots % num_engines(config):
         raise UserError(f"algo.rollout.slots: {config.algo.rollout.slots} slots cannot be dealt to {num_engines(config)} engines; "
                         f"give a multiple")  # fmt: skip
@@ -255,6 +259,6 @@ def problems(config: ScaleConfig) -> list[str]:
     if (held := kv_tokens(config, policy)) < longest_row(config):
         found.append(f"the engine's cache holds {held:,} tokens, expected at least one sequence of {longest_row(config):,}")
     if longest_row(config) > policy.max_positions:
-        found.append(f"algo.rollout.max_response_tokens: prompt and response of {longest_row(config):,} tokens, the model was made for "
-                     f"{policy.max_positions:,} positions")  # fmt: skip
+        found.append(f"algo.rollout.max_response_tokens: prompt and response of {longest_row(config):,} tokens, the model was made "
+                     f"for {policy.max_positions:,} positions")  # fmt: skip
     return found

@@ -47,12 +47,10 @@ def read_seconds(config: ScaleConfig, num_parameters: int, ranks: int) -> Second
         entries = {entry["window"]: entry for entry in plan["seconds"]}
         window = min(rollout.window, rollout.max_response_tokens)
         if not entries:
-            raise UserError(
-                f"cluster.plan_file: {name}: nothing fitted in this plan, so it holds no seconds; plan again"
-            )
+            raise UserError(f"cluster.plan_file: {name}: nothing fitted in this plan, so it holds no seconds; plan again")
         if window not in entries:
-            raise UserError(f"cluster.plan_file: {name} has windows {', '.join(map(str, entries))}, expected {window}; plan again with "
-                            f"--window {window}")  # fmt: skip
+            raise UserError(f"cluster.plan_file: {name} has windows {', '.join(map(str, entries))}, expected {window}; plan again "
+                            f"with --window {window}")  # fmt: skip
         entry = entries[window]
         return Seconds(step_s=float(entry["step_s"]), phases_s={k: float(v) for k, v in entry["phases_s"].items()}, window=window,
                        gain=float(entry["gain"]), steps=config.algo.run.steps, ranks=ranks,

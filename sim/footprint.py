@@ -25,7 +25,7 @@ PHASES = ("sync", "rollout", *TRAINING)
 TERMS: dict[str, str] = {
     "policy_state": "the policy's fp32 master weights and AdamW moments, this device's shard (12 bytes a parameter)",
     "value_state": "the same of the value model",
-    "gradients": "the fp32 gradient shard of the model that is updated (4 bytes a parameter)",
+    "gradients": "the fp32 gradient shards of both models, which stay until the next update (4 bytes a parameter)",
     "gathered_weights": "weights gathered for computing: the root group, this layer and the next",
     "gathered_gradients": "gradients before they are reduced: a layer's, in the computing type and in fp32, and the head's",
     "activations": "of a micro-batch at the peak of the pass",
@@ -33,7 +33,7 @@ TERMS: dict[str, str] = {
     "engine_weights": "the engine's own copy of the policy, split over the devices of a replica",
     "engine_reserve": "the engine's activations, graphs and buffers (an allowance)",
     "kv_cache": "what is left of the engine's share for keys and values",
-    "sync_buffer": "the largest tensor, gathered in the engine's type, and this device's shard of it",
+    "sync_buffer": "the largest tensor: whole in fp32, whole in the engine's type, and its place in the engine",
     "runtime": "driver context, communication buffers and fragmentation (an allowance)",
 }
 """Keys of `bytes_per_phase(...)[phase]`, and what they count."""
@@ -61,7 +61,7 @@ class Budget:
     offload: bool = False
     """Shards, gradients and moments in the host's memory instead."""
     accumulate: bool = True
-    """Several micro-batches per update: gradient shards exist from the first on. False: one; its gradients come after the peak."""
+    """Gradient shards exist at the peak, as in any step but the first. False: a first step with one micro-batch."""
     value_model: bool = True
     """A value model of the policy's shape; False: the policy alone."""
     runtime_bytes: float = 2e9
@@ -92,7 +92,8 @@ def bytes_per_phase(
     resident = _resident(model, layout, budget)
     apart, runtime = layout.num_engine_devices is not None, {"runtime": budget.runtime_bytes}
     stays = engine | kv_cache if layout.sleep_level == 0 and not apart else {}
-    buffer = {"sync_buffer": float(model.num_embedding_parameters) * layout.bytes_per_parameter * (1 + 1 / layout.num_devices)}
+    size = layout.bytes_per_parameter
+    buffer = {"sync_buffer": float(model.num_embedding_parameters) * (4 + size + size / layout.tensor_parallel)}
     phases = {
         "sync": resident | engine | buffer | (kv_cache if layout.sleep_level == 0 else {}) | runtime,
         "rollout": (engine if apart else resident | engine) | kv_cache | runtime,
@@ -132,10 +133,12 @@ def _engine(model: ModelShape, layout: Layout, accelerator: Accelerator | None) 
 
 
 def _resident(model: ModelShape, layout: Layout, budget: Budget) -> dict[str, float]:
-    """What the trainer holds in every phase."""
-    share = 0.0 if budget.offload else OPTIMISER_BYTES_PER_PARAMETER / layout.num_devices
-    states = {"policy_state": model.num_parameters * share}
-    return states | ({"value_state": model.num_value_parameters * share} if budget.value_model else {})
+    """What the trainer holds in every phase after the first step."""
+    num = {"policy_state": model.num_parameters} | ({"value_state": model.num_value_parameters} if budget.value_model else {})
+    share = 0.0 if budget.offload else 1 / layout.num_devices
+    states = {name: count * OPTIMISER_BYTES_PER_PARAMETER * share for name, count in num.items()}
+    gradients = sum(num.values()) * GRADIENT_BYTES_PER_PARAMETER * share * budget.accumulate
+    return states | ({"gradients": gradients} if gradients else {})
 
 
 def _pass(model: ModelShape, layout: Layout, budget: Budget, tokens: int, *, value: bool, train: bool) -> dict[str, float]:
@@ -164,10 +167,6 @@ def _pass(model: ModelShape, layout: Layout, budget: Budget, tokens: int, *, val
         "logits": logits,
     }
     terms = max(in_layer, at_head, key=lambda moment: sum(moment.values()))
-    if train:
-        parameters = model.num_value_parameters if value else model.num_parameters
-        shard = parameters * GRADIENT_BYTES_PER_PARAMETER / layout.num_devices
-        terms["gradients"] = shard * budget.accumulate * (not budget.offload)
     return {name: float(num_bytes) for name, num_bytes in terms.items() if num_bytes}
 
 

@@ -2,7 +2,7 @@
 
 The JSON (`schema`: "tppo-sim-plan/1"); seconds, tokens and bytes as the names say, per training step, of the whole cluster:
 
-    inputs            the options, as given or by default
+    inputs            the options, as given or by default; cap as found, in tokens
     model             name, num_parameters, num_value_parameters
     device            name, memory_bytes, num_devices
     layout            the fields of sim.layout.Layout, as chosen
@@ -233,7 +233,7 @@ def as_json(plan: Plan, toy: str) -> dict[str, Any]:
     choice = plan.choice
     return {
         "schema": "tppo-sim-plan/1",
-        "inputs": dataclasses.asdict(plan.config),
+        "inputs": dataclasses.asdict(plan.config) | {"cap": plan.lengths.cap},
         "model": {"name": plan.model.name, "num_parameters": plan.model.num_parameters,
                   "num_value_parameters": plan.model.num_value_parameters},
         "device": {"name": plan.accelerator.name, "memory_bytes": plan.accelerator.memory_bytes,

@@ -135,7 +135,7 @@ class TokenMDP:
         for what, names, number in (("state_names", state_names, num_states), ("token_names", token_names, num_tokens)):
             if names and len(names) != number:
                 raise ValueError(f"{what} holds {len(names)} names, expected {number}")
-        start_S = _vector("start_S", np.eye(num_states)[0] if start_S is None else start_S, num_states)
+        start_S = _vector("start_S", np.arange(num_states) == 0 if start_S is None else start_S, num_states)
         if (start_S < 0).any() or abs(start_S.sum() - 1) > TOLERANCE:
             raise ValueError(f"start_S sums to {start_S.sum()}, expected probabilities that sum to 1")
         cap_reward_S = _vector("cap_reward_S", np.zeros(num_states) if cap_reward_S is None else cap_reward_S, num_states)
@@ -217,6 +217,8 @@ class TokenMDP:
     def by_state(self, x_N: ArrayLike) -> Floats:
         """Something per node, [N, ...], summed over the nodes of each state, [S, ...]: gradients of shared logits add up."""
         x_N = np.asarray(x_N, dtype=np.float64)
+        if x_N.ndim == 0 or len(x_N) != self.num_nodes:
+            raise ValueError(f"expected one entry per node, {self.num_nodes}, got shape {list(x_N.shape)}")
         x_S = np.zeros((self.num_states, *x_N.shape[1:]))
         np.add.at(x_S, self.state_N, x_N)
         return x_S
@@ -240,7 +242,8 @@ class TokenMDP:
         """`policy_NA` as float64 [N, A]. ValueError where rows do not sum to 1 or an illegal token has a probability."""
         policy_NA = np.asarray(policy_NA, dtype=np.float64)
         if policy_NA.shape != self.legal_NA.shape:
-            hint = "; use by_node for a policy per state" if len(policy_NA) == self.num_states else ""
+            per_state = policy_NA.shape == (self.num_states, self.num_tokens)
+            hint = "; use by_node for a policy per state" if per_state else ""
             raise ValueError(f"policy_NA: expected shape {list(self.legal_NA.shape)}, got {list(policy_NA.shape)}{hint}")
         if not (policy_NA >= 0).all() or (policy_NA[~self.legal_NA] > 0).any():
             raise ValueError("policy_NA: expected probabilities, 0 on illegal tokens")
@@ -278,7 +281,7 @@ class TokenMDP:
     def visits(self, policy_NA: ArrayLike, start_N: Floats | None = None) -> Floats:
         """Probability of passing each node [N], from the start or from any weights on nodes."""
         joint_E = self._joint(self.check_policy(policy_NA))
-        visits_N = (self.start_N if start_N is None else np.asarray(start_N, dtype=np.float64)).copy()
+        visits_N = self.start_N.copy() if start_N is None else _vector("start_N", start_N, self.num_nodes).copy()
         for first, stop in self._layers():
             edges = slice(self.edge_N[first], self.edge_N[stop])
             live_E = self.next_E[edges] != ENDED
@@ -295,8 +298,13 @@ class TokenMDP:
         gradient; with an estimator's conditional mean for c it is that estimator's expected gradient.
         """
         policy_NA, credit_NA = self.check_policy(policy_NA), np.asarray(credit_NA, dtype=np.float64)
+        if credit_NA.shape != self.legal_NA.shape:
+            raise ValueError(f"credit_NA: expected shape {list(self.legal_NA.shape)}, got {list(credit_NA.shape)}")
+        credit_NA = np.where(self.legal_NA, credit_NA, 0.0)  # an estimator says nothing of tokens that cannot be taken
+        if not np.isfinite(credit_NA).all():
+            raise ValueError("credit_NA: expected finite numbers on the legal tokens")
         centred_NA = credit_NA - (policy_NA * credit_NA).sum(1, keepdims=True)
-        return np.asarray(weight_N)[:, None] * policy_NA * centred_NA
+        return _vector("weight_N", weight_N, self.num_nodes)[:, None] * policy_NA * centred_NA
 
     def policy_gradient(self, policy_NA: ArrayLike, *, discounted: bool = False) -> Floats:
         """Gradient [N, A] by the logits of each node (`by_state` for shared ones): what PPO's sum over tokens estimates.
@@ -371,6 +379,8 @@ class TokenMDP:
         num_tokens: int | None = None,
     ) -> Trajectories:
         """`num` independent stretches, as `trajectories` but drawn; the same generator state gives the same ones."""
+        if not isinstance(num, int | np.integer) or num < 1:
+            raise ValueError(f"num is {num!r}, expected an integer of at least 1")
         joint_E = self._joint(self.check_policy(policy_NA))
         first, prob, num_tokens = self._starts(start_N, num_tokens)
         total = np.cumsum(prob)

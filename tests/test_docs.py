@@ -66,3 +66,16 @@ def test_no_machine_path_and_no_registry_host_is_in_a_page() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RESULTS.rglob("*.md"), *RESULTS.rglob("*.json")]:
         text = page.read_text()
         assert not re.search(r"/(?:work|root|home|tmp)/", text), page
+
+
+def test_the_theory_page_names_tests_that_exist_and_every_law_and_refutation():
+    page = (ROOT / "docs" / "theory.md").read_text()
+    laws = (ROOT / "tests" / "test_bias_laws.py").read_text()
+    there = set(re.findall(r"^def (test_\w+)", laws, re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert named - there == set(), "named on the page, and no test"
+    assert {f"p{i}" for i in range(1, 8)} <= {name.split("_")[1].rstrip("s") for name in named}
+    for fraction in ("175/164096", "1043/164096", "25/492288", "29849/492288"):
+        assert fraction in page
+        numerator, denominator = fraction.split("/")
+        assert re.search(rf"{numerator}\D+{denominator}", laws), f"{fraction} is in no test"

@@ -56,13 +56,21 @@ def test_a_policy_of_tied_embeddings_by_hand():
     terms = bytes_per_phase(shape, Layout(num_devices=2, micro_batch_tokens=10), Budget(sequence_tokens=10, logit_chunk_tokens=5))
     assert terms["policy_update"] == {
         "policy_state": shape.num_parameters * 12 / 2, "value_state": (shape.num_parameters + 4 + 1) * 12 / 2,
-        "gradients": shape.num_parameters * 4 / 2,
+        "gradients": (2 * shape.num_parameters + 4 + 1) * 4 / 2,
         "gathered_weights": (64 + 2 * layer) * 2, "gathered_gradients": layer * 6 + 64 * 2,
         "activations": 10 * (2 * 2 * 4 + 28 * 4 + 14 * 8), "runtime": 2e9,
     }  # fmt: skip
     assert terms["sync"]["engine_weights"] == shape.num_parameters * 2
     assert terms["value_update"]["gathered_gradients"] == layer * 6
-    assert set(terms["sync"]) == {"policy_state", "value_state", "engine_weights", "engine_reserve", "sync_buffer", "runtime"}
+    assert set(terms["sync"]) == {
+        "policy_state",
+        "value_state",
+        "engine_weights",
+        "engine_reserve",
+        "sync_buffer",
+        "runtime",
+        "gradients",
+    }
 
 
 def test_the_head_is_the_peak_of_short_batches_with_a_large_vocabulary():

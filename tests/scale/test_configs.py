@@ -1,0 +1,154 @@
+"""The shipped configs: they parse, hold together and fit; their marks are honest; mistakes are one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scale import launch, memory
+from scale.config import ScaleConfig, check
+from tppo_ref.config import get_field, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "scale" / "configs"
+BIG = ("qwen2.5-32b-math", "qwen2.5-7b-math", "qwen2.5-1.5b-math")
+MARK = re.compile(r"\[([SPRV2IMO])\]$")
+
+PAPER = {  # paper.md, T-PPO
+    "algo.rollout.slots": 8192, "algo.rollout.samples_per_prompt": 16, "algo.rollout.window": 8192,
+    "algo.rollout.max_response_tokens": 24576, "algo.rollout.refill": "immediate", "algo.advantage.gamma": 1.0,
+    "algo.advantage.lam": 0.95, "algo.advantage.lam_alpha": 0.05, "algo.advantage.length_adaptive_lam": True,
+    "algo.advantage.cut_value": "previous", "algo.advantage.tail": "exclude", "algo.advantage.tail_tokens": 8,
+    "algo.advantage.clamp": 10.0, "algo.policy.lr": 8e-7, "algo.policy.lr_warmup_steps": 20, "algo.policy.weight_decay": 0.1,
+    "algo.policy.mini_batches": 16, "algo.policy.epochs": 1, "algo.policy.clip_low": 0.2, "algo.policy.clip_high": 0.28,
+    "algo.policy.dual_clip": 10.0, "algo.policy.lm_loss_weight": 0.1, "algo.policy.old_logprobs": "recompute",
+    "algo.value.update": "independent", "algo.value.lr": 2e-6, "algo.value.lr_warmup_steps": 20, "algo.value.warmup_steps": 10,
+    "algo.value.weight_decay": 0.1, "algo.value.mini_batches": 16, "algo.value.clip_low": 0.5, "algo.value.clip_high": 0.6,
+    "algo.run.eval_samples": 32, "algo.run.eval_prompts": 30, "engine.dtype": "bfloat16",
+}  # fmt: skip
+
+
+def load(name: str, *more: str) -> ScaleConfig:
+    return check(parse(ScaleConfig, ["--config", str(CONFIGS / f"{name}.yaml"), *more], prog="test"))
+
+
+def marks(name: str) -> dict[str, str]:
+    """Dotted field -> the mark of its line; '' where a line has none."""
+    found, path = {}, []
+    for line in (CONFIGS / f"{name}.yaml").read_text().splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        key, rest = line.strip().split(":", 1)
+        path = [*path[:depth], key]
+        if rest.split("#")[0].strip():
+            mark = MARK.search(line)
+            found[".".join(path)] = mark.group(1) if mark else ""
+    return found
+
+
+def leaves(tree, prefix="") -> dict:
+    return {
+        k: v
+        for key, sub in tree.items()
+        for k, v in (leaves(sub, f"{prefix}{key}.") if isinstance(sub, dict) else {prefix + key: sub}).items()
+    }
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_every_value_has_its_source(name):
+    found = marks(name)
+    assert set(found) == set(leaves(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())))
+    assert [field for field, mark in found.items() if not mark] == []
+
+
+def test_the_32b_config_has_the_papers_and_the_ports_values():
+    config = load("qwen2.5-32b-math")
+    assert {field: get_field(config, field) for field in PAPER} == PAPER
+
+
+def test_what_the_paper_did_not_say_is_not_marked_as_its_word():
+    found = marks("qwen2.5-32b-math")
+    assert {f for f in PAPER if found[f] not in "SP"} == set()
+    more = {"algo.model.policy", "algo.task.eval_path", "algo.advantage.whiten", "algo.value.epochs", "sharding.compute_dtype",
+            "algo.policy.importance"}  # fmt: skip
+    assert {f for f, mark in found.items() if mark in "SP"} - set(PAPER) - more <= {"algo.policy.importance"}
+
+
+@pytest.mark.parametrize("name", BIG[1:])
+def test_a_smaller_config_marks_as_the_papers_only_what_the_32b_config_has(name):
+    small, large = load(name), load(BIG[0])
+    theirs = marks(name)
+    assert [f for f, mark in theirs.items() if mark in "SP" and get_field(small, f) != get_field(large, f)] == []
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_a_config_holds_together_and_fits_its_devices(name):
+    config = load(name)
+    policy, _ = memory.shapes(config)
+    memory.check_cuts(config, policy)
+    rollout = config.algo.rollout
+    assert rollout.slots % rollout.samples_per_prompt == 0
+    assert rollout.max_response_tokens % rollout.window == 0
+    assert config.algo.policy.micro_batch_tokens >= memory.longest_row(config)
+    assert config.algo.model.device != "cpu"
+    if name != BIG[0]:  # that one runs whole, from the command line, in test_dryrun.py
+        assert memory.problems(config) == []
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-32b", "qwen2.5-7b", "qwen2.5-1.5b"])
+def test_shipped_shapes_have_the_published_number_of_parameters(name):
+    published = {"qwen2.5-32b": 32_763_876_352, "qwen2.5-7b": 7_615_616_512, "qwen2.5-1.5b": 1_543_714_304}
+    assert memory.read_shape(CONFIGS / "models" / f"{name}.json").num_parameters == published[name]
+
+
+def test_the_tiny_config_parses():
+    config = load("cpu-tiny")
+    assert config.algo.model.device == "cpu"
+    assert config.cluster.devices_per_node == 2
+
+
+WRONG = [
+    (["--algo.rollout.windo", "4"], "--algo.rollout.windo: no such option; did you mean algo.rollout.window?"),
+    (["--engine.windows", "4"], "no such option"),
+    (["--algo.policy.lr", "-1"], "policy.lr: expected a positive number, got -1.0"),
+    (["--algo.rollout.slots", "8200"], "algo.rollout.slots: 8200 slots cannot be dealt to 16 engines"),
+    (["--engine.tensor_parallel", "3"], "engine.tensor_parallel: 64 ranks cannot be cut into groups of 3"),
+    (
+        ["--engine.tensor_parallel", "16"],
+        "engine.tensor_parallel: 40 heads and 8 key-value heads cannot be cut into 16; give one of 1, 2, 4, 8, 40",
+    ),
+    (["--engine.tensor_parallel", "8", "--cluster.devices_per_node", "4"], "does not fit on a machine"),
+    (["--engine.gpu_memory_utilization", "1.5"], "engine.gpu_memory_utilization: expected a share above 0, up to 1, got 1.5"),
+    (["--cluster.device_bytes", "0"], "cluster.device_bytes: expected a positive number of bytes, got 0.0"),
+    (["--sharding.compute_dtype", "float16"], "sharding.compute_dtype"),
+    (["--algo.model.policy", "models/Nothing"], "algo.model.policy: models/Nothing is not here"),
+    (["--algo.model.policy", "null"], "algo.model.policy: expected a model's folder or a config.json, got none"),
+    (["--cluster.plan_file", "nowhere.json"], "cluster.plan_file: cannot read nowhere.json"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "expected"), WRONG, ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_a_wrong_value_is_one_line_and_exit_code_2(wrong, expected, capsys):
+    code = launch.main(["--dry-run", "--config", str(CONFIGS / "qwen2.5-32b-math.yaml"), *wrong])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert expected in printed.err
+
+
+def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("engine:\n  tensor_paralel: 2\n")
+    command = [sys.executable, str(ROOT / "scale" / "launch.py"), "--dry-run", "--config", str(file)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "error: engine.tensor_paralel: no such field; did you mean engine.tensor_parallel?\n"

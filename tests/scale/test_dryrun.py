@@ -1,0 +1,317 @@
+"""The dry run: fake passes against hand counts and whole traces, phases, the verdict and its remedies, the plan file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scale import memory
+from scale.config import ScaleConfig, ShardingConfig, check
+from scale.dryrun import dry_run
+from scale.fake_pass import Pass, Shape, terms, trace
+from scale.plan_file import read_seconds
+from scale.remedies import changes, longest_response
+from tppo_ref.config import PolicyConfig, parse, replace_fields
+from tppo_ref.learner import Learner
+from tppo_ref.parallel import SingleProcess
+from tppo_ref.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "scale" / "configs"
+WIDTH, INNER, HEADS, KV_HEADS, VOCAB, LAYERS = 64, 96, 4, 2, 300, 9
+BF16 = ShardingConfig(compute_dtype="bfloat16")
+
+
+def model_file(folder: Path, **changes) -> Path:
+    shape = dict(model_type="qwen2", vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+                 num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=4096, tie_word_embeddings=False)  # fmt: skip
+    file = folder / "config.json"
+    file.write_text(json.dumps(shape | changes))
+    return file
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return model_file(tmp_path_factory.mktemp("shape"))
+
+
+@pytest.fixture(scope="module")
+def shape(file) -> Shape:
+    return Shape(file)
+
+
+def small(file: Path, **fields) -> ScaleConfig:
+    """4 ranks in 2 engines, on devices whose size is no limit."""
+    base = {
+        "algo.model.policy": str(file), "algo.model.device": "auto", "algo.rollout.slots": 8, "algo.rollout.window": 32,
+        "algo.rollout.max_response_tokens": 96, "algo.task.max_prompt_tokens": 32, "algo.policy.micro_batch_tokens": 128,
+        "algo.value.micro_batch_tokens": 128, "engine.tensor_parallel": 2, "engine.dtype": "bfloat16", "engine.probe_prompts": 2,
+        "sharding.compute_dtype": "bfloat16", "cluster.devices_per_node": 4, "cluster.device_bytes": 80e9,
+    }  # fmt: skip
+    return check(replace_fields(ScaleConfig(), base | {name.replace("__", "."): value for name, value in fields.items()}))
+
+
+def training(value: bool, **changes) -> Pass:
+    options = {"value": value, "train": True, "rows": ((32, 96),), "world": 4, "sharding": BF16} | changes
+    return Pass(**options)
+
+
+# --------------------------------------------------------------------------------------------------------------- fake passes
+
+
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("options", [{}, {"checkpoint_layers": False}, {"reshard_after_forward": False}])
+def test_two_shallow_models_give_what_the_whole_model_gives(shape, value, options):
+    passing = training(value, sharding=dataclasses.replace(BF16, **options))
+    assert terms(shape, passing) == dict(trace(shape.config, passing))
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_shards_are_each_tensors_rows_over_the_ranks_rounded_up(shape, world):
+    by_hand = sum(math.ceil(rows / world) * math.prod(rest) * 4 for rows, *rest in shape.tensors)
+    found = terms(shape, training(False, world=world))
+    assert found["shards"] == found["gradients"] == by_hand
+
+
+def test_a_layer_more_costs_its_shards_its_gradients_and_its_saved_input(tmp_path):
+    layer = (
+        WIDTH * WIDTH * 2
+        + 2 * WIDTH * WIDTH * KV_HEADS // HEADS
+        + WIDTH
+        + 2 * WIDTH * KV_HEADS // HEADS
+        + 3 * WIDTH * INNER
+        + 2 * WIDTH
+    )
+    totals = []
+    for layers in (7, 8):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        deep = Shape(model_file(folder, num_hidden_layers=layers))
+        totals.append(sum(terms(deep, training(False, world=1)).values()))
+    assert totals[1] - totals[0] == layer * 8 + 128 * WIDTH * 2
+
+
+def test_logits_of_all_tokens_never_exist_at_once(shape, tmp_path):
+    wide = Shape(model_file(tmp_path, vocab_size=20_000))
+    whole = sum(terms(wide, training(False, logit_chunk_tokens=96)).values())
+    chunked = sum(terms(wide, training(False, logit_chunk_tokens=8)).values())
+    assert whole - chunked > 80 * 20_000 * 4  # 88 tokens' logits in float32, at the least
+
+
+def test_attention_makes_no_square_of_the_tokens(shape):
+    per_token = [terms(shape, training(False, rows=((8, n - 8),)))["activations"] / n for n in (1024, 4096)]
+    assert per_token[1] <= per_token[0] * 1.01
+
+
+def test_recomputation_saves_memory_and_a_pass_without_gradients_needs_least(shape):
+    rows = ((32, 1024),)
+    kept = terms(shape, training(False, rows=rows, sharding=dataclasses.replace(BF16, checkpoint_layers=False)))["activations"]
+    recomputed = terms(shape, training(False, rows=rows))["activations"]
+    forward = terms(shape, training(False, rows=rows, train=False))["activations"]
+    assert forward < recomputed < kept
+
+
+def test_nothing_of_the_fake_ranks_is_left(shape):
+    terms(shape, training(False, world=7))
+    assert not dist.is_initialized()
+
+
+def test_layers_that_differ_are_all_traced(tmp_path):
+    odd = Shape(model_file(tmp_path, layer_types=["full_attention"] * 8 + ["sliding_attention"], use_sliding_window=True,
+                           sliding_window=4096, max_window_layers=8))  # fmt: skip
+    assert not odd.alike
+    assert terms(odd, training(False)) == dict(trace(odd.config, training(False)))
+
+
+# -------------------------------------------------------------------------------------------------------------------- phases
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompt=st.integers(1, 50), response=st.integers(1, 50), budget=st.integers(1, 500))
+def test_a_micro_batch_is_the_longest_row_or_as_many_tokens_as_the_budget_holds(prompt, response, budget):
+    rows = memory.fed_rows(prompt, response, budget)
+    fed = sum(map(sum, rows))
+    assert rows[0] == (prompt, response)
+    assert all(p >= 1 and r >= 1 for p, r in rows[:-1])
+    assert fed == prompt + response if budget <= prompt + response else budget - 1 <= fed <= budget
+
+
+def test_phases_and_terms_are_the_documented_ones(file):
+    found = memory.terms_per_phase(small(file))
+    assert list(found) == list(memory.PHASES)
+    assert {term for phase in found.values() for term in phase} <= set(memory.TERMS)
+    assert all(b >= 0 and math.isfinite(b) for phase in found.values() for b in phase.values())
+
+
+def test_the_engine_sleeps_while_the_trainer_works_unless_told_not_to(file):
+    asleep, awake = (memory.terms_per_phase(small(file, engine__sleep_level=level)) for level in (2, 0))
+    for phase in ("logprob", "value_forward", "policy_update", "value_update"):
+        assert "kv_cache" not in asleep[phase]
+        assert awake[phase]["kv_cache"] == asleep["rollout"]["kv_cache"]
+    assert asleep["sync"].keys() == awake["sync"].keys() - {"kv_cache"}
+
+
+def test_the_cache_holds_what_its_share_leaves_by_hand():
+    config = check(parse(ScaleConfig, ["--config", str(CONFIGS / "qwen2.5-32b-math.yaml")], prog="test"))
+    policy, _ = memory.shapes(config)
+    room = config.engine.gpu_memory_utilization * 80e9 - 32_763_876_352 * 2 / 4 - memory.ENGINE_RESERVE_BYTES
+    per_token = 64 * 2 * 8 * 128 * 2 / 4  # layers, keys and values, heads, width, bfloat16, a quarter on each rank
+    assert memory.kv_tokens(config, policy) == math.floor(room / per_token)
+
+
+def test_offloaded_states_are_on_the_host_and_not_on_the_device(file):
+    here, there = small(file), small(file, sharding__offload=True)
+    states = memory.resident(here)
+    assert memory.resident(there) == {}
+    assert memory.host_bytes(there) - memory.host_bytes(here) == 4 * sum(states.values())
+
+
+def test_gradients_stay_between_updates_as_the_learner_leaves_them(file):
+    module = torch.nn.Linear(2, 1)
+    learner = Learner("policy", module, PolicyConfig(), SingleProcess())
+    learner.update([[0]], lambda rows: module(torch.ones(1, 2)).sum(), step=1)
+    stay = any(p.grad is not None for p in module.parameters())
+    assert stay == ("gradients" in memory.terms_per_phase(small(file))["rollout"])
+
+
+def test_more_ranks_need_no_more_of_each(file):
+    peaks = [max(memory.bytes_per_phase(small(file, cluster__nodes=n, cluster__device_bytes=20e9)).values()) for n in (1, 2)]
+    assert peaks[1] <= peaks[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- verdict
+
+
+@pytest.fixture
+def no_allowances(monkeypatch):
+    """A tiny model's bytes would drown in them."""
+    monkeypatch.setattr(memory, "RUNTIME_BYTES", 0.0)
+    monkeypatch.setattr(memory, "ENGINE_RESERVE_BYTES", 0.0)
+
+
+def test_what_fits_says_so_and_leaves_with_0(file, capsys):
+    assert dry_run(small(file)) == 0
+    printed = capsys.readouterr().out
+    assert "FITS: " in printed
+    assert "Seconds: not known here" in printed
+
+
+def test_every_remedy_makes_it_fit(file, no_allowances):
+    roomy = small(file, algo__rollout__max_response_tokens=1024, engine__gpu_memory_utilization=0.5)
+    config = replace_fields(roomy, {"cluster.device_bytes": memory.bytes_per_phase(roomy)["policy_update"] * 0.9})
+    assert memory.problems(config)
+    found = changes(config)
+    assert {"algo.rollout.max_response_tokens"} <= {name for change in found for name in change.fields}
+    for change in found:
+        changed = replace_fields(config, change.fields)
+        assert memory.problems(changed) == []
+        assert max(memory.bytes_per_phase(changed).values()) == change.peak_bytes
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.3])
+def test_the_longest_response_fits_and_a_tenth_more_does_not(file, no_allowances, factor):
+    roomy = small(file, algo__rollout__max_response_tokens=1024, engine__gpu_memory_utilization=0.9)
+    update = memory.bytes_per_phase(roomy)["policy_update"]
+    config = replace_fields(roomy, {"cluster.device_bytes": update * factor})
+    longest = longest_response(config)
+
+    def peak(tokens: int) -> float:
+        found = memory.bytes_per_phase(replace_fields(config, {"algo.rollout.max_response_tokens": tokens}))
+        return max(found["policy_update"], found["value_update"])
+
+    assert peak(longest) <= config.cluster.device_bytes < peak(round(longest * 1.1))
+
+
+def test_what_does_not_fit_says_which_phase_and_leaves_with_1(file, capsys, tmp_path):
+    config = small(file, cluster__device_bytes=1e9, cluster__dry_run_json=str(tmp_path / "table.json"))
+    assert dry_run(config) == 1
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed
+    assert "policy_update needs 2.0 GB, cluster.device_bytes is 1.0 GB" in printed
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["schema"] == "tppo-dry-run/1"
+    assert table["fits"] is False
+    assert table["bytes_per_phase"] == memory.bytes_per_phase(config)
+
+
+def test_a_response_longer_than_the_models_positions_does_not_fit(file):
+    found = memory.problems(small(file, algo__rollout__max_response_tokens=4096))
+    assert any("4,128 tokens, the model was made for 4,096 positions" in line for line in found)
+
+
+# ----------------------------------------------------------------------------------------------------------------- the plan
+
+
+def plan_text(**changes) -> str:
+    entry = {"window": 32, "step_s": 100.0, "phases_s": {"decode": 60.0, "policy_train": 40.0}, "gain": 1.5}
+    plan = {
+        "schema": "tppo-sim-plan/1", "seconds": [entry], "model": {"num_parameters": 7}, "device": {"num_devices": 4},
+        "inputs": {"cap": 96, "prompts": 8, "samples": 1, "refill": "immediate"},
+        "layout": {"tensor_parallel": 2, "memory_utilisation": 0.85},
+    }  # fmt: skip
+    return json.dumps(plan | changes)
+
+
+def test_seconds_come_from_the_plan_and_so_does_what_differs(file, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(plan_text())
+    config = small(file, cluster__plan_file=str(path), algo__run__steps=864)
+    found = read_seconds(config, 8, 4)
+    assert (found.step_s, found.window, found.gain) == (100.0, 32, 1.5)
+    assert found.differences == ["parameters 7, here 8"]
+    text = "\n".join(found.lines())
+    assert "1.0 days, 96 device hours" in text
+    assert "decode 60, policy_train 40" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "is not what `python -m sim plan --json` writes"),
+        ("[]", "is not what `python -m sim plan --json` writes"),
+        ('{"error": "no such model"}', "got no such model"),
+        (plan_text(seconds=[]), "nothing fitted in this plan"),
+        (plan_text(seconds=[{"window": 64}]), "has windows 64, expected 32"),
+        (plan_text(inputs={}), "is not what `python -m sim plan --json` writes"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_plan_that_cannot_be_used_is_one_line(file, tmp_path, text, expected):
+    path = tmp_path / "plan.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"^cluster.plan_file: ") as caught:
+        read_seconds(small(file, cluster__plan_file=str(path)), 7, 4)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole thing
+
+
+def test_32b_on_64_ranks_from_the_command_line_in_two_gib(tmp_path):
+    table = tmp_path / "table.json"
+    command = [sys.executable, str(ROOT / "scale" / "launch.py"), "--dry-run", "--config", str(CONFIGS / "qwen2.5-32b-math.yaml"),
+               "--cluster.dry_run_json", str(table)]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the folder is not here: shape from qwen2.5-32b.json" in done.stdout
+    found = json.loads(table.read_text())
+    assert found["model"]["num_parameters"] == 32_763_876_352
+    # 12 bytes a parameter over 64 ranks; shards are whole rows, so rounding adds a little
+    assert found["terms_per_phase"]["rollout"]["policy_state"] == pytest.approx(32_763_876_352 * 12 / 64, rel=1e-3)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30

@@ -1,0 +1,320 @@
+"""docs/findings.md against its sources: every number, word, command and link; Holm by hand; the early-decision benchmark."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from benchmarks import ablations, early_decision, findings
+from benchmarks.early_decision import METHODS, World
+from sim import bias_command, instances
+from sim.__main__ import COMMANDS
+from sim.learning import write_csv
+from tppo_ref.config import Config, parse
+
+ROOT = Path(__file__).parents[1]
+PAGE = findings.PAGE.read_text()
+MARKS = list(findings.MARK.finditer(PAGE))
+PARAGRAPHS = dict(re.findall(r"^\*\*(\d+)\. (.*?)(?=^\*\*|^## )", PAGE, flags=re.MULTILINE | re.DOTALL))
+COMMANDS_OF_PAGE = [line.strip() for line in re.findall(r"^ {4}(python .*)$", PAGE, flags=re.MULTILINE)]
+COMMANDS_OF_PAGE += re.findall(r"`(python -m [^`]+)`", PAGE)
+
+
+# ------------------------------------------------------------------------------------------------------- numbers and sources
+
+
+def test_every_number_and_word_of_the_page_is_what_its_source_says():
+    """All exact ones are computed anew."""
+    assert len(MARKS) > 80
+    stale = [pair for pair in zip(PAGE.splitlines(), findings.rewrite(PAGE).splitlines(), strict=False) if pair[0] != pair[1]]
+    assert not stale, f"run: python -m benchmarks.findings\n{stale}"
+    assert findings.rewrite(PAGE) == PAGE
+    assert "?<!--" not in PAGE
+
+
+def test_every_mark_is_read_and_every_source_is_used():
+    assert PAGE.count("<!-- ") == len(MARKS) + 2 * len(findings.BLOCKS)
+    assert {"exact", "text", "runs", "ratio", "early", "headline"} <= {mark["source"] for mark in MARKS}
+    assert set(re.findall(r"<!-- begin (\w+) -->", PAGE)) == set(findings.BLOCKS)
+
+
+SETTINGS = {"0", "0.1", "0.3", "0.95", "1", "2", "2.5", "3", "4", "5", "8", "9", "10", "12", "16", "32", "40", "63", "64", "95", "128",
+            "256", "320", "0.70", "2,048", "8,192", "30,720"}  # fmt: skip
+
+
+def test_what_stands_without_a_mark_is_a_setting():
+    text = findings.BLOCK.sub("", findings.MARK.sub(" ", PAGE))
+    for noise in (r"`[^`]*`", r"^ {4}.*$", r"\]\([^)]*\)", r"\b[PVs]_?\d\b|δ_0|\b04\b|\b02\b|\b05\b|[63]e-4|\b32B|\b8k"):
+        text = re.sub(noise, "", text, flags=re.MULTILINE)
+    bare = {number.rstrip(".,") for number in re.findall(r"\d[\d.,]*", text)}
+    assert bare <= SETTINGS, f"a number without a mark: {bare - SETTINGS}"
+
+
+def test_settings_that_the_page_names_are_those_of_the_code():
+    config = Config()
+    assert ablations.BUDGET == 30_720
+    assert ablations.PPO_LR == {"policy.lr": 6e-4}
+    assert (config.policy.lr, config.rollout.window, config.rollout.max_response_tokens) == (3e-4, 64, 320)
+    assert (config.advantage.cut_value, config.advantage.tail, config.advantage.tail_tokens, config.value.update) == (
+        "previous",
+        "exclude",
+        8,
+        "independent",
+    )
+    assert (early_decision.TARGET, early_decision.LENGTH - 1, early_decision.WINDOW) == (0.70, 63, 8)
+    assert findings.NUM_RANDOM == 40
+    assert {findings.estimator(name).lam for name in ("egae", "cut-gae", "egae-defer4", "gae")} == {0.95}
+    assert ablations.ARMS["cold-critic-warmup"].fields["value.warmup_steps"] == 10
+    assert ablations.ARMS["value-batch-64"].fields["value.batch_responses"] == 64
+
+
+def test_sentences_that_no_mark_can_hold():
+    """What the prose says of numbers that cannot change with new seeds of the text tasks."""
+    for name, length in (("calm-chain", 12), ("thinking", 10)):
+        assert round(float(findings.world(name).solution.visits_N.sum())) == length
+    for seed in range(0, 40, 8):  # "the exact critic has no error (P2)", "1"
+        assert findings.gradient(f"random-{seed} cut-gae 4 anywhere").relative < 1e-12
+    assert findings.gradient("early-0 gae 64 exact").length == pytest.approx(1, abs=1e-12)
+    for rule in ("cut-gae 9", "cut-gae 8", "egae 8"):
+        assert findings.gradient(f"cliff {rule}").relative < 1e-12
+    assert findings.gradient("cliff egae 9").relative == pytest.approx(1, abs=1e-12)
+    assert findings.gradient("cliff egae 9 anywhere").relative == pytest.approx(1 / 9, abs=1e-12)
+    assert findings.gradient("early-0 egae 8 exact anywhere").length == pytest.approx(7 / 8, abs=1e-12)
+    assert findings.headline("chain ppo-dual speed-up", "value") < 1
+    assert (
+        next(
+            r for r in findings.table("headline-chain/summary") if r["method"] == "ppo-dual" and r["quantity"] == "time to target"
+        )["reached"]
+        == "4"
+    )
+    wins = findings.exact("random cut-gae:egae 4 anywhere noise:0.3", "wins")
+    assert isinstance(wins, int)
+    assert stats.binomtest(wins, 40).pvalue > 0.3  # "a draw"
+    for key in ("thinking {} 8", "random {} 4 anywhere"):
+        tail = {"exclude": "exclude4", "defer": "defer4"} if "thinking" in key else {"exclude": "exclude2", "defer": "defer2"}
+        column = "relative" if "thinking" in key else "median"
+        defer, none, exclude = (
+            findings.exact(key.format(rule), column) for rule in (f"egae-{tail['defer']}", "egae", f"egae-{tail['exclude']}")
+        )
+        assert defer < none < exclude
+
+
+def test_early_decision_is_confirmed_refuted_and_explained_as_the_page_says():
+    early = findings.early
+    assert early("network zero 0 tokens", "verdict") == "PPO"
+    assert early("network zero 0 decode_steps", "verdict") == "T-PPO"
+    assert early("network warm 0 tokens", "verdict") == early("network warm 0 decode_steps", "verdict") == "T-PPO"
+    assert early("tabular zero 0 tokens", "verdict") == "undecided"
+    for quantity in ("tokens", "decode_steps"):  # "token 12 is worse"
+        assert early(f"network zero 12 {quantity}", "ratio")[0] < early(f"network zero 0 {quantity}", "ratio")[0]
+    assert early("every", "n") >= 5
+    assert all(row["reached"] == row["runs"] for row in findings.early_table())
+    ended = findings.exact("early-0 8", "ended")
+    assert ended == pytest.approx(1 - 0.95**7)  # the first token ends nothing
+    zero = findings.gradient("early-0 egae 8 zero")
+    assert zero.length * zero.cosine == pytest.approx(
+        sum(0.05 * 0.95**k * 0.95 ** (k + 1) for k in range(7))
+    )  # lambda^k, and p_end
+
+
+def test_a_number_that_is_wrong_or_has_no_source_is_noticed():
+    sentence = '0.0481<!-- exact "calm-chain egae 8" relative .4f -->'
+    assert findings.rewrite(sentence) == sentence
+    assert findings.rewrite(sentence.replace("0.0481", "0.0482")) == sentence
+    for wrong in (
+        '1<!-- exact "calm-chain egae 8" relatve .4f -->',
+        '1<!-- text "all no-such tppo area" n s -->',
+        '1<!-- nowhere "x" y s -->',
+    ):
+        with pytest.raises(KeyError, match="no such number"):
+            findings.rewrite(wrong)
+
+
+def test_numbers_are_written_as_their_format_says():
+    written = findings.written
+    assert written((-0.02, -0.03, 0.01), "+.2f") == "-0.02 [-0.03, +0.01]"
+    assert [written(0.294, "%"), written(-0.0001, ".2f"), written(None, "s"), written("worse", "s"), written(1.5, ".2f")] == [
+        "29",
+        "0.00",
+        "no",
+        "worse",
+        "1.50",
+    ]
+    for text in ("-0.02 [-0.03, +0.01]", "undecided", "T-PPO", "?", "1,024", "+0.3"):
+        assert findings.MARK.fullmatch(f'{text}<!-- text "x y" z s -->')["value"] == text
+
+
+# --------------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_holm_by_hand():
+    assert findings.holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 <= 0.05/3, 0.03 > 0.05/2: stop
+    assert findings.holm([0.04, 0.01, 0.02]) == [True, True, True]  # 0.01 <= 0.05/3, 0.02 <= 0.05/2, 0.04 <= 0.05
+    assert findings.holm([0.05, math.nan]) == [False, False]
+    assert findings.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@settings(deadline=None, max_examples=50)
+def test_holm_lies_between_bonferroni_and_no_correction(p):
+    falls = findings.holm(p)
+    assert all(fall for fall, x in zip(falls, p, strict=True) if x <= 0.05 / len(p))
+    assert not any(fall for fall, x in zip(falls, p, strict=True) if x > 0.05)
+
+
+def test_holms_verdicts_are_a_part_of_the_plain_ones():
+    rows = findings.text_rows().values()
+    assert all(row["holm"] in (row["verdict"], "undecided") for row in rows)
+    smallest = min(rows, key=lambda row: float(row["p"]))
+    assert (smallest["holm"] != "undecided") == (float(smallest["p"]) <= 0.05 / len(rows))
+
+
+def test_the_committed_summary_is_that_of_the_committed_runs():
+    rows, others = ablations.read_whole(findings.RESULTS / "ablations.csv")
+    assert not others
+    fresh = ablations.summary(rows, ablations.BUDGET)
+    committed = findings.table("ablations_summary")
+    assert [{name: str(value) for name, value in row.items()} for row in fresh] == [
+        {name: row[name] for name in fresh[0]} for row in committed
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- questions, commands, links
+
+
+def test_all_ten_questions_have_an_answer_a_number_and_a_command():
+    assert list(PARAGRAPHS) == [str(n) for n in range(1, 11)]
+    for number, text in PARAGRAPHS.items():
+        assert findings.MARK.search(text), number
+        assert re.search(r"^ {4}python -m ", text, flags=re.MULTILINE), number
+        assert "\n\n" not in text.split("\n\n    python")[0] or "<!-- begin" in text, f"question {number}: one paragraph"
+
+
+def test_losing_choices_are_named_with_their_flags():
+    flags = set(re.findall(r"`--([a-z_.]+ [a-z]+)`", PAGE))
+    assert flags == {"advantage.cut_value critic", "advantage.tail defer"}
+    for flag in flags:
+        parse(Config, [f"--{flag.split()[0]}", flag.split()[1]], prog="train")
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS_OF_PAGE)))
+def test_every_command_exists_and_parses(command, capsys):
+    _, dash_m, module, *words = shlex.split(command)
+    assert dash_m == "-m"
+    if module == "sim":
+        assert words[0] in COMMANDS
+        if words[0] == "bias":
+            config = bias_command.parse(words[1:])
+            assert {bias_command.named(name) for name in config.estimators}
+            instances.load(config.instance)
+        else:
+            assert words == ["throughput"]
+        return
+    package, name = module.split(".")
+    source = (ROOT / package / f"{name}.py").read_text()
+    assert package == "benchmarks"
+    assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+    if name == "ablations":
+        ablations.parse_arguments(words)
+    elif name == "headline":
+        assert words in ([], ["--tasks", "chain"])
+    else:
+        assert name in ("findings", "early_decision")
+        assert not words
+
+
+def test_every_link_leads_somewhere():
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", PAGE):
+        target = findings.PAGE.parent / link if link else findings.PAGE
+        assert target.exists(), link
+        heads = (
+            [
+                re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+                for h in re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
+            ]
+            if anchor
+            else []
+        )
+        assert not anchor or anchor in heads, anchor
+
+
+# --------------------------------------------------------------------------------------------------------- the early decision
+
+
+def rows(world: World, ours, theirs, reached=1) -> list[dict]:
+    pairs = [("tppo", x) for x in ours] + [("ppo-dual", x) for x in theirs]
+    return [
+        {**world._asdict(), "method": m, "seed": i, "tokens": x, "decode_steps": 2 * x, "reached": reached}
+        for i, (m, x) in enumerate(pairs)
+    ]
+
+
+def test_the_ratio_is_that_of_geometric_means_and_its_interval_is_welchs():
+    middle, low, high = early_decision.ratio([100, 200, 400], [400, 800, 1600])
+    assert middle == pytest.approx(4)
+    spread = np.var(np.log([1, 2, 4]), ddof=1)  # of both, so that Welch's degrees of freedom are 4
+    half = stats.t.ppf(0.975, 4) * math.sqrt(2 * spread / 3)
+    assert (low, high) == pytest.approx((4 * math.exp(-half), 4 * math.exp(half)))
+    assert all(math.isnan(x) for x in early_decision.ratio([100], [200])[1:])
+
+
+def test_the_table_says_who_needs_less_and_nothing_where_a_run_never_arrives():
+    world = early_decision.WORLDS[0]
+    tokens, steps = early_decision.table(rows(world, [100, 101, 99], [300, 301, 299]))
+    assert (tokens["verdict"], steps["verdict"], tokens["n"]) == ("T-PPO", "T-PPO", 3)
+    assert tokens["ratio"] == pytest.approx(3, rel=0.01)
+    assert early_decision.table(rows(world, [300, 301], [100, 101]))[0]["verdict"] == "PPO"
+    lost = early_decision.table(rows(world, [100, 101], [300, 301], reached=0))[0]
+    assert (lost["verdict"], lost["reached"], lost["runs"]) == ("undecided", 0, 4)
+    assert math.isnan(lost["ratio"])
+    assert early_decision.table(rows(world, [1], [])) == []
+
+
+def test_a_stopped_command_goes_on_and_a_torn_line_is_made_again(tmp_path, monkeypatch, capsys):
+    path, made = tmp_path / "early.csv", []
+
+    def fake(world, method, seed):
+        made.append((world, method, seed))
+        return {**rows(world, [100 + seed], [])[0], "method": method, "seed": seed}
+
+    monkeypatch.setattr(early_decision, "run", fake)
+    assert early_decision.main(["--seeds", "1", "--out", str(path)]) == 0
+    assert len(made) == len(early_decision.WORLDS) * len(METHODS)
+    with path.open("a") as file:
+        file.write("network,zero,0,tp")
+    made.clear()
+    assert early_decision.main(["--seeds", "2", "--out", str(path)]) == 0
+    assert {seed for *_, seed in made} == {1}
+    assert len(early_decision.read(path)) == 2 * len(early_decision.WORLDS) * len(METHODS)
+    made.clear()
+    early_decision.main(["--seeds", "2", "--out", str(path)])
+    assert not made
+    assert "n = 2" in capsys.readouterr().out
+
+
+def test_a_real_run_is_the_same_twice_and_reaches_the_target(tmp_path):
+    world = World("tabular", "oracle", 0)
+    first = early_decision.run(world, "tppo", 0)
+    assert first == early_decision.run(world, "tppo", 0)
+    assert first["reached"] == 1
+    assert first["decode_steps"] == early_decision.WINDOW * first["steps"]
+    assert first["tokens"] == 32 * first["decode_steps"]  # every slot is busy at every decode step
+    write_csv(tmp_path / "one.csv", [first])
+    (read,) = early_decision.read(tmp_path / "one.csv")
+    assert early_decision.key(read) == early_decision.key(first)
+
+
+def test_the_committed_runs_are_whole_and_balanced():
+    committed = early_decision.read(early_decision.PATH)
+    keys = {early_decision.key(row) for row in committed}
+    seeds = {key[-1] for key in keys}
+    assert len(keys) == len(committed) == len(early_decision.WORLDS) * len(METHODS) * len(seeds)
+    assert all(row["target"] == early_decision.TARGET for row in committed)
