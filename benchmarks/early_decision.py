@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, provenance
 from sim import instances
 from sim.learning import Record, Recorder, Setting, build, write_csv
 
@@ -50,7 +50,7 @@ WORLDS = (
     World("network", "zero", 0), World("network", "zero", 12), World("network", "warm", 0),
     World("network", "oracle", 0), World("network", "oracle", 12), World("tabular", "zero", 0),
 )  # fmt: skip
-KEY = ("model", "critic", "at", "method", "seed")
+NUMBERS = ("at", "seed", "target", "reached", "tokens", "decode_steps", "steps", "mean_return", "no_signal_share")
 Row = dict[str, Any]
 
 
@@ -88,8 +88,8 @@ def read(path: Path) -> list[Row]:
     if not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1])
     with path.open(newline="") as file:
-        return [{name: value if name in ("model", "critic", "method") else float(value) for name, value in row.items()}
-                for row in csv.DictReader(file)]  # fmt: skip
+        rows = list(csv.DictReader(file))
+    return [{name: float(value) if name in NUMBERS else value for name, value in row.items()} for row in rows]
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, str, int, str, int]:
@@ -142,15 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for seed, world, method in itertools.product(range(arguments.seeds), WORLDS, METHODS):  # seeds outermost: always balanced
             if (*world, method, seed) not in there:
-                write_csv(arguments.out, [run(world, method, seed)], append=True)
+                write_csv(arguments.out, [run(world, method, seed) | provenance()], append=True)
     except KeyboardInterrupt:
         print(f"stopped; whole runs are in {arguments.out}, and the same command goes on with the others", file=sys.stderr)
         return 130
     print(f"PPO-dual / T-PPO until the return is {TARGET:g}; above 1: T-PPO needs less")
     for r in table(read(arguments.out)):
-        world = f"{r['model']:<8} {r['critic']:<7} decision at {r['at']:<3} {r['quantity']:<13}"
+        where = f"{r['model']:<8} {r['critic']:<7} decision at {r['at']:<3} {r['quantity']:<13}"
         found = f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]  n = {r['n']}, {r['reached']} of {r['runs']} reached it"
-        print(f"{world} {found}: {r['verdict']}")
+        print(f"{where} {found}: {r['verdict']}")
     return 0
 
 

@@ -96,17 +96,17 @@ def knee_of(key: str) -> int | None:
     return knee({w: gradient(f"{name} {rule} {w}") for w in windows}, 0.05)
 
 
-def over_random(key: str) -> list[float]:
-    """ "random egae 4 ...": relative errors on the forty random MDPs of notebook 03."""
-    return [gradient(key.replace("random", f"random-{seed}", 1)).relative for seed in range(NUM_RANDOM)]
+def over_random(key: str, measure: str = "relative") -> list[float]:
+    """ "random egae 4 ...": errors on the forty random MDPs of notebook 03."""
+    return [getattr(gradient(key.replace("random", f"random-{seed}", 1)), measure) for seed in range(NUM_RANDOM)]
 
 
 def exact(key: str, column: str) -> float | int | None:
     """A number of the laboratory. `near` and `far`: at the last token before the cut, at the first of the window."""
     if column == "knee":
         return knee_of(key)
-    if column == "median":
-        return float(np.median(over_random(key)))
+    if column in ("median", "median_rescaled"):
+        return float(np.median(over_random(key, "rescaled" if column == "median_rescaled" else "relative")))
     if column == "wins":  # "random cut-gae:egae 4 ...": in how many of the MDPs the first has the smaller error
         ours, theirs = (over_random(re.sub(r"[\w-]+:[\w-]+", name, key, count=1)) for name in key.split()[1].split(":"))
         return sum(a < b * (1 - 1e-6) for a, b in zip(ours, theirs, strict=True))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 
 from scale.config import ScaleConfig
@@ -71,8 +72,8 @@ class Checkpointer:
         failure = ""
         try:
             future.result()
-        except Exception as error:  # torch wraps a full disk in types of its own
-            failure = " ".join(str(error).split())[:200] or type(error).__name__
+        except (Exception, CheckpointException) as error:  # torch wraps a full disk in a type of its own, a BaseException
+            failure = reason(error)
         self._agree(failure, final)
         if self.world.rank == 0:
             try:
@@ -93,6 +94,14 @@ class Checkpointer:
             rank, text = found[0]
             raise UserError(f"checkpoint {final}: rank {rank} cannot write it ({text}); free some space or choose another "
                             f"algo.run.out; earlier checkpoints are good")  # fmt: skip
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; of torch's collection of all ranks' errors the first."""
+    failures = getattr(error, "failures", None)
+    if isinstance(failures, dict) and failures:
+        error = next(iter(failures.values()))[0]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def model_state(trainer: Trainer) -> dict[str, Any]:
@@ -168,8 +177,8 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
         if trainer.ewma is not None:
             set_model_state_dict(trainer.ewma.module, state["ewma"])
             trainer.ewma.weight = states[0]["ewma_weight"]
-    except Exception as error:  # torch's checkpoint readers raise types of their own
-        raise UserError(f"checkpoint {folder}: does not fit this run ({' '.join(str(error).split())[:200]})") from None
+    except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
+        raise UserError(f"checkpoint {folder}: does not fit this run ({reason(error)})") from None
     trainer.num_steps, trainer.version = states[0]["num_steps"], states[0]["version"]
     trainer.train_s = max(s["train_s"] for s in states)
     same = (len(states), states[0]["tensor_parallel"]) == (world.world, world.tensor_parallel)

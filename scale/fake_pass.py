@@ -156,8 +156,7 @@ def trace(config: Any, passing: Pass) -> Counter[str]:
         warnings.simplefilter("ignore")  # FSDP warns of views that ValueModel returns
         with torch.device("cpu"):
             model = build(kind, config, **options)
-        # Offloaded shards are on the fake device, too: `terms` names them, and who asks leaves them out.
-        shard(model, mesh, dataclasses.replace(passing.sharding, offload=False))
+        shard(model, mesh, dataclasses.replace(passing.sharding, offload=False))  # offloaded ones would be here, too
         if passing.train:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -169,7 +168,7 @@ def trace(config: Any, passing: Pass) -> Counter[str]:
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     found: Counter[str] = Counter()
     for kind_of_memory, num_bytes in peak.items():
-        if (name := getattr(kind_of_memory, "name", None)) is not None:
+        if num_bytes and (name := getattr(kind_of_memory, "name", None)) is not None:  # the rest is the sum
             found[TERMS[name]] += num_bytes
     return found
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from scale.config import ScaleConfig
@@ -65,8 +66,10 @@ def bytes_per_phase(config: ScaleConfig) -> dict[str, float]:
     return {phase: sum(found.values()) for phase, found in terms_per_phase(config).items()}
 
 
-def terms_per_phase(config: ScaleConfig) -> dict[str, dict[str, float]]:
+def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) -> dict[str, dict[str, float]]:
     """Phase -> term -> bytes on one rank; keys of PHASES and TERMS. UserError for a model that is not here or cannot be cut.
+
+    only   phases wanted: each pass that is not asked for saves a trace
 
     The engine's weights and cache are gone while the trainer works, unless engine.sleep_level is 0 or the device a CPU; what a
     sleeping engine keeps (graphs, workspace) is not known before a GPU run, and left to `runtime`.
@@ -82,14 +85,15 @@ def terms_per_phase(config: ScaleConfig) -> dict[str, dict[str, float]]:
     phases: dict[str, dict[str, float]] = {
         "sync": states | engine | staying | {"sync_buffer": largest * (4 + size + size / split)},
         "rollout": states | decoding,
-        "probe": {name: b for name, b in states.items() if name != "gradients"} | decoding | working(config, policy, "probe"),
     }
+    if "probe" in only and config.engine.kind == "vllm":
+        before = {name: num_bytes for name, num_bytes in states.items() if name != "gradients"}
+        phases["probe"] = before | decoding | working(config, policy, "probe")
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
-        shape = value if phase.startswith("value") else policy
-        phases[phase] = states | staying | {"batch": batch_bytes(config)} | working(config, shape, phase)
-    if config.engine.kind == "torch":  # nothing is probed
-        del phases["probe"]
-    return {phase: {"runtime": RUNTIME_BYTES} | found for phase, found in phases.items()}
+        if phase in only:
+            shape = value if phase.startswith("value") else policy
+            phases[phase] = states | staying | {"batch": batch_bytes(config)} | working(config, shape, phase)
+    return {phase: {"runtime": RUNTIME_BYTES} | found for phase, found in phases.items() if phase in only}
 
 
 def resident(config: ScaleConfig) -> dict[str, float]:
@@ -120,7 +124,8 @@ def passing(config: ScaleConfig, phase: str) -> Pass:
     else:
         budget = algo.value.micro_batch_tokens if phase == "value_update" else algo.policy.micro_batch_tokens
         rows = fed_rows(algo.task.max_prompt_tokens, algo.rollout.max_response_tokens, budget)
-    return Pass(value=value, train=phase.endswith("update"), rows=rows, world=num_ranks(config), sharding=config.sharding,
+    sharding = dataclasses.replace(config.sharding, offload=False)  # traced the same, and then left out
+    return Pass(value=value, train=phase.endswith("update"), rows=rows, world=num_ranks(config), sharding=sharding,
                 logit_chunk_tokens=0 if value else algo.model.logit_chunk_tokens)  # fmt: skip
 
 

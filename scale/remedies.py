@@ -67,7 +67,10 @@ def _kinds(config: ScaleConfig) -> Iterator[dict[str, Any]]:
         if split > engine.tensor_parallel and split <= config.cluster.devices_per_node and engine.kind == "vllm":
             yield {"engine.tensor_parallel": split}
     if 0 < (longest := longest_response(config)) < config.algo.rollout.max_response_tokens:
-        yield {"algo.rollout.max_response_tokens": longest}
+        row = longest + config.algo.task.max_prompt_tokens
+        shorter = {f"algo.{name}.micro_batch_tokens": row for name in ("policy", "value")
+                   if getattr(config.algo, name).micro_batch_tokens > row}  # fmt: skip
+        yield {"algo.rollout.max_response_tokens": longest} | shorter
 
 
 def _tried(config: ScaleConfig, fields: dict[str, Any]) -> Change | None:
@@ -98,7 +101,7 @@ def affordable_share(config: ScaleConfig) -> float:
 
 
 def longest_response(config: ScaleConfig) -> int:
-    """Tokens of the longest response with which training fits, the cache holds one sequence and positions suffice; 0: none.
+    """Tokens of the longest response that can be trained on, fed alone, and of which the cache holds one; 0: none.
 
     A pass's bytes grow linearly with the tokens fed, once these outweigh a chunk of logits: the line through two lengths is solved.
     Below the longest row asked for, the second length is an eighth of it, and the chord errs on the safe side.
@@ -121,5 +124,7 @@ def longest_response(config: ScaleConfig) -> int:
 
 
 def _training(config: ScaleConfig, response_tokens: int) -> dict[str, float]:
-    new = replace_fields(config, {"algo.rollout.max_response_tokens": response_tokens})
-    return {phase: num_bytes for phase, num_bytes in bytes_per_phase(new).items() if phase in ("policy_update", "value_update")}
+    """The updates' bytes where a row of this length is fed alone."""
+    alone = {"algo.policy.micro_batch_tokens": 1, "algo.value.micro_batch_tokens": 1}
+    new = replace_fields(config, {"algo.rollout.max_response_tokens": response_tokens} | alone)
+    return {phase: sum(found.values()) for phase, found in terms_per_phase(new, ("policy_update", "value_update")).items()}

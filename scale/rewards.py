@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
     from tppo_ref.types import Response
 
 
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,234, not the one of (1,2)
 NO_ANSWER = -2.0  # what `grade` says of a response in which no answer can be found
 
 
 def final_answer(answer: str) -> str:
     """The reference as an expression: behind the last "####" where there is one (GSM8K), thousands' commas removed."""
-    return answer.rpartition("####")[2].strip().replace(",", "")
+    return _THOUSANDS.sub("", answer.rpartition("####")[2].strip())
 
 
 def verify_math(answer: str, response_token_ids: Sequence[int], response_text: str | None) -> float:
@@ -27,7 +29,7 @@ def verify_math(answer: str, response_token_ids: Sequence[int], response_text: s
     The response's answer is what math-verify extracts: the last \\boxed{...}, else the last LaTeX or plain expression; a "####"
     line counts as the answer where there is one. The library's own time limits are off: the process is killed from outside.
     """
-    gold, found = _parse(final_answer(answer)), _parse(_claimed(response_text or ""))
+    gold, found = _reference(final_answer(answer)), _parse(_claimed(response_text or ""))
     if not gold:
         raise ValueError(f"the reference answer {answer[-80:]!r} holds no expression that math-verify can read")
     import math_verify
@@ -43,9 +45,19 @@ def grade(answer: str, response_token_ids: Sequence[int], response_text: str | N
 
 
 def _claimed(text: str) -> str:
-    """The part of a response that states its answer: behind the last "####" where there is one, else all of it."""
+    """The part of a response that states its answer: behind the last "####" where there is one, else from the last \\boxed on
+    (of several, math-verify would make a set), else all of it."""
     _, mark, tail = text.rpartition("####")
-    return tail.strip().replace(",", "") if mark else text
+    if mark:
+        return _THOUSANDS.sub("", tail.strip())
+    _, box, tail = text.rpartition("\\boxed")
+    return box + tail if box else text
+
+
+def _reference(answer: str) -> list:
+    """The reference as math-verify reads it. Bare LaTeX has to be marked as such: of 2\\sqrt{3} it would see the 2."""
+    plain = [] if any(sign in answer for sign in "\\^{") else _parse(answer)
+    return plain or _parse(f"\\boxed{{{answer}}}") or _parse(answer)
 
 
 def _parse(text: str) -> list:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -48,7 +48,7 @@ def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingCon
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if config.offload else OffloadPolicy(),
     }
     for layer in decoder_layers(model):
         if config.checkpoint_layers:
@@ -102,7 +102,12 @@ def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **opti
     """The model of a folder's config.json on the meta device: shapes and no bytes."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(str(source), local_files_only=True)
+    if not (Path(source) / "config.json").is_file() and not str(source).endswith(".json"):
+        raise UserError(f"model.policy: {source} is no model folder, it has no config.json; expected a folder or a config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(source), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.policy: {source} cannot be read ({' '.join(str(error).split())[:200]})") from None
     auto: Any = transformers.AutoModelForCausalLM
     if kind is ValueModel:
         config.num_labels, config.classifier_dropout = 1, 0.0
@@ -143,7 +148,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
 @torch.no_grad()
 def fill(model: PolicyModel | ValueModel, folder: Path, *, seed: int) -> None:
     """Read this rank's rows of every parameter. A value head that the folder lacks is drawn under `seed`."""
-    files = weight_files(folder)
+    try:
+        _fill(model, weight_files(folder), folder, seed)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.policy: the weights in {folder} cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path, seed: int) -> None:
     for name, parameter in model.hf.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if name in files:

@@ -28,7 +28,6 @@ from tppo_ref.batching import Grant, Refill, Segment, SlotSchedule
 from tppo_ref.types import End
 
 Tail = Literal["none", "exclude", "defer"]
-FLUSHED = 1024  # segments that a window keeps as objects, about
 
 
 class System(Protocol):
@@ -82,8 +81,8 @@ def drive_window(
     draw: Callable[[], int | None],
     left_of: Callable[[list[Grant]], list[int]],
     fresh: Callable[[int], Iterator[int]],
-) -> Ints:
-    """One window of `schedule`, decode step by decode step at which something finishes: its segments, in that order, as rows.
+) -> list[Segment]:
+    """One window of `schedule`, decode step by decode step at which something finishes; its segments, in that order.
 
     draw      ids of new responses, in order
     left_of   tokens that each of the first grants' responses would still decode if nothing stopped it; more than the cap allows
@@ -93,7 +92,6 @@ def drive_window(
     Responses that finish with the same step do so in the order in which they were granted, as an engine reports them.
     """
     segments: list[Segment] = []
-    rows: list[Ints] = []
     calendar: list[list[tuple[int, int, bool]] | None] = [None] * (schedule.window + 1)
     due = bytearray(schedule.window + 2)  # 1 at decode steps with which something finishes: searched at the speed of memory
     drawn_before = len(schedule.carried) - schedule.carried.count(None)
@@ -114,19 +112,11 @@ def drive_window(
                 finishing.append(entry)
         now = due.find(1, now + 1)
         if now < 0:
-            rows.append(_rows(segments))
-            return np.concatenate(rows)
+            return segments
         closed, grants = schedule.finish(now, calendar[now] or (), draw)
-        calendar[now] = None
+        calendar[now] = None  # its memory is used again while the processor's cache still has it
         segments += closed
-        if len(segments) > FLUSHED:  # while they are in the processor's cache, and their memory can be used again
-            rows.append(_rows(segments))
-            segments.clear()
         lengths = rest
-
-
-def _rows(segments: list[Segment]) -> Ints:
-    return np.fromiter(itertools.chain.from_iterable(segments), np.int64, 5 * len(segments)).reshape(-1, 5)
 
 
 class Windowed:
@@ -207,7 +197,9 @@ class Windowed:
             return itertools.chain.from_iterable(samples.natural_lengths(first + drawn * stride, updates))
 
         with paused_collector():
-            rows = drive_window(self.schedules[replica], itertools.count(first, stride).__next__, left_of, fresh)
+            segments = drive_window(self.schedules[replica], itertools.count(first, stride).__next__, left_of, fresh)
+            rows = np.fromiter(itertools.chain.from_iterable(segments), np.int64, 5 * len(segments)).reshape(-1, 5)
+            del segments  # before the collector comes back and looks through them
         samples.start(replica, int((rows[:, 1] >= first).sum()))
         return rows
 

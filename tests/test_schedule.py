@@ -23,9 +23,10 @@ from sim.distributions import Constant, Empirical, TwoPoint
 from sim.policies import Asynchronous, PartialRollouts, TailBatching
 from sim.schedule import Windowed, drive_window, ppo, run, tppo
 from sim.trace import check_conservation
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher, decode_steps
+from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
 from tppo_ref.engines import Decoded
 from tppo_ref.filters import policy_token_mask
+from tppo_ref.timeline import decode_steps
 from tppo_ref.types import End, Prompt
 
 LAW = settings(max_examples=60, deadline=None)
@@ -178,8 +179,8 @@ def test_the_schedule_is_the_batchers_where_the_prompts_run_out(plan, limit):
             schedule, stream.draw, lambda grants: [left(grant.response) for grant in grants],
             lambda drawn, first=first: map(left, itertools.count(first + drawn)),
         )  # fmt: skip
-        for segment in segments:
-            done[segment.response] = done.get(segment.response, 0) + segment.stop - segment.begin
+        for _, response, begin, stop, _ in segments:
+            done[response] = done.get(response, 0) + stop - begin
         batcher.window(engine)
         assert segments == batcher.segments
 

@@ -98,7 +98,7 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, id=bug.what.replace(" ", "-")) for bug in BUGS])
 def test_the_named_test_kills_the_bug(bug: Bug, tmp_path: Path) -> None:
-    for folder in ("tppo_ref", "tests"):
+    for folder in ("tppo_ref", "sim", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     target = tmp_path / "tppo_ref" / bug.file

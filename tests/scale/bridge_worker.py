@@ -1,6 +1,6 @@
 """The bridge: tppo_ref's Session and scale's on one rank, in one process each after the other, same task, seeds and weights.
 
-    bridge_worker.py POLICY VALUE PROBLEMS OUT STEPS      prints FOUND {"ref": [...], "scale": [...]}
+bridge_worker.py POLICY VALUE PROBLEMS OUT STEPS      prints FOUND {"ref": [...], "scale": [...]}
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def main(policy, value, problems, out, steps):
         rows = []
         for _ in range(steps):
             rows.append(session.trainer.step())
-            rows[-1]["tokens"] = [[s.response.id, s.begin, s.response.end.name, s.response.score, s.response.token_ids] for s in session.trainer.slices]
+            rows[-1]["tokens"] = [
+                [s.response.id, s.begin, s.response.end.name, s.response.score, s.response.token_ids]
+                for s in session.trainer.slices
+            ]
         found[name] = rows
         session.scorer.close()
     return found

@@ -44,7 +44,9 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"} | more
 
 
-def make_model(folder: Path, *, tied: bool, vocab: int = 512, end: int = 256, seed: int = 0, head_std: float = 0.05, **changes: Any) -> Path:
+def make_model(
+    folder: Path, *, tied: bool, vocab: int = 512, end: int = 256, seed: int = 0, head_std: float = 0.05, **changes: Any
+) -> Path:
     """A random tiny Qwen2 in a Hugging Face folder. vLLM's CPU attention wants heads of 32 or more."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -87,7 +89,9 @@ def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: 
     return results[0][0]
 
 
-def launch(*arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = LIMIT_S, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def launch(
+    *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = LIMIT_S, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """`python scale/launch.py ...` to its end."""
     return subprocess.run([sys.executable, str(LAUNCH), *arguments], env=env or environment(), cwd=cwd, capture_output=True, text=True,
                           timeout=timeout_s)  # fmt: skip

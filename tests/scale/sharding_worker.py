@@ -1,6 +1,6 @@
 """One rank of the sharding tests: the same recorded rows on any number of ranks. Started by run_ranks; no vLLM.
 
-    sharding_worker.py FOLDER OUT      FOLDER/policy, FOLDER/value; OUT/{case}.safetensors and found.json, from rank 0
+sharding_worker.py FOLDER OUT      FOLDER/policy, FOLDER/value; OUT/{case}.safetensors and found.json, from rank 0
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from scale.config import ShardingConfig
 from scale.distributed import Collective, start
-from scale.sharding import checksum, gathered, load_sharded, shard, weight_files
-from tppo_ref.batching import SuccessiveBatcher
+from scale.sharding import checksum, gathered, load_sharded, weight_files
 from tppo_ref.config import Config, replace_fields
 from tppo_ref.models import PolicyModel, ValueModel
 from tppo_ref.trainer import Trainer
-from tppo_ref.types import Response, WindowSlice, UserError
+from tppo_ref.types import Response, UserError, WindowSlice
 
 FULL32 = ShardingConfig()
 CONFIG = replace_fields(Config(), {
@@ -111,8 +110,11 @@ def main(folder, out):
     found = {"rank_rows": {}}
     for how in ("even", "ragged", "empty"):
         found[how] = step(how, folder, out, world, how)
-    found["no checkpointing"] = step("no checkpointing", folder, out, world, "even", dataclasses.replace(FULL32, checkpoint_layers=False))
+    found["no checkpointing"] = step(
+        "no checkpointing", folder, out, world, "even", dataclasses.replace(FULL32, checkpoint_layers=False)
+    )
     found["no reshard"] = step("no reshard", folder, out, world, "ragged", dataclasses.replace(FULL32, reshard_after_forward=False))
+    found["offload"] = step("offload", folder, out, world, "ragged", dataclasses.replace(FULL32, offload=True))
     found["bfloat16"] = step("bfloat16", folder, out, world, "ragged", dataclasses.replace(FULL32, compute_dtype="bfloat16"))
     two = replace_fields(CONFIG, {"policy.epochs": 2, "value.epochs": 2})
     found["two epochs"] = step("two epochs", folder, out, world, "ragged", algo=two)
@@ -122,10 +124,14 @@ def main(folder, out):
     files = {name: load_file(file)[name] for name, file in weight_files(folder / "policy").items()}
     mine = whole(policy)
     found["files"] = len(set(weight_files(folder / "policy").values()))
-    found["gathered is the file"] = all(torch.equal(files[name], tensor) for name, tensor in mine.items()) and set(mine) <= set(files)
+    found["gathered is the file"] = all(torch.equal(files[name], tensor) for name, tensor in mine.items()) and set(mine) <= set(
+        files
+    )
     files = {name: load_file(file)[name] for name, file in weight_files(folder / "value").items()}
     mine = whole(value)
-    found["value gathered is the file"] = all(torch.equal(files[name], tensor) for name, tensor in mine.items()) and set(mine) == set(files)
+    found["value gathered is the file"] = all(torch.equal(files[name], tensor) for name, tensor in mine.items()) and set(
+        mine
+    ) == set(files)
     found["checksum"] = checksum(policy)
     found["sum of |w|"] = sum(float(t.double().abs().sum()) for t in whole(policy).values())
     buffers = {name: b for name, b in policy.named_buffers()}

@@ -115,7 +115,7 @@ def test_the_tiny_config_parses():
 
 
 WRONG = [
-    (["--algo.rollout.windo", "4"], "--algo.rollout.windo: no such option; did you mean algo.rollout.window?"),
+    (["--algo.rollout.windwo", "4"], "--algo.rollout.windwo: no such option; did you mean algo.rollout.window?"),
     (["--engine.windows", "4"], "no such option"),
     (["--algo.policy.lr", "-1"], "policy.lr: expected a positive number, got -1.0"),
     (["--algo.rollout.slots", "8200"], "algo.rollout.slots: 8200 slots cannot be dealt to 16 engines"),

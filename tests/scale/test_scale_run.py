@@ -195,14 +195,20 @@ def test_the_names_of_scales_files_may_stand_first_on_the_path(halves):
 
 # ------------------------------------------------------------------------------------------------------------ kill -9
 
+HELD = ("--algo.value.batch_responses", "3")  # ended responses wait for the value model's batch, through the restart too
+
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, model, problems):
     """A run of two ranks of which one is killed in the middle of a step, after its second checkpoint."""
     out = tmp_path_factory.mktemp("killed") / "run"
-    command = arguments(model, problems, out, "--algo.run.checkpoint_every", "2", "--algo.run.checkpoints_kept", "9", steps=10_000)
+    command = arguments(
+        model, problems, out, *HELD, "--algo.run.checkpoint_every", "2", "--algo.run.checkpoints_kept", "9", steps=10_000
+    )
     with (out.parent / "stderr").open("w") as stderr:
-        launcher = subprocess.Popen([sys.executable, str(LAUNCH), *command], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr)
+        launcher = subprocess.Popen(
+            [sys.executable, str(LAUNCH), *command], env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr
+        )
         try:
             deadline = time.monotonic() + LIMIT_S
             while len(complete_checkpoints(out / "checkpoints")) < 2:
@@ -223,7 +229,7 @@ def killed(tmp_path_factory, model, problems):
 
 
 def test_a_killed_rank_ends_the_job_within_a_minute_and_leaves_nobody(killed):
-    out, code, took, _, left = killed
+    _, code, took, _, left = killed
     assert code not in (0, None)
     assert took < 60
     assert left == []
@@ -246,9 +252,9 @@ def test_the_checkpoint_of_a_killed_job_is_good(killed):
     assert in_flight(newest)
 
 
-@pytest.fixture(scope="module", params=[2, 1])
+@pytest.fixture(scope="module", params=[2, 1, 4])
 def resumed(request, killed, model, problems):
-    """The killed job, gone on with on as many ranks and on one."""
+    """The killed job of two ranks, gone on with on as many, on one and on four."""
     source, ranks = killed[0], request.param
     out = source.parent / f"resumed-{ranks}"
     shutil.copytree(source, out)
@@ -256,7 +262,22 @@ def resumed(request, killed, model, problems):
     steps = int(newest.name[5:]) + 5  # window 16, cap 48: three windows end every response
     before = in_flight(newest)
     ended_before = {int(r["response"]) for r in responses_of(source) if int(r["step"]) <= int(newest.name[5:])}
-    done = launch(*arguments(model, problems, out, "--algo.run.resume", "true", "--algo.run.checkpoint_every", "2", ranks=ranks, steps=steps))
+    done = launch(
+        *arguments(
+            model,
+            problems,
+            out,
+            *HELD,
+            "--algo.run.resume",
+            "true",
+            "--algo.run.checkpoint_every",
+            "1",
+            "--algo.run.checkpoints_kept",
+            "9",
+            ranks=ranks,
+            steps=steps,
+        )
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, newest, before, ended_before
 
@@ -295,6 +316,17 @@ def test_the_ledger_goes_on_from_the_checkpoint(resumed):
     check_no_response_twice(resumed[0])
 
 
+def test_every_ended_response_trains_the_value_model_once_or_is_held(resumed):
+    out, newest, *_ = resumed
+    rows = metrics_of(out)
+    ended = len(responses_of(out))
+    assert sum(row["value/responses"] for row in rows) + rows[-1]["value/held"] == ended
+    at = next(row for row in rows if row["step"] == int(newest.name[5:]))
+    held = [r["id"] for file in newest.glob("rank-*.json") for r in json.loads(file.read_text())["held"]]
+    assert at["value/held"] == len(held) == len(set(held))
+    assert any(row["value/held"] > 0 for row in rows), "nothing was ever held"
+
+
 def test_continued_tokens_are_those_of_the_checkpoint(resumed):
     out, newest, before, _ = resumed
     later = [c for c in complete_checkpoints(out / "checkpoints") if c.name > newest.name]
@@ -306,7 +338,7 @@ def test_continued_tokens_are_those_of_the_checkpoint(resumed):
                 kept = before[id]
                 for name in ("token_ids", "logprobs", "versions"):
                     assert response[name][: len(kept["token_ids"])] == kept[name]
-    assert later
+    assert both > 0, "no checkpoint later on still holds one of them"
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -332,7 +364,7 @@ def test_a_truncated_shard_is_named_with_its_sizes_and_the_remedy(killed, model,
     shutil.copytree(killed[0], out)
     newest = complete_checkpoints(out / "checkpoints")[-1]
     truncate_a_shard(newest)
-    done = launch(*arguments(model, problems, out, "--algo.run.resume", "true"))
+    done = launch(*arguments(model, problems, out, *HELD, "--algo.run.resume", "true"))
     one_error(done, newest.name, "distcp", "bytes", "remove this folder")
     assert not ranks_left(out)
 
@@ -401,16 +433,78 @@ def test_tensor_parallelism_that_does_not_divide_the_heads(tmp_path, problems, n
     assert not ranks_left(tmp_path)
 
 
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_ends_the_run(tmp_path, model, problems):
+    """No file may grow beyond 400 kB: metrics fit, shards do not."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(LAUNCH), *arguments(model, problems, out, "--algo.run.checkpoint_every", "1")]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 400; exec "$@"', "bash", *command], env=environment(), cwd=ROOT, capture_output=True, text=True,
+                          timeout=LIMIT_S)  # fmt: skip
+    one_error(done, "checkpoint", "cannot write", "step-00000001")
+    assert complete_checkpoints(out / "checkpoints") == []
+    assert not ranks_left(out)
+
+
+def test_ctrl_c_once_ends_at_a_steps_edge_with_a_checkpoint(tmp_path, model, problems):
+    out = tmp_path / "out"
+    command = [sys.executable, str(LAUNCH), *arguments(model, problems, out, steps=10_000)]
+    launcher = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not (out / "responses.csv").exists() or not metrics_of(out):
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGINT)
+        _, said = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 130, said[-2000:]
+    assert "Traceback" not in said
+    newest = complete_checkpoints(out / "checkpoints")[-1]
+    assert int(newest.name[5:]) == metrics_of(out)[-1]["step"]
+    assert not ranks_left(out)
+
+
+def test_ranks_leave_with_a_launcher_that_was_killed(tmp_path, model, problems):
+    out = tmp_path / "out"
+    launcher = subprocess.Popen([sys.executable, str(LAUNCH), *arguments(model, problems, out, steps=10_000)], env=environment(), cwd=ROOT,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not (out / "responses.csv").exists():
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(ranks_left(out)) >= 3
+    finally:
+        launcher.kill()
+        launcher.wait()
+    deadline = time.monotonic() + 60
+    while ranks_left(out) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert ranks_left(out) == []
+
+
+@pytest.mark.xfail(
+    strict=True, reason="tppo_ref's Ewma deep-copies the policy, which FSDP2 refuses: AssertionError and a traceback, exit code 1"
+)
+def test_a_named_method_runs_or_is_refused_in_one_line(tmp_path, model, problems):
+    """tppo-ewma keeps an average of the sharded policy's weights."""
+    done = launch(*arguments(model, problems, tmp_path / "out", "--algo.run.method", "tppo-ewma", ranks=1, steps=2))
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------- vLLM: groups of ranks
 
 
 @pytest.fixture(scope="module")
 def groups(needs_vllm, tmp_path_factory, model, problems):
-    """One engine of eight slots, on one rank and on a tensor-parallel group of two."""
+    """One engine of eight slots, on one rank and on a tensor-parallel group of two. One mini-batch: which rows share one depends on ranks."""
     out = tmp_path_factory.mktemp("groups")
     for ranks in (1, 2):
-        done = launch(*arguments(model, problems, out / f"tp{ranks}", "--engine.tensor_parallel", str(ranks), "--algo.policy.lr", "1e-5",
-                                 "--algo.value.lr", "1e-5", kind="vllm", ranks=ranks, steps=4))  # fmt: skip
+        done = launch(*arguments(model, problems, out / f"tp{ranks}", "--engine.tensor_parallel", str(ranks), "--algo.policy.mini_batches", "1",
+                                 "--algo.value.mini_batches", "1", "--algo.policy.lr", "1e-5", "--algo.value.lr", "1e-5", kind="vllm", ranks=ranks, steps=4))  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert not ranks_left(out)
     return out
@@ -421,7 +515,10 @@ def test_a_tensor_parallel_group_samples_the_tokens_of_one_rank(groups):
     assert {id: r["token_ids"] for id, r in one.items()} == {id: r["token_ids"] for id, r in two.items()} != {}
 
     def rows(name):
-        return sorted((int(r["step"]), int(r["response"]), int(r["prompt"]), int(r["tokens"]), r["end"], float(r["score"])) for r in responses_of(groups / name))
+        return sorted(
+            (int(r["step"]), int(r["response"]), int(r["prompt"]), int(r["tokens"]), r["end"], float(r["score"]))
+            for r in responses_of(groups / name)
+        )
 
     assert rows("tp1") == rows("tp2") != []
 
@@ -429,11 +526,20 @@ def test_a_tensor_parallel_group_samples_the_tokens_of_one_rank(groups):
 def test_each_response_of_a_group_is_trained_by_one_of_its_ranks(groups):
     a, b = (check_conservation(groups / name) for name in ("tp1", "tp2"))
     for one, two in zip(a, b, strict=True):
-        for name in ("ledger/generated", "ledger/trained", "ledger/excluded_tail", "ledger/pending", "response/rows", "response/ended"):
+        for name in (
+            "ledger/generated",
+            "ledger/trained",
+            "ledger/excluded_tail",
+            "ledger/pending",
+            "response/rows",
+            "response/ended",
+        ):
             assert one[name] == two[name], name
         for name in ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5, nan_ok=True), name
-    shares = [json.loads(f.read_text())["batcher"]["in_flight"] for f in sorted((groups / "tp2").glob("checkpoints/step-*4/rank-*.json"))]
+    shares = [
+        json.loads(f.read_text())["batcher"]["in_flight"] for f in sorted((groups / "tp2").glob("checkpoints/step-*4/rank-*.json"))
+    ]
     assert len(shares) == 2
     assert all(shares), "one rank trains everything"
 
@@ -446,8 +552,12 @@ def end_to_end(needs_vllm, tmp_path_factory, model, problems):
     """Value pre-training, six steps with two vLLM engines, evaluation, export."""
     out = tmp_path_factory.mktemp("whole")
     said = {}
-    said["pretrain"] = launch("pretrain-value", *arguments(model, problems, out / "pretrain", "--algo.value.pretrain_responses", "16"))
-    said["train"] = launch("train", *arguments(model, problems, out / "run", "--algo.model.value", str(out / "pretrain/value"), kind="vllm", steps=6))
+    said["pretrain"] = launch(
+        "pretrain-value", *arguments(model, problems, out / "pretrain", "--algo.value.pretrain_responses", "16")
+    )
+    said["train"] = launch(
+        "train", *arguments(model, problems, out / "run", "--algo.model.value", str(out / "pretrain/value"), kind="vllm", steps=6)
+    )
     said["export"] = launch("export", *arguments(model, problems, out / "run"))
     said["evaluate"] = launch("evaluate", *arguments(out / "run/export/policy", problems, out / "evaluation", kind="vllm", ranks=1))
     for name, done in said.items():

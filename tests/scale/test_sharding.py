@@ -20,8 +20,10 @@ from tppo_ref.trainer import Trainer
 from tppo_ref.types import End, Prompt, Response
 
 TOLERANCE = 1e-5
-CASES = ("even", "ragged", "empty", "no checkpointing", "no reshard")
-SIZES = dict(vocab=67, end=1, hidden_size=36, intermediate_size=50, num_attention_heads=2, num_key_value_heads=1)  # uneven over 2 and 4
+CASES = ("even", "ragged", "empty", "no checkpointing", "no reshard", "offload")
+SIZES = dict(
+    vocab=67, end=1, hidden_size=36, intermediate_size=50, num_attention_heads=2, num_key_value_heads=1
+)  # uneven over 2 and 4
 
 
 def recorded_rows(seed: int = 0) -> list[Response]:
@@ -114,7 +116,9 @@ def test_the_gradients_are_large_against_the_tolerance(plain, name):
 def test_two_epochs_agree_too(results, world):
     for what in ("new.policy", "new.value"):
         assert furthest(results[world][1]["two epochs"], results[1][1]["two epochs"], what) < TOLERANCE
-    assert furthest(results[1][1]["two epochs"], results[1][1]["even"], "new.policy") > 10 * TOLERANCE, "the second epoch did nothing"
+    assert furthest(results[1][1]["two epochs"], results[1][1]["even"], "new.policy") > 10 * TOLERANCE, (
+        "the second epoch did nothing"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,7 +21,9 @@ MAX_GAP = 1e-3  # fp32, issue 5
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def found(request, tmp_path_factory):
     """The untied model is sampled at temperature 0.8, with a shortest response, and from a cache so small that vLLM preempts."""
-    folder = make_model(tmp_path_factory.mktemp("vllm") / request.param, tied=request.param == "tied", vocab=64, end=1, head_std=0.1)
+    folder = make_model(
+        tmp_path_factory.mktemp("vllm") / request.param, tied=request.param == "tied", vocab=64, end=1, head_std=0.1
+    )
     done = subprocess.run([sys.executable, str(HERE / "vllm_worker.py"), str(folder), request.param], env=environment(), cwd=ROOT,
                           capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

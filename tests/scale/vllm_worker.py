@@ -1,6 +1,6 @@
 """One vLLM engine for the life of this process, and every check that needs one. Prints a JSON object of findings.
 
-    python vllm_worker.py FOLDER tied|untied
+python vllm_worker.py FOLDER tied|untied
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ def main(folder, tied):
     engine._advance = counting
     problems: list[str] = []
 
-    @hypothesis.settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
     @hypothesis.given(slots=st.integers(1, SLOTS), window=st.integers(1, 24), cap=st.integers(1, 60), refill=st.sampled_from(["immediate", "step"]),
                       seed=st.integers(0, 99))  # fmt: skip
     def schedules(slots, window, cap, refill, seed):
@@ -223,7 +225,11 @@ def main(folder, tied):
             counted["steps"] += real.num_steps
             counted["refills"] += sum(s.begin > 0 for s in real.segments)
             lengths |= {s.response.id: len(s.response) for s in slices if s.response.end.name == "END_TOKEN"}
-            if real.num_steps > window or any(s.stop - s.begin > window or len(s.response) > cap for s in slices) or engine.num_running:
+            if (
+                real.num_steps > window
+                or any(s.stop - s.begin > window or len(s.response) > cap for s in slices)
+                or engine.num_running
+            ):
                 problems.append(f"budget exceeded: {shape}, seed {seed}")
             if any(len(r.logprobs) != len(r) or END in r.token_ids[:-1] for r in (s.response for s in slices)):
                 problems.append(f"tokens behind an end, or without a log-probability: {shape}, seed {seed}")

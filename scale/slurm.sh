@@ -1,0 +1,44 @@
+#!/bin/bash
+# T-PPO on several machines under Slurm: one torchrun per machine, which starts a rank per GPU. Not tried: no cluster at hand.
+#
+#   sbatch --nodes 8 scale/slurm.sh --config scale/configs/qwen2.5-32b-math.yaml [--section.field VALUE ...]
+#   sbatch --nodes 8 scale/slurm.sh pretrain-value --config scale/configs/qwen2.5-32b-math.yaml --algo.model.value null ...
+#
+# Submit from the repository's root, in a folder that all machines see, as they must see algo.run.out. Account, partition and other
+# numbers of GPUs or cores go on sbatch's command line. Two minutes before the time limit the job puts itself back into the queue; it,
+# and a job that Slurm requeues after a machine failed, goes on from the newest checkpoint: algo.run.checkpoint_every says how many
+# steps that may cost.
+#SBATCH --job-name=tppo
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+#SBATCH --signal=B:USR1@120
+
+set -euo pipefail
+
+: "${TPPO_PYTHON:=.venv/bin/python}" # the environment that docs/scale.md installs
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+
+export OMP_NUM_THREADS=4
+export HF_HUB_OFFLINE=1 # models and prompts are on disk: nothing is fetched while 64 GPUs wait
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+RESUME=()
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ "${1:-}" == --* || "${1:-}" == train ]]; then
+    RESUME=(--algo.run.resume true)
+fi
+
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+
+srun --kill-on-bad-exit=1 "$TPPO_PYTHON" -m torch.distributed.run \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts 0 \
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$SLURM_JOB_ID" \
+    scale/launch.py "$@" "${RESUME[@]}" &
+wait $! # not a plain srun: bash runs a trap only between commands, and during `wait`

@@ -1,0 +1,55 @@
+"""sim's plan and scale's dry run know nothing of each other: formulas against traced passes, for every config that is shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from scale import memory
+from scale.config import ScaleConfig, check
+from sim.footprint import UNSEEN, Budget, bytes_per_phase, totals
+from sim.hardware import Layout, accelerator, model
+from tppo_ref.config import parse
+
+CONFIGS = Path(__file__).resolve().parents[1] / "scale" / "configs"
+AGREEMENT = 0.15
+DRY_RUN_ALONE = {"batch", "average_state"}
+"""Terms that the plan does not have (UNSEEN["plan"]: the batch itself; PPO-EWMA's average, off in every config)."""
+
+
+def planned(config: ScaleConfig) -> dict[str, dict[str, float]]:
+    """The plan's bytes for what the config says."""
+    shape = model(Path(config.algo.model.policy or "").name)
+    layout = Layout(
+        num_devices=memory.num_ranks(config), tensor_parallel=config.engine.tensor_parallel,
+        devices_per_node=config.cluster.devices_per_node, micro_batch_tokens=config.algo.policy.micro_batch_tokens,
+        memory_utilisation=config.engine.gpu_memory_utilization, sleep_level=config.engine.sleep_level,
+        activation_checkpointing=config.sharding.checkpoint_layers,
+    )  # fmt: skip
+    budget = Budget(sequence_tokens=memory.longest_row(config), logit_chunk_tokens=2**27 // shape.vocab_size)
+    device = dataclasses.replace(accelerator("H800"), memory_bytes=config.cluster.device_bytes)
+    return bytes_per_phase(shape, layout, budget, accelerator=device)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b-math", "qwen2.5-7b-math", "qwen2.5-32b-math"])
+def test_plan_and_dry_run_agree_on_every_phase(name, capsys):
+    config = check(parse(ScaleConfig, ["--config", str(CONFIGS / f"{name}.yaml")], prog="test"))
+    plan, dry = planned(config), memory.terms_per_phase(config)
+    assert set(dry) - set(plan) == {"probe"}  # the plan has no start-up
+    sums = totals(plan)
+    with capsys.disabled():
+        print(f"\n{name}, GB: " + ", ".join(f"{p} plan {sums[p] / 1e9:.1f} dry run {sum(dry[p].values()) / 1e9:.1f}" for p in plan))
+        print(
+            f"  the plan does not see: {', '.join(UNSEEN['plan'])}; the dry run reckons, and does not trace: {', '.join(UNSEEN['dry_run'])}"
+        )
+    for phase, terms in plan.items():
+        assert sums[phase] == pytest.approx(sum(dry[phase].values()), rel=AGREEMENT), phase
+        assert set(dry[phase]) - set(terms) <= DRY_RUN_ALONE, phase
+
+
+def test_allowances_are_the_same_on_both_sides():
+    layout, budget = Layout(num_devices=1, devices_per_node=1), Budget(sequence_tokens=1)
+    assert layout.engine_reserve_bytes == memory.ENGINE_RESERVE_BYTES
+    assert budget.runtime_bytes == memory.RUNTIME_BYTES
