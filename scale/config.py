@@ -128,6 +128,8 @@ def check(config: ScaleConfig) -> ScaleConfig:
     """The config with its named method applied; UserError for what cannot run, before anything is loaded."""
     algo = apply_method(config.algo, config.algo.run.method, strict=False)
     check_algo(algo)
+    if algo.policy.ewma_decay:
+        raise UserError(f"algo.policy.ewma_decay: averaging sharded weights is not built, got {algo.policy.ewma_decay}; give 0")
     for section, names in (("engine", ("tensor_parallel",)), ("cluster", ("nodes", "devices_per_node"))):
         for name in names:
             if getattr(getattr(config, section), name) < 1:

@@ -485,9 +485,6 @@ def test_ranks_leave_with_a_launcher_that_was_killed(tmp_path, model, problems):
     assert ranks_left(out) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tppo_ref's Ewma deep-copies the policy, which FSDP2 refuses: AssertionError and a traceback, exit code 1"
-)
 def test_a_named_method_runs_or_is_refused_in_one_line(tmp_path, model, problems):
     """tppo-ewma keeps an average of the sharded policy's weights."""
     done = launch(*arguments(model, problems, tmp_path / "out", "--algo.run.method", "tppo-ewma", ranks=1, steps=2))
