@@ -478,3 +478,8 @@ def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: ")
     assert newest.name in lines[0]
+
+
+def test_an_abbreviated_field_is_refused_not_guessed():
+    with pytest.raises(UserError, match=r"--rollout\.windo: no such option; did you mean rollout\.window\?"):
+        parse(Config, ["--rollout.windo", "4"], prog="python -m tppo_ref train")

@@ -362,7 +362,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     import jsonargparse  # slow to import, and nothing else of the library needs it
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML or JSON file with any of the fields below.")
     parser.add_class_arguments(config_class, None)
     names = field_paths(config_class)
