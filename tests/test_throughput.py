@@ -29,7 +29,7 @@ CLAIMS = re.findall(r"([-+]?[\d.,]+(?: %)?)<!-- (\w+) \"([^\"]+)\" (\w+) (\S+) -
 
 
 def committed(name: str) -> list[dict[str, str]]:
-    file = "literature" if name == "literature" else f"throughput_{name}"
+    file = name if name in ("literature", "reality") else f"throughput_{name}"
     with (RESULTS / f"{file}.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     if name == "literature":  # "" for a setup's first assumption, then #2, #3, ...
@@ -43,6 +43,8 @@ def key(name: str, row: dict[str, str]) -> str:
     if name == "systems":
         lag = re.search(r"staleness (\d+)", row["how"])
         return f"{row['what']}/{row['system']}" + (f"/{lag[1]}" if lag else "")
+    if name == "reality":
+        return f"{row['run']}/{row['quantity']}"
     return f"{row['setup']}/{row['quantity']}{row['nth']}" if name == "literature" else row["what"]
 
 
@@ -72,6 +74,14 @@ def test_no_gain_stands_on_the_page_without_its_source():
     assert bare == {number for number in bare if f"{number}x" in published} | {"1.6"}  # 1.6: Amdahl's 1 / (1 - 0.38)
     share = float(next(row for row in committed("slots") if row["what"] == "dapo-32b@2049, 8192")["ppo_rollout_share"])
     assert f"{1 / (1 - share):.1f}" == "1.6"
+
+
+def test_the_page_says_how_many_predictions_of_real_runs_miss_and_names_each():
+    rows = [row for row in committed("reality") if row["role"] == "prediction"]
+    missed = [key("reality", row) for row in rows if row["within"] != "True"]
+    section = PAGE.partition("## Against our own runs")[2].partition("\n## ")[0]
+    assert f"{len(rows) - len(missed)} of {len(rows)} predictions" in section
+    assert all(f'"{name}" error' in section for name in missed)
 
 
 def test_a_wrong_number_would_be_noticed():
