@@ -277,7 +277,7 @@ def _name_shared_memory_after_this_job() -> None:
     crashed one, would collide (errno 17). All ranks take part."""
     import vllm.distributed.device_communicators.cpu_communicator as communicator
 
-    shared = communicator._CPUSHMDistributed
+    shared: Any = communicator._CPUSHMDistributed
     job = [f"{os.getpid()}-{time.time_ns()}"]
     dist.broadcast_object_list(job, src=0)
     original = shared.make_group_name
