@@ -11,7 +11,7 @@ demo: $(READY)  ## PPO against T-PPO on a built-in task, about 6 minutes on 2 co
 	$(BIN)/python -m tppo_ref compare --config tppo_ref/configs/demo.yaml
 
 test: $(READY) lint  ## tppo_ref, sim and the notebooks; no vLLM
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/scale
 
 test-scale: $(SCALE)  ## scale/, with vLLM's CPU build and several ranks on this machine
 	CI_SCALE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale
