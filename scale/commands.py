@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
 from scale.checkpoint import export as export_model
-from scale.checkpoint import read_manifest
+from scale.checkpoint import load_models, read_manifest
 from scale.config import ScaleConfig
 from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import evaluate as run_evaluation
 from scale.evaluate import write_texts
-from scale.run import ScaleSession, ShapingScorer, build_engine, build_models
+from scale.run import ShapingScorer, build_engine, build_models
 from scale.run import train as run_training
 from tppo_ref.checkpoint import complete_checkpoints
 from tppo_ref.evaluate import sample_answers
@@ -84,21 +85,14 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
 
 def export(config: ScaleConfig, world: World) -> None:
     """The newest checkpoint of algo.run.out as Hugging Face folders, `export/policy` and `export/value`, in engine.dtype."""
-    from pathlib import Path
-
     out = Path(config.algo.run.out)
     found = complete_checkpoints(out / "checkpoints")
     if not found:
         raise UserError(f"algo.run.out: {out} holds no checkpoint; give the folder of a run")
     read_manifest(found[-1])
-    from scale.checkpoint import load_models
-
     policy, value = build_models(config, world, make_task(config), weights=False)
     load_models(policy, value, found[-1])
     for name, model in (("policy", policy), ("value", value)):
         export_model(model, out / "export" / name, world, dtype=getattr(torch, config.engine.dtype))
     if world.rank == 0:
         print(f"{found[-1].name}: {out / 'export' / 'policy'}, {out / 'export' / 'value'}")
-
-
-__all__ = ["ScaleSession", "evaluate", "export", "pretrain_value", "train"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scale.config import ScaleConfig
+from scale.rewards import GRADE
 from tppo_ref.tasks.jsonl import JsonlTask, read_lines
 from tppo_ref.types import UserError
 
@@ -70,7 +71,7 @@ def make_task(config: ScaleConfig) -> MathTask:
         raise UserError("algo.task.tokenizer: expected a folder, or bytes, got none")
     return MathTask(
         train=task.path, test=task.eval_path or "", tokenizer=tokenizer, chat_template=task.chat_template,
-        verifier=task.verifier or ("scale.rewards:grade" if config.reward.format_penalty else "scale.rewards:verify_math"),
+        verifier=task.verifier or (GRADE if config.reward.format_penalty else "scale.rewards:verify_math"),
         prompt_key=task.prompt_key, answer_key=task.answer_key,
         max_prompt_tokens=task.max_prompt_tokens, instruction=config.data.instruction, over_long=config.data.over_long,
     )  # fmt: skip

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,234, not the one of (1,2)
 NO_ANSWER = -2.0  # what `grade` says of a response in which no answer can be found
+GRADE = "scale.rewards:grade"
 
 
 def final_answer(answer: str) -> str:

@@ -16,7 +16,7 @@ from scale.data import MathTask, make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import evaluate, write_texts
-from scale.rewards import NO_ANSWER, shaped
+from scale.rewards import GRADE, NO_ANSWER, shaped
 from scale.sharding import load_sharded
 from scale.vllm_engine import VLLMEngine
 from tppo_ref import metrics
@@ -39,6 +39,7 @@ class ShapingScorer(TaskScorer):
     def __init__(self, task: Any, config: ScaleConfig):
         super().__init__(task, config.algo.task)
         self.rewards, self.cap, self.shaping = config.reward, config.algo.rollout.max_response_tokens, True
+        self.graded = task.verifier == GRADE  # only it says NO_ANSWER; a user's own verifier may mean -2 when it says -2
         self._submitted: dict[int, Response] = {}
 
     def submit(self, response: Response) -> None:
@@ -48,13 +49,13 @@ class ShapingScorer(TaskScorer):
     def collect(self) -> dict[int, tuple[float, str]]:
         scores = super().collect()
         responses, self._submitted = self._submitted, {}
-        if not self.shaping:
-            return {id: (max(score, -1.0), status) for id, (score, status) in scores.items()}
-        return {id: (self._shaped(score, responses[id]), status) for id, (score, status) in scores.items()}
+        return {id: (self._final(score, responses[id]), status) for id, (score, status) in scores.items()}
 
-    def _shaped(self, score: float, response: Response) -> float:
-        answered = score != NO_ANSWER
-        return shaped(score if answered else -1.0, response, self.rewards, cap=self.cap, answered=answered)
+    def _final(self, score: float, response: Response) -> float:
+        """What becomes of the verifier's score: an answer that cannot be found is wrong, and training shapes the rest."""
+        answered = not (self.graded and score == NO_ANSWER)
+        score = score if answered else -1.0
+        return shaped(score, response, self.rewards, cap=self.cap, answered=answered) if self.shaping else score
 
 
 class ScaleSession(Session):

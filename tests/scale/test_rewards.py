@@ -190,3 +190,21 @@ def test_math_verify_works_in_the_killable_process_and_a_hard_text_cannot_hold_i
     assert (scores[2].value, scores[2].status) == (-1.0, "ok")
     assert scores[4].value == 1.0
     assert set(scores) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("shaping", [True, False])
+def test_only_the_built_in_grader_says_that_there_is_no_answer(shaping):
+    """A user's verifier may score below -1, and with exactly the grader's sign: the score stays, in training and in evaluation."""
+    from scale.config import RewardConfig
+    from scale.rewards import GRADE, NO_ANSWER
+    from scale.run import ShapingScorer
+    from tppo_ref.types import Prompt, Response
+
+    response = Response(id=0, prompt=Prompt(id=0, token_ids=(1,), answer=""), sample_index=0, token_ids=[1, 2])
+    scorer = ShapingScorer.__new__(ShapingScorer)
+    scorer.rewards, scorer.cap, scorer.shaping = RewardConfig(format_penalty=0.25), 10, shaping
+    scorer.graded = False
+    assert [scorer._final(score, response) for score in (NO_ANSWER, -5.0, 1.0)] == [NO_ANSWER, -5.0, 1.0]
+    scorer.graded = True
+    assert scorer._final(NO_ANSWER, response) == (-1.25 if shaping else -1.0)
+    assert GRADE.partition(":")[2] == "grade"
