@@ -38,7 +38,7 @@ TERMS: dict[str, str] = {
     "policy_state": "float32 masters and AdamW's two moments, this rank's shard (12 bytes a parameter)",
     "value_state": "the same of the value model",
     "average_state": "PPO-EWMA's averaged policy, this rank's shard (4 bytes a parameter)",
-    "gradients": "float32 shards of both models' gradients: they stay until the model's next update",
+    "gradients": "float32 shards of the gradients of the model under update; freed with the update",
     "gathered_weights": "parameters gathered for computing, and the next layer's on their way",
     "gathered_gradients": "gradients on their way to the shards",
     "activations": "inputs saved for the backward pass, temporaries, a chunk of logits",
@@ -46,7 +46,7 @@ TERMS: dict[str, str] = {
     "engine_weights": "the engine's copy of the policy, split over its ranks",
     "engine_reserve": "the engine's activations, graphs and buffers (an allowance)",
     "kv_cache": "what is left of engine.gpu_memory_utilization",
-    "sync_buffer": "the largest tensor: whole in float32, whole in the engine's type, and its place in the engine",
+    "sync_buffer": "the largest tensor, whole in the engine's type, and its place in the engine",
     "runtime": "driver context, communication buffers, fragmentation (an allowance)",
 }
 """Keys of `terms_per_phase(config)[phase]`, and what they count."""
@@ -83,12 +83,11 @@ def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) 
     largest = max(math.prod(tensor) for tensor in policy.tensors)
     split = config.engine.tensor_parallel
     phases: dict[str, dict[str, float]] = {
-        "sync": states | engine | staying | {"sync_buffer": largest * (4 + size + size / split)},
+        "sync": states | engine | staying | {"sync_buffer": largest * (size + size / split)},
         "rollout": states | decoding,
     }
     if "probe" in only and config.engine.kind == "vllm":
-        before = {name: num_bytes for name, num_bytes in states.items() if name != "gradients"}
-        phases["probe"] = before | decoding | working(config, policy, "probe")
+        phases["probe"] = states | decoding | working(config, policy, "probe")
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
         if phase in only:
             shape = value if phase.startswith("value") else policy
@@ -97,11 +96,11 @@ def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) 
 
 
 def resident(config: ScaleConfig) -> dict[str, float]:
-    """What the trainer holds in every phase after the first step: states and gradients. With offload, nothing."""
+    """What the trainer holds in every phase. With offload, nothing."""
     if config.sharding.offload:
         return {}
     policy, value = (shard_bytes(config, shape, value) for shape, value in zip(shapes(config), (False, True), strict=True))
-    found = {"policy_state": 3 * policy, "value_state": 3 * value, "gradients": policy + value}
+    found = {"policy_state": 3 * policy, "value_state": 3 * value}
     return found | ({"average_state": policy} if config.algo.policy.ewma_decay else {})
 
 
@@ -111,9 +110,9 @@ def shard_bytes(config: ScaleConfig, shape: Shape, value: bool) -> float:
 
 
 def working(config: ScaleConfig, shape: Shape, phase: str) -> dict[str, float]:
-    """What a pass adds to the states: gathered weights and gradients, activations."""
-    found = terms(shape, passing(config, phase))
-    return {name: num_bytes for name, num_bytes in found.items() if name not in ("shards", "gradients")}
+    """What a pass adds to the states: gathered weights, gradients (offloaded ones are on the host), activations."""
+    left_out = ("shards", "gradients") if config.sharding.offload else ("shards",)
+    return {name: num_bytes for name, num_bytes in terms(shape, passing(config, phase)).items() if name not in left_out}
 
 
 def passing(config: ScaleConfig, phase: str) -> Pass:
@@ -170,9 +169,8 @@ def kv_tokens(config: ScaleConfig, shape: Shape) -> int:
 def host_bytes(config: ScaleConfig) -> float:
     """Of one machine: a checkpoint while it is written (copies of all states), and with offload the states themselves."""
     here = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, offload=False))
-    states = resident(here)
-    gradients = states.pop("gradients")
-    copies = sum(states.values())
+    copies = sum(resident(here).values())
+    gradients = max(shard_bytes(here, shape, value) for shape, value in zip(shapes(here), (False, True), strict=True))
     return config.cluster.devices_per_node * (copies + (copies + gradients if config.sharding.offload else 0.0))
 
 

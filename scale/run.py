@@ -148,7 +148,7 @@ def build_models(config: ScaleConfig, world: World, task: MathTask, *, weights: 
     policy = load_sharded(
         PolicyModel, model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights,
         temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=task.end_token_id,
-        logit_chunk_tokens=model.logit_chunk_tokens or None,
+        logit_chunk_tokens=model.logit_chunk_tokens or None, sync_dtype=getattr(torch, config.engine.dtype),
     )  # fmt: skip
     value = load_sharded(
         ValueModel, model.value or model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights

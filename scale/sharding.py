@@ -39,7 +39,9 @@ def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingConfig) -> None:
+def shard(
+    model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingConfig, sync_dtype: torch.dtype | None = None
+) -> None:
     """Shard a model in place over `mesh`; its parameters become DTensors under the names that they had.
 
     Invariant: forward, backward and `named_tensors` give what the whole model gave, up to the rounding of `compute_dtype`.
@@ -57,7 +59,7 @@ def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingCon
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, reshard_after_forward=False, **options)
     model.register_forward_hook(_reshard_without_gradient)
-    model.__dict__["named_tensors"] = functools.partial(gathered, model)  # what engines are given: whole tensors
+    model.__dict__["named_tensors"] = functools.partial(gathered, model, sync_dtype)  # what engines are given
 
 
 def _reshard_without_gradient(model: Any, inputs: Any, output: Any) -> None:
@@ -74,11 +76,13 @@ def load_sharded(
     *,
     seed: int = 0,
     weights: bool = True,
+    sync_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> PolicyModel | ValueModel:
     """A sharded policy or value model from a Hugging Face folder, each rank reading its own rows; `options` go to the model.
 
-    weights=False leaves the folder's weights unread: a checkpoint brings them.
+    weights      False leaves the folder's weights unread: a checkpoint brings them
+    sync_dtype   type in which `named_tensors` hands the weights to an engine; None: float32, as they are
 
     A config.json gives random weights under `seed`, the same on any number of ranks. A policy's folder gives a value model its
     backbone, and a new head under `seed`. UserError as `tppo_ref.models.load_policy`.
@@ -87,10 +91,10 @@ def load_sharded(
     mesh = init_device_mesh("cuda" if world.device.startswith("cuda") else "cpu", (world.world,))
     if str(source).endswith(".json"):
         model = load(str(source), seed=seed, device="cpu", **options)  # random: small, or nobody would start from it
-        shard(model.to(world.device), mesh, config)
+        shard(model.to(world.device), mesh, config, sync_dtype)
         return model
     model = empty(kind, source, **options)
-    shard(model, mesh, config)
+    shard(model, mesh, config, sync_dtype)
     model.to_empty(device="cpu" if config.offload else world.device)
     _restore_buffers(model, world.device)
     if weights:
@@ -180,11 +184,14 @@ def _own_rows(parameter: Tensor) -> slice:
     return slice(offset[0], offset[0] + shape[0])
 
 
-def gathered(model: PolicyModel | ValueModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor), one at a time, so that one tensor's memory is all it takes. Every rank takes part, to the last."""
+def gathered(model: PolicyModel | ValueModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor), one at a time, so that one tensor's memory is all it takes. Every rank takes part, to the last.
+
+    dtype   cast to, before gathering: bfloat16 halves what travels. None: as the masters are
+    """
     for name, parameter in model.hf.named_parameters():
-        whole = parameter.detach()
-        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+        part = parameter.detach().to(dtype or parameter.dtype)
+        yield name, part.full_tensor() if isinstance(part, DTensor) else part
 
 
 def checksum(model: PolicyModel | ValueModel) -> float:

@@ -25,7 +25,7 @@ PHASES = ("sync", "rollout", *TRAINING)
 TERMS: dict[str, str] = {
     "policy_state": "the policy's fp32 master weights and AdamW moments, this device's shard (12 bytes a parameter)",
     "value_state": "the same of the value model",
-    "gradients": "the fp32 gradient shards of both models, which stay until the next update (4 bytes a parameter)",
+    "gradients": "the fp32 gradient shards of the model under update, freed with it (4 bytes a parameter)",
     "gathered_weights": "weights gathered for computing: the root group, this layer and the next",
     "gathered_gradients": "gradients before they are reduced: a layer's, in the computing type and in fp32, and the head's",
     "activations": "of a micro-batch at the peak of the pass",
@@ -33,7 +33,7 @@ TERMS: dict[str, str] = {
     "engine_weights": "the engine's own copy of the policy, split over the devices of a replica",
     "engine_reserve": "the engine's activations, graphs and buffers (an allowance)",
     "kv_cache": "what is left of the engine's share for keys and values",
-    "sync_buffer": "the largest tensor: whole in fp32, whole in the engine's type, and its place in the engine",
+    "sync_buffer": "the largest tensor, whole in the engine's type, and its place in the engine",
     "runtime": "driver context, communication buffers and fragmentation (an allowance)",
 }
 """Keys of `bytes_per_phase(...)[phase]`, and what they count."""
@@ -61,7 +61,7 @@ class Budget:
     offload: bool = False
     """Shards, gradients and moments in the host's memory instead."""
     accumulate: bool = True
-    """Gradient shards exist at the peak, as in any step but the first. False: a first step with one micro-batch."""
+    """Gradient shards of earlier micro-batches exist at the peak. False: an update of one micro-batch."""
     value_model: bool = True
     """A value model of the policy's shape; False: the policy alone."""
     runtime_bytes: float = 2e9
@@ -93,7 +93,7 @@ def bytes_per_phase(
     apart, runtime = layout.num_engine_devices is not None, {"runtime": budget.runtime_bytes}
     stays = engine | kv_cache if layout.sleep_level == 0 and not apart else {}
     size = layout.bytes_per_parameter
-    buffer = {"sync_buffer": float(model.num_embedding_parameters) * (4 + size + size / layout.tensor_parallel)}
+    buffer = {"sync_buffer": float(model.num_embedding_parameters) * (size + size / layout.tensor_parallel)}
     phases = {
         "sync": resident | engine | buffer | (kv_cache if layout.sleep_level == 0 else {}) | runtime,
         "rollout": (engine if apart else resident | engine) | kv_cache | runtime,
@@ -133,12 +133,10 @@ def _engine(model: ModelShape, layout: Layout, accelerator: Accelerator | None) 
 
 
 def _resident(model: ModelShape, layout: Layout, budget: Budget) -> dict[str, float]:
-    """What the trainer holds in every phase after the first step."""
+    """What the trainer holds in every phase."""
     num = {"policy_state": model.num_parameters} | ({"value_state": model.num_value_parameters} if budget.value_model else {})
     share = 0.0 if budget.offload else 1 / layout.num_devices
-    states = {name: count * OPTIMISER_BYTES_PER_PARAMETER * share for name, count in num.items()}
-    gradients = sum(num.values()) * GRADIENT_BYTES_PER_PARAMETER * share * budget.accumulate
-    return states | ({"gradients": gradients} if gradients else {})
+    return {name: count * OPTIMISER_BYTES_PER_PARAMETER * share for name, count in num.items()}
 
 
 def _pass(model: ModelShape, layout: Layout, budget: Budget, tokens: int, *, value: bool, train: bool) -> dict[str, float]:
@@ -153,14 +151,16 @@ def _pass(model: ModelShape, layout: Layout, budget: Budget, tokens: int, *, val
     head = 0 if value or model.tied_embeddings else model.num_embedding_parameters
     root = model.num_embedding_parameters + head
     root_gradient = (0 if value else model.num_embedding_parameters) * size * train
-    in_layer = {
+    shards = (model.num_value_parameters if value else model.num_parameters) / layout.num_devices * (not budget.offload)
+    gradients = {"gradients": shards * GRADIENT_BYTES_PER_PARAMETER * (train and budget.accumulate)}
+    in_layer = gradients | {
         "gathered_weights": (root + 2 * layer) * size,
         "gathered_gradients": layer * (size + GRADIENT_BYTES_PER_PARAMETER) * train + root_gradient,
         "activations": tokens * activation_bytes_per_token(model, layout, train=train),
     }
     logits = 0 if value else min(tokens, budget.logit_chunk_tokens) * model.vocab_size * (size + 4) * (2 if train else 1)
     saved = activation_bytes_per_token(model, layout, train=train, in_layer=False)
-    at_head = {
+    at_head = gradients | {
         "gathered_weights": (root + layer) * size,
         "gathered_gradients": root_gradient,
         "activations": tokens * saved,

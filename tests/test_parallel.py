@@ -51,9 +51,16 @@ def make_rows() -> tuple[list[Response], list[int]]:
     return responses, begins
 
 
-def gradients_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Of the update, clip included. Not the weights: Adam's first step is the sign, which rounding turns where a gradient is 0."""
-    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+def watched_gradients(learner: Learner) -> list[torch.Tensor]:
+    """A list that the next update fills with the gradients that it steps on, clip included. Not the weights: Adam's first step is
+    the sign, which rounding turns where a gradient is 0."""
+    found: list[torch.Tensor] = []
+
+    def keep(optimiser: Any, *arguments: Any) -> None:
+        found[:] = [p.grad.clone() for p in learner.module.parameters() if p.grad is not None]
+
+    learner.optimiser.register_step_pre_hook(keep)
+    return found
 
 
 class Exchange:
@@ -130,8 +137,9 @@ def policy_update(rows: list[int], parallel: Any) -> tuple[list[torch.Tensor], d
             values, last = value(step.batch(micro))
             step.put(micro, values_BT=values, last_value_B=last, logprob_BT=policy(step.batch(micro)))
     step.estimate_advantages(ADVANTAGE, window=6, parallel=parallel)
+    gradients = watched_gradients(learner)
     metrics = update_policy(learner, step, [plan], step=1)
-    return gradients_of(policy), metrics
+    return gradients, metrics
 
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES.keys())
@@ -152,13 +160,15 @@ def value_update(rows: list[int], parallel: Any) -> tuple[list[torch.Tensor], di
     mask_BT = response_mask([len(r) for r in responses])
     targets_BT = torch.where(mask_BT, 0.3, 0.0)
     plan = learner.plan([len(r) for r in responses], [len(r) + 3 for r in responses], np.random.default_rng(0))
+    gradients = watched_gradients(learner)
     metrics = update_value(learner, responses, targets_BT, mask_BT, None, [plan], step=1)
-    return gradients_of(value), metrics
+    return gradients, metrics
 
 
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES.keys())
 def test_the_value_models_update_of_two_ranks_is_that_of_one(shares: list[list[int]]) -> None:
     expected, metrics = value_update([0, 1, 2, 3, 4, 5], SingleProcess())
+    assert sum(float(g.abs().sum()) for g in expected) > 0.1, "one rank changed nothing"
     for gradients, its_metrics in on_ranks(2, lambda parallel: value_update(shares[parallel.rank], parallel)):
         for ours, theirs in zip(expected, gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -57,8 +57,10 @@ class Learner:
         return [micro + [[]] * (int(n) - len(micro)) for micro, n in zip(plan, most, strict=True)]
 
     def update(self, micro_batches: list[list[int]], loss: Callable[[list[int]], torch.Tensor], step: int) -> None:
-        """One optimiser step on the sum of the micro-batches' losses, each already divided by the mini-batch's token count."""
-        self.optimiser.zero_grad(set_to_none=True)
+        """One optimiser step on the sum of the micro-batches' losses, each already divided by the mini-batch's token count.
+
+        Gradients are None before and after.
+        """
         total = 0.0
         for rows in micro_batches:
             part = loss(rows)
@@ -69,6 +71,7 @@ class Learner:
         if not self.grad_norms:
             self._warm_up()
         self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)  # four bytes a parameter, which decoding can use
         self.grad_norms.append(norm)
 
     def _refuse_non_finite(self, loss: float, norm: float, step: int) -> None:

@@ -177,15 +177,18 @@ def test_offloaded_states_are_on_the_host_and_not_on_the_device(file):
     here, there = small(file), small(file, sharding__offload=True)
     states = memory.resident(here)
     assert memory.resident(there) == {}
-    assert memory.host_bytes(there) - memory.host_bytes(here) == 4 * sum(states.values())
+    gradients = max(memory.terms_per_phase(here)[phase]["gradients"] for phase in ("policy_update", "value_update"))
+    assert memory.host_bytes(there) - memory.host_bytes(here) == 4 * (sum(states.values()) + gradients)
 
 
-def test_gradients_stay_between_updates_as_the_learner_leaves_them(file):
+def test_gradients_are_gone_between_updates_as_the_learner_leaves_them(file):
     module = torch.nn.Linear(2, 1)
     learner = Learner("policy", module, PolicyConfig(), SingleProcess())
     learner.update([[0]], lambda rows: module(torch.ones(1, 2)).sum(), step=1)
     stay = any(p.grad is not None for p in module.parameters())
-    assert stay == ("gradients" in memory.terms_per_phase(small(file))["rollout"])
+    phases = memory.terms_per_phase(small(file))
+    holding = {phase for phase, found in phases.items() if found.get("gradients")}
+    assert holding == {"policy_update", "value_update"} | (set(phases) if stay else set())
 
 
 def test_more_ranks_need_no_more_of_each(file):
@@ -323,3 +326,24 @@ def test_32b_on_64_ranks_from_the_command_line_in_two_gib(tmp_path):
     # 12 bytes a parameter over 64 ranks; shards are whole rows, so rounding adds a little
     assert found["terms_per_phase"]["rollout"]["policy_state"] == pytest.approx(32_763_876_352 * 12 / 64, rel=1e-3)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30
+    check_the_guides_table(found["terms_per_phase"])
+
+
+def check_the_guides_table(phases):
+    """docs/scale.md shows this dry run, its terms in groups."""
+    groups = {
+        "states": ("policy_state", "value_state"),
+        "passes": ("gathered_weights", "gathered_gradients", "gradients", "activations"),
+        "engine": ("engine_weights", "engine_reserve", "kv_cache"),
+        "sync buffer": ("sync_buffer", "batch", "runtime"),
+        "in all": memory.TERMS,
+    }
+    guide = (ROOT / "docs" / "scale.md").read_text().splitlines()
+    head = next(line for line in guide if line.startswith("| Qwen2.5-32B, 64 ranks"))
+    names = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    assert names == list(phases)
+    for start, terms in groups.items():
+        (row,) = [line for line in guide if line.startswith(f"| {start}") and line.count("|") == head.count("|")]
+        shown = [float(cell) if cell.strip() else 0.0 for cell in row.strip("|").split("|")[1:]]
+        for name, number in zip(names, shown, strict=True):
+            assert number == pytest.approx(sum(phases[name].get(term, 0) for term in terms) / 1e9, abs=0.051), (start, name)
