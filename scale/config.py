@@ -124,6 +124,11 @@ class ScaleConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
 
+def own_base_model(config: ScaleConfig) -> bool:
+    """Whether the run starts from the model that a built-in task makes for itself."""
+    return not (config.algo.model.policy or config.algo.task.path or config.algo.task.name == "jsonl")
+
+
 def check(config: ScaleConfig) -> ScaleConfig:
     """The config with its named method applied; UserError for what cannot run, before anything is loaded."""
     algo = apply_method(config.algo, config.algo.run.method, strict=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from scale.config import ScaleConfig
 from scale.rewards import GRADE
+from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.jsonl import JsonlTask, read_lines
 from tppo_ref.types import UserError
 
@@ -61,11 +62,16 @@ class MathTask(JsonlTask):
         return prompts
 
 
-def make_task(config: ScaleConfig) -> MathTask:
-    """The task that a config describes. UserError in one line for what is missing or unreadable."""
+def make_task(config: ScaleConfig) -> Task:
+    """The task that a config describes: prompts from algo.task.path where it is given, else the built-in one of algo.task.name.
+
+    UserError in one line for what is missing or unreadable.
+    """
     task = config.algo.task
     if not task.path:
-        raise UserError("algo.task.path: expected a file of prompts or a data set's id, got none")
+        if task.name == "jsonl":
+            raise UserError("algo.task.path: expected a file of prompts or a data set's id, got none")
+        return load_task(task.name)
     tokenizer = task.tokenizer or config.algo.model.policy
     if not tokenizer:
         raise UserError("algo.task.tokenizer: expected a folder, or bytes, got none")

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scale import memory
-from scale.config import ScaleConfig
+from scale.config import ScaleConfig, own_base_model
 from scale.memory import bytes_per_phase, terms_per_phase
 from scale.plan_file import Seconds, read_seconds
 from scale.remedies import Change, changes, longest_response
+from tppo_ref.config import replace_fields
+from tppo_ref.run import base_config
+from tppo_ref.tasks import load_task
 from tppo_ref.types import UserError
 
 __all__ = ["Verdict", "bytes_per_phase", "dry_run", "judge", "terms_per_phase"]
@@ -45,6 +49,20 @@ class Verdict:
 
 def dry_run(config: ScaleConfig) -> int:
     """Print the table, the verdict and, where a plan is given, the seconds. 0: it fits; 1: it does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _dry_run(_with_shape(config, Path(folder)))
+
+
+def _with_shape(config: ScaleConfig, folder: Path) -> ScaleConfig:
+    """A built-in task's base model need not be made: its shape is enough."""
+    if not own_base_model(config):
+        return config
+    file = folder / f"base model of {config.algo.task.name}.json"
+    base_config(config.algo, load_task(config.algo.task.name)).to_json_file(file, use_diff=False)
+    return replace_fields(config, {"algo.model.policy": str(file)})
+
+
+def _dry_run(config: ScaleConfig) -> int:
     policy, _ = memory.shapes(config)
     memory.check_cuts(config, policy)
     seconds = None

@@ -117,7 +117,8 @@ def work(command: str, config: object) -> int:
 
     from scale import commands
     from scale.config import ScaleConfig
-    from scale.distributed import last_barrier, lost_a_rank, report_once, start
+    from scale.distributed import Collective, last_barrier, lost_a_rank, report_once, start
+    from scale.run import with_base_model
     from tppo_ref.types import UserError
 
     assert isinstance(config, ScaleConfig)
@@ -130,7 +131,7 @@ def work(command: str, config: object) -> int:
         world = start(
             tensor_parallel=config.engine.tensor_parallel, device=config.algo.model.device, timeout_s=config.cluster.timeout_s
         )
-        getattr(commands, command.replace("-", "_"))(config, world)
+        getattr(commands, command.replace("-", "_"))(with_base_model(config, Collective(world)), world)
     except UserError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:

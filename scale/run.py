@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from scale.checkpoint import Checkpointer, load_checkpoint, read_manifest
-from scale.config import ScaleConfig
-from scale.data import MathTask, make_task
+from scale.config import ScaleConfig, own_base_model
+from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import evaluate, write_texts
@@ -21,10 +21,11 @@ from scale.sharding import load_sharded
 from scale.vllm_engine import VLLMEngine
 from tppo_ref import metrics
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import Config
+from tppo_ref.config import Config, replace_fields
 from tppo_ref.engines import RolloutEngine, TorchEngine
 from tppo_ref.models import PolicyModel, ValueModel, load_policy
-from tppo_ref.run import Session, TaskScorer, check_vocabulary
+from tppo_ref.run import Session, TaskScorer, base_model, check_vocabulary
+from tppo_ref.tasks import Task, load_task
 from tppo_ref.trainer import Trainer
 from tppo_ref.types import Response, UserError
 
@@ -69,7 +70,7 @@ class ScaleSession(Session):
         super().__init__(config.algo)
         self.checkpointer = Checkpointer(self.checkpoints, world, config)
 
-    def _make_task(self) -> MathTask:
+    def _make_task(self) -> Task:
         return make_task(self.scale)
 
     def _saved_config(self, checkpoint: Path) -> dict[str, Any]:
@@ -140,7 +141,18 @@ class ScaleSession(Session):
                         "or more slots help", step, metrics["response/ended"])  # fmt: skip
 
 
-def build_models(config: ScaleConfig, world: World, task: MathTask, *, weights: bool = True) -> tuple[PolicyModel, ValueModel]:
+def with_base_model(config: ScaleConfig, parallel: Collective) -> ScaleConfig:
+    """The config with a policy to start from: a built-in task makes its own, once for all ranks, in algo.run.cache."""
+    if not own_base_model(config):
+        return config
+    for first in (True, False):  # the others find what rank 0 made; without a shared cache they make the same one
+        if (parallel.rank == 0) == first:
+            folder = base_model(config.algo, load_task(config.algo.task.name))
+        parallel.gather_objects(None)
+    return replace_fields(config, {"algo.model.policy": folder})
+
+
+def build_models(config: ScaleConfig, world: World, task: Task, *, weights: bool = True) -> tuple[PolicyModel, ValueModel]:
     """Policy and value model, sharded; the value model from `algo.model.value`, or on the policy's backbone."""
     model, rollout = config.algo.model, config.algo.rollout
     if not model.policy:
@@ -159,7 +171,7 @@ def build_models(config: ScaleConfig, world: World, task: MathTask, *, weights: 
     return policy, value
 
 
-def build_engine(config: ScaleConfig, world: World, task: MathTask, slots: int) -> RolloutEngine:
+def build_engine(config: ScaleConfig, world: World, task: Task, slots: int) -> RolloutEngine:
     """The engine of this rank's group. It has no weights yet."""
     algo, engine = config.algo, config.engine
     context = task.max_prompt_tokens + algo.rollout.max_response_tokens
@@ -189,7 +201,7 @@ def thresholds(config: ScaleConfig) -> tuple[float, float]:
     return config.engine.probe_mean or mean, config.engine.probe_top_percent or top
 
 
-def probe(engine: VLLMEngine, policy: PolicyModel, task: MathTask, config: ScaleConfig) -> None:
+def probe(engine: VLLMEngine, policy: PolicyModel, task: Task, config: ScaleConfig) -> None:
     """Compare engine and trainer on the same tokens. UserError where they are further apart than the thresholds."""
     prompts = [prompt.token_ids for prompt in task.prompts("train")[: config.engine.probe_prompts]]
     gap = engine.probe(policy, prompts, new_tokens=config.engine.probe_tokens)
@@ -216,4 +228,4 @@ def train(config: ScaleConfig, world: World) -> Path | None:
     return path
 
 
-__all__ = ["Config", "ScaleSession", "ShapingScorer", "build_engine", "build_models", "probe", "thresholds", "train"]
+__all__ = ["Config", "ScaleSession", "ShapingScorer", "build_engine", "build_models", "probe", "thresholds", "train", "with_base_model"]

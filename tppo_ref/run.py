@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
 from tppo_ref.checkpoint import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
@@ -91,12 +92,17 @@ def base_model(config: Config, task: Task) -> str:
         return config.model.policy
     if not hasattr(task, "demonstrations"):
         raise UserError(f"model.policy: task {config.task.name} has no base model of its own, got none; give a checkpoint folder")
-    size = config.model
-    tiny = tiny_policy_config(task, num_layers=size.num_layers, width=size.hidden_size, num_heads=size.num_heads)
-    cache = writable_folder(config.run.cache, "run.cache")
+    size, cache = config.model, writable_folder(config.run.cache, "run.cache")
     return str(
-        warm_start(task, tiny, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache, progress=config.run.progress)
-    )
+        warm_start(task, base_config(config, task), steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache,
+                   progress=config.run.progress)
+    )  # fmt: skip
+
+
+def base_config(config: Config, task: Task) -> PretrainedConfig:
+    """The shape of a built-in task's own base model."""
+    size = config.model
+    return tiny_policy_config(task, num_layers=size.num_layers, width=size.hidden_size, num_heads=size.num_heads)
 
 
 def make_policy(config: Config, task: Task, source: str) -> PolicyModel:

@@ -38,7 +38,8 @@ def needs_vllm():
 def arguments(model, problems, out, *more: str, kind: str = "torch", ranks: int = 2, steps: int = 4) -> list[str]:
     return ["--config", str(TINY_CONFIG), "--algo.task.path", str(problems), "--algo.model.policy", str(model), "--algo.run.out", str(out),
             "--engine.kind", kind, "--cluster.devices_per_node", str(ranks), "--algo.run.steps", str(steps), "--algo.run.progress", "false",
-            "--algo.run.eval_prompts", "2", "--algo.run.eval_samples", "2", "--cluster.timeout_s", "60", *more]  # fmt: skip
+            "--algo.run.eval_prompts", "2", "--algo.run.eval_samples", "2", "--cluster.timeout_s", "60",
+            "--algo.rollout.slots", "8", "--algo.rollout.window", "16", "--algo.rollout.max_response_tokens", "48", *more]  # fmt: skip
 
 
 def ranks_left(out: Path) -> list[int]:
