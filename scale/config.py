@@ -7,9 +7,11 @@ Marks as there: [S] paper, [P] port, [V] another primary source, [I] inferred, [
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
-from tppo_ref.config import Config, apply_method
+from scale.rewards import GRADE
+from tppo_ref.config import Config, apply_method, get_field
 from tppo_ref.types import UserError
 from tppo_ref.validation import check as check_algo
 
@@ -142,6 +144,15 @@ def check(config: ScaleConfig) -> ScaleConfig:
     ranks = config.cluster.nodes * config.cluster.devices_per_node
     if ranks % config.engine.tensor_parallel:
         raise UserError(f"engine.tensor_parallel: {ranks} ranks cannot be cut into groups of {config.engine.tensor_parallel}")
-    if config.cluster.timeout_s <= 0:
-        raise UserError(f"cluster.timeout_s: expected a positive number, got {config.cluster.timeout_s}")
+    for path, unit in (("cluster.timeout_s", "seconds"), ("cluster.device_bytes", "bytes")):
+        if not 0 < get_field(config, path) < math.inf:
+            raise UserError(f"{path}: expected a positive number of {unit}, got {get_field(config, path)}")
+    if not 0 < config.engine.gpu_memory_utilization <= 1:
+        raise UserError(
+            f"engine.gpu_memory_utilization: expected a share above 0, up to 1, got {config.engine.gpu_memory_utilization}"
+        )
+    verifier = algo.task.verifier or (GRADE if algo.task.path else "the built-in task's own")
+    if config.reward.format_penalty and verifier != GRADE:
+        raise UserError(f"reward.format_penalty: only {GRADE} can tell that a response has no answer, the verifier is {verifier}; "
+                        f"give 0, or leave algo.task.verifier out")  # fmt: skip
     return dataclasses.replace(config, algo=algo)

@@ -115,6 +115,8 @@ def work(command: str, config: object) -> int:
     """One rank. The first rank to fail says so, in one line; the exit code is the same everywhere."""
     import logging
 
+    from tqdm import tqdm
+
     from scale import commands
     from scale.config import ScaleConfig
     from scale.distributed import Collective, last_barrier, lost_a_rank, report_once, start
@@ -125,6 +127,7 @@ def work(command: str, config: object) -> int:
     if "TPPO_PARENT_PIPE" in os.environ:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, and these processes leave without giving it back
     code, message = 0, ""
     world = None
     try:

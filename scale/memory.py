@@ -233,11 +233,7 @@ def config_file(source: str | None) -> Path:
 
 def check_cuts(config: ScaleConfig, shape: Shape) -> None:
     """UserError where ranks, heads or slots cannot be dealt out evenly."""
-    split, share = config.engine.tensor_parallel, config.engine.gpu_memory_utilization
-    if not 0 < share <= 1:
-        raise UserError(f"engine.gpu_memory_utilization: expected a share above 0, up to 1, got {share}")
-    if not 0 < config.cluster.device_bytes < math.inf:
-        raise UserError(f"cluster.device_bytes: expected a positive number of bytes, got {config.cluster.device_bytes}")
+    split = config.engine.tensor_parallel
     if shape.num_heads % split or (shape.num_kv_heads % split and split % shape.num_kv_heads):
         fitting = [n for n in range(1, shape.num_heads + 1)
                    if shape.num_heads % n == 0 and (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip

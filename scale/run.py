@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from scale.sharding import load_sharded
 from scale.vllm_engine import VLLMEngine
 from tppo_ref import metrics
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import Config, replace_fields
+from tppo_ref.config import Config, field_paths, get_field, replace_fields
 from tppo_ref.engines import RolloutEngine, TorchEngine
 from tppo_ref.models import PolicyModel, ValueModel, load_policy
 from tppo_ref.run import Session, TaskScorer, base_model, check_vocabulary
@@ -32,6 +33,9 @@ from tppo_ref.types import Response, UserError
 log = logging.getLogger("scale")
 
 PROBE = {"float32": (1e-4, 1e-3), "bfloat16": (0.03, 0.3)}  # mean and top-1 % gap; bfloat16 is unconfirmed until a GPU run
+
+FIXED_ON_RESUME = ("engine.kind", "engine.dtype", "sharding.compute_dtype", "data", "reward")
+"""What is computed, beside `algo`. The rest says where: ranks, groups and machines may change with a restart."""
 
 
 class ShapingScorer(TaskScorer):
@@ -74,7 +78,14 @@ class ScaleSession(Session):
         return make_task(self.scale)
 
     def _saved_config(self, checkpoint: Path) -> dict[str, Any]:
-        return read_manifest(checkpoint)["config"]["algo"]
+        saved = read_manifest(checkpoint)["config"]
+        for path in field_paths(ScaleConfig):
+            section, name = path.split(".", 1)
+            if section in FIXED_ON_RESUME or path in FIXED_ON_RESUME:
+                then, now = saved.get(section, {}).get(name), get_field(self.scale, path)
+                if then != now:
+                    raise UserError(f"{path}: the checkpoint was made with {then}, got {now}; give the same value to go on")
+        return saved["algo"]
 
     def _build(self) -> Trainer:
         config, world = self.config, self.world
@@ -127,6 +138,16 @@ class ScaleSession(Session):
     def _open_files(self, resume_step: int | None) -> None:
         super()._open_files(resume_step)
         (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.scale), indent=1) + "\n")
+
+    def _line(self, metrics: Mapping[str, float]) -> str:
+        trained = metrics["policy/tokens"] / max(metrics["time/policy_s"], 1e-9)
+        return (
+            f"eval {self.accuracy:.2f}, score {metrics['response/score_mean']:+.2f}, length {metrics['response/length_mean']:.0f} "
+            f"(cut {metrics['response/cut_share']:.0%}, capped {metrics['response/capped_share']:.0%}), "
+            f"tokens/s {metrics['rollout/tokens_per_s']:.0f} decoded {trained:.0f} trained, "
+            f"idle {1 - metrics['rollout/occupancy']:.0%}, gap {metrics['policy/logprob_gap']:.0e}, "
+            f"explained {metrics['value/explained_variance']:.2f}"
+        )
 
     def _warn(self, metrics: dict[str, float]) -> None:
         if not self.is_main:
@@ -228,4 +249,14 @@ def train(config: ScaleConfig, world: World) -> Path | None:
     return path
 
 
-__all__ = ["Config", "ScaleSession", "ShapingScorer", "build_engine", "build_models", "probe", "thresholds", "train", "with_base_model"]
+__all__ = [
+    "Config",
+    "ScaleSession",
+    "ShapingScorer",
+    "build_engine",
+    "build_models",
+    "probe",
+    "thresholds",
+    "train",
+    "with_base_model",
+]

@@ -39,9 +39,7 @@ def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def shard(
-    model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingConfig, sync_dtype: torch.dtype | None = None
-) -> None:
+def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingConfig, sync_dtype: torch.dtype | None = None) -> None:
     """Shard a model in place over `mesh`; its parameters become DTensors under the names that they had.
 
     Invariant: forward, backward and `named_tensors` give what the whole model gave, up to the rounding of `compute_dtype`.

@@ -13,9 +13,11 @@ drops every cached prefix; on a CPU the output head keeps a packed copy of its w
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -272,6 +274,8 @@ def _import_vllm(on_cpu: bool) -> Any:
     """vLLM, with what must be set before its first import. UserError where it is not installed."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # what it says before it reads the line above
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     try:

@@ -236,6 +236,8 @@ class RunConfig:
     """Write the decoding slots of each window to timeline.csv, the load of each decode step to decode.csv. [O]"""
     threads: int = 1
     """CPU threads of torch; more do not help models this small. [M]"""
+    wandb_project: str = ""
+    """Weights & Biases: log to this project, too; empty = do not. Needs `pip install wandb`. [O]"""
     cut_warning: float = 0.9
     """Warn when more than this share of a step's rows is cut or capped. [O]"""
 

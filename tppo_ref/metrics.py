@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tppo_ref.types import UserError
+
 
 class Metric(NamedTuple):
     """formula; what it is reduced over; unit; the range in which a run is well."""
@@ -122,7 +124,7 @@ class PhaseClock:
 
 
 class MetricLog:
-    """Metrics of a run as JSON lines and TensorBoard events; a run that goes on continues the same files.
+    """Metrics of a run as JSON lines and TensorBoard events, and on Weights & Biases where asked for; a run that goes on continues.
 
     `metrics.jsonl` holds one object a record: step, then names of the glossary. Lines after `resume_step` (written after the
     checkpoint from which a run goes on) are taken back.
@@ -134,6 +136,7 @@ class MetricLog:
         *,
         resume_step: int | None = None,
         tensorboard: bool = True,
+        wandb_project: str = "",
         glossary: Mapping[str, Metric] | None = None,
     ):
         self.path, self._glossary = folder / "metrics.jsonl", glossary or GLOSSARY
@@ -150,6 +153,7 @@ class MetricLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
+        self._wandb = _wandb_run(wandb_project, folder) if wandb_project else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one record. A name outside of the glossary is a KeyError: it is complete by construction."""
@@ -164,11 +168,31 @@ class MetricLog:
             for name, value in metrics.items():
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({"step": step} | {name: value for name, value in metrics.items() if math.isfinite(value)})
 
     def close(self) -> None:
         self._file.close()
         if self._writer:
             self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(project: str, folder: Path) -> Any:
+    """The W&B run of a folder: the same one after a restart. Its x axis is our step: W&B's own cannot go back to a checkpoint."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"run.wandb_project: {project} needs wandb, which is not installed; pip install wandb, or leave it out"
+        ) from None
+    known = folder / "wandb-run-id"
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=known.read_text() if known.exists() else None,
+                     resume="allow")  # fmt: skip
+    known.write_text(run.id)
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 class Table:

@@ -47,8 +47,9 @@ log = logging.getLogger("tppo_ref")
 
 # May differ between a checkpoint and the run that goes on from it: they say where and how long, not what is computed.
 FREE_ON_RESUME = ("run.out", "run.cache", "run.resume", "run.steps", "run.train_seconds", "run.checkpoint_every", "run.progress",
-                  "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "compare.methods", "compare.seeds", "compare.jobs",
-                  "compare.target", "compare.per_method", "model.policy", "model.value")  # fmt: skip
+                  "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "run.wandb_project", "compare.methods",
+                  "compare.seeds", "compare.jobs", "compare.target", "compare.per_method", "model.policy",
+                  "model.value")  # fmt: skip
 
 
 class TaskScorer:
@@ -231,7 +232,7 @@ class Session:
     def _open_files(self, resume_step: int | None) -> None:
         (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
         (self.out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
-        self.log = MetricLog(self.out, resume_step=resume_step, glossary=self.glossary)
+        self.log = MetricLog(self.out, resume_step=resume_step, wandb_project=self.config.run.wandb_project, glossary=self.glossary)
         columns = ("step", "train_s", "response", "prompt", "tokens", "end", "score")
         self.responses = Table(self.out / "responses.csv", columns, resume_step=resume_step)
         columns = ("step", "slot", "response", "begin_s", "stop_s", "tokens", "end")
@@ -361,12 +362,16 @@ class Session:
 
     def _show(self, bar: Any, metrics: dict[str, float]) -> None:
         done = self.trainer.num_steps if self.config.run.train_seconds is None else self.trainer.train_s
-        bar.set_postfix_str(
+        bar.set_postfix_str(self._line(metrics), refresh=False)
+        bar.update(min(done, bar.total) - bar.n)
+
+    def _line(self, metrics: Mapping[str, float]) -> str:
+        """What the progress bar says of a step."""
+        return (
             f"eval {self.accuracy:.2f}, score {metrics['response/score_mean']:+.2f}, length {metrics['response/length_mean']:.0f}, "
             f"cut {metrics['response/cut_share']:.0%}, busy {metrics['rollout/occupancy']:.0%}, "
-            f"{metrics['rollout/tokens_per_s']:.0f} tok/s", refresh=False,
-        )  # fmt: skip
-        bar.update(min(done, bar.total) - bar.n)
+            f"{metrics['rollout/tokens_per_s']:.0f} tok/s"
+        )
 
     def _warn(self, metrics: dict[str, float]) -> None:
         rows = max(metrics["response/rows"], 1)

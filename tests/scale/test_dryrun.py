@@ -342,8 +342,8 @@ def check_the_guides_table(phases):
     head = next(line for line in guide if line.startswith("| Qwen2.5-32B, 64 ranks"))
     names = [cell.strip() for cell in head.strip("|").split("|")][1:]
     assert names == list(phases)
-    for start, terms in groups.items():
+    for start, grouped in groups.items():
         (row,) = [line for line in guide if line.startswith(f"| {start}") and line.count("|") == head.count("|")]
         shown = [float(cell) if cell.strip() else 0.0 for cell in row.strip("|").split("|")[1:]]
         for name, number in zip(names, shown, strict=True):
-            assert number == pytest.approx(sum(phases[name].get(term, 0) for term in terms) / 1e9, abs=0.051), (start, name)
+            assert number == pytest.approx(sum(phases[name].get(term, 0) for term in grouped) / 1e9, abs=0.051), (start, name)

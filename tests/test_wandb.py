@@ -1,0 +1,63 @@
+"""Weights & Biases is an option: never imported without being asked for, one run over restarts, our step as its x axis.
+
+The package is a stand-in that records calls; the real one (0.31, offline) was tried by hand.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+
+import pytest
+
+from tppo_ref.metrics import MetricLog
+from tppo_ref.types import UserError
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A wandb that keeps what it is told, per run id."""
+    module = types.ModuleType("wandb")
+    module.runs = {}
+
+    def init(*, project, name, dir, id, resume):
+        id = id or f"made-{len(module.runs)}"
+        run = module.runs.setdefault(
+            id, types.SimpleNamespace(id=id, project=project, name=name, resume=resume, rows=[], finished=0)
+        )
+        run.log = run.rows.append
+        run.finish = lambda: setattr(run, "finished", run.finished + 1)
+        run.define_metric = lambda pattern, step_metric: setattr(run, "axis", (pattern, step_metric))
+        return run
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_a_run_and_its_continuation_are_one_run_there_with_our_steps(tmp_path, wandb):
+    for resume, steps in ((None, (1, 2)), (1, (2, 3))):
+        log = MetricLog(tmp_path, resume_step=resume, tensorboard=False, wandb_project="tails")
+        for step in steps:
+            log.log(step, {"time/step_s": 0.5, "response/accuracy": math.nan})
+        log.close()
+    (run,) = wandb.runs.values()
+    assert (run.project, run.name, run.resume) == ("tails", tmp_path.name, "allow")
+    assert run.axis == ("*", "step")
+    assert run.rows == [{"step": step, "time/step_s": 0.5} for step in (1, 2, 2, 3)], "an undefined metric is left out"
+    assert run.finished == 2
+
+
+def test_nothing_is_sent_where_nobody_asked(tmp_path, wandb):
+    log = MetricLog(tmp_path, tensorboard=False)
+    log.log(1, {"time/step_s": 0.5})
+    log.close()
+    assert wandb.runs == {}
+
+
+def test_a_missing_package_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^run\.wandb_project: .*pip install wandb") as caught:
+        MetricLog(tmp_path, tensorboard=False, wandb_project="tails")
+    assert "\n" not in str(caught.value)
