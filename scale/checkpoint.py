@@ -8,6 +8,7 @@ A folder without one is not a checkpoint. Writing the shards goes on in the back
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -34,17 +35,19 @@ REMEDY = "remove this folder to go on from the one before"
 class Checkpointer:
     """Writes checkpoints of a run, one at a time, in the background. All ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, world: World, config: ScaleConfig):
-        self.folder, self.world, self.config = folder, world, config
-        self._group = dist.new_group(backend="gloo")  # the background write talks on its own group
+    def __init__(self, folder: Path, world: World, config: ScaleConfig, *, newest: Path | None = None):
+        self.folder, self.world, self.config, self._newest = folder, world, config, newest
+        timeout = datetime.timedelta(seconds=config.cluster.timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)  # the background write talks on its own group
         self._pending: tuple[Any, Path, Path] | None = None
 
     def save(self, trainer: Trainer) -> Path:
-        """Begin writing `folder/step-N`; `finish` (or the next `save`) makes it a checkpoint. Returns its path to be."""
+        """Begin writing `folder/step-N`; `poll`, `finish` or the next `save` makes it a checkpoint. Returns its path to be."""
         self.finish()
         final = self.folder / f"step-{trainer.num_steps:08d}"
-        if (final / MANIFEST).exists():
+        if final == self._newest:  # not asked of the disk: a shared one may not tell every rank the same
             return final
+        self._newest = final
         beside = self.folder / f".unfinished-{final.name}"
         failure = ""
         try:
@@ -63,6 +66,11 @@ class Checkpointer:
         future = dcp.async_save(state, checkpoint_id=str(beside / "shards"), process_group=self._group)
         self._pending = (future, beside, final)
         return final
+
+    def poll(self) -> None:
+        """Make the write in progress a checkpoint if every rank is done with it: a kill then costs no more than it must."""
+        if self._pending is not None and all(self._everyones(self._pending[0].done())):
+            self.finish()
 
     def finish(self) -> None:
         """Wait for the write in progress and make it a checkpoint. UserError where a rank could not write; older ones stay good."""
@@ -87,13 +95,16 @@ class Checkpointer:
         self._agree(failure, final)
 
     def _agree(self, failure: str, final: Path | None = None) -> None:
-        failures: list[Any] = [None] * self.world.world
-        dist.all_gather_object(failures, failure)
-        found = [(rank, text) for rank, text in enumerate(failures) if text]
+        found = [(rank, text) for rank, text in enumerate(self._everyones(failure)) if text]
         if found:
             rank, text = found[0]
             raise UserError(f"checkpoint {final}: rank {rank} cannot write it ({text}); free some space or choose another "
                             f"algo.run.out; earlier checkpoints are good")  # fmt: skip
+
+    def _everyones(self, thing: Any) -> list[Any]:
+        things: list[Any] = [None] * self.world.world
+        dist.all_gather_object(things, thing)
+        return things
 
 
 def reason(error: BaseException) -> str:
@@ -108,8 +119,11 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
     """Sharded states of both models and optimisers (and of PPO-EWMA's average)."""
     state: dict[str, Any] = {}
     for learner in (trainer.policy, trainer.value):
+        fresh = not learner.optimiser.state
         model, optimiser = get_state_dict(learner.module, learner.optimiser)
         state[learner.name] = {"model": model, "optimiser": optimiser}
+        if fresh:  # torch has filled it in by a step of learning rate 0, which AdamW's bias correction would count
+            learner.optimiser.state.clear()
     if trainer.ewma is not None:
         state["ewma"] = get_model_state_dict(trainer.ewma.module)
     return state
@@ -143,15 +157,18 @@ def write_manifest(folder: Path, config: ScaleConfig, world: World) -> None:
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is there, as long as it was written; else a UserError that names the file."""
+def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file is there, as long as it was written; else a UserError that names the file.
+
+    digests   also read the small files whole and compare them; one rank is enough
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for name, size in manifest["bytes"].items():
             found = (folder / name).stat().st_size
             if found != size:
                 raise UserError(f"checkpoint {folder}: {name} has {found} bytes, {size} were written; {REMEDY}")
-        for name, digest in manifest["sha256"].items():
+        for name, digest in manifest["sha256"].items() if digests else ():
             if file_digest(folder / name) != digest:
                 raise UserError(f"checkpoint {folder}: {name} is not what was written; {REMEDY}")
         return manifest
@@ -165,8 +182,11 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
     On the same ranks and groups everything is as it was. On others, in-flight and held responses and unissued samples are dealt
     anew, none lost and none twice, and the first rank takes over the counts, of which only the sums mean anything.
     """
-    read_manifest(folder)
-    states = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+    saved_on = read_manifest(folder, digests=False)["world"]
+    same = (saved_on["world"], saved_on["tensor_parallel"]) == (world.world, world.tensor_parallel)
+    first = world.engine * world.tensor_parallel if same else 0  # in-flight responses are long: no rank reads more than it must
+    ranks = range(first, first + world.tensor_parallel) if same else range(saved_on["world"])
+    states = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in ranks]
     state = model_state(trainer)
     try:
         dcp.load(state, checkpoint_id=str(folder / "shards"))
@@ -174,6 +194,8 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
             saved = state[learner.name]
             set_state_dict(learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"])
             learner.num_steps = states[0]["learner_steps"][learner.name]
+            if not learner.num_steps:  # never updated: what was saved is the filling
+                learner.optimiser.state.clear()
         if trainer.ewma is not None:
             set_model_state_dict(trainer.ewma.module, state["ewma"])
             trainer.ewma.weight = states[0]["ewma_weight"]
@@ -181,18 +203,17 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
         raise UserError(f"checkpoint {folder}: does not fit this run ({reason(error)})") from None
     trainer.num_steps, trainer.version = states[0]["num_steps"], states[0]["version"]
     trainer.train_s = max(s["train_s"] for s in states)
-    same = (len(states), states[0]["tensor_parallel"]) == (world.world, world.tensor_parallel)
-    mine = [states[world.rank]] if same else states if world.rank == 0 else []
+    mine = [states[world.part]] if same else states if world.rank == 0 else []
     for counter, name in ((trainer.ledger, "ledger"), (trainer.verdicts, "verdicts")):
         counter.clear()
         for s in mine:
             counter.update(s[name])
     held = [r for s in states for r in s["held"]]
-    held = states[world.rank]["held"] if same else sorted(held, key=lambda r: r["id"])[world.rank :: world.world]
+    held = states[world.part]["held"] if same else sorted(held, key=lambda r: r["id"])[world.rank :: world.world]
     trainer.held = [Response.from_state_dict(r) for r in held]
     trainer.batcher.load_state_dict([s["batcher"] for s in states])
     if same:
-        torch.set_rng_state(torch.tensor(states[world.rank]["torch_rng"], dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(states[world.part]["torch_rng"], dtype=torch.uint8))
 
 
 def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -70,17 +71,22 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
         )  # fmt: skip
     finally:
         scorer.close()
+    engine.rest()
     held_out = max(1, len(responses) // 10)
-    fit_value(algo, value, responses[held_out:], parallel)
+    fit_value(algo, value, responses[held_out:], parallel, device=world.device)
     # Every rank reports on as many responses: the value model's forward is a collective operation.
     (fewest,) = (-int(x) for x in parallel.max([-held_out]))
-    report = explained_by_position(value, responses[:fewest], algo.advantage.gamma)
+    report = explained_by_position(value, responses[:fewest], algo.advantage.gamma, device=world.device)
     export_model(value, out / "value", world, dtype=torch.float32)
     if world.rank == 0:
         print(f"{'tokens':>14} {'count':>8}  explained variance on {fewest} held-out responses of rank 0; {failures} not verified")
         for row in report:
             print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")
         print(f"value model: {out / 'value'}")
+        below = [row["from_token"] for row in report if row["tokens"] and row["explained_variance"] < 0]
+        if below:
+            print(f"warning: explained variance is below 0 from token {below[0]} on: worse than a constant; take more "
+                  "algo.value.pretrain_responses or pretrain_epochs before you train with it", file=sys.stderr)  # fmt: skip
 
 
 def export(config: ScaleConfig, world: World) -> None:
@@ -89,7 +95,7 @@ def export(config: ScaleConfig, world: World) -> None:
     found = complete_checkpoints(out / "checkpoints")
     if not found:
         raise UserError(f"algo.run.out: {out} holds no checkpoint; give the folder of a run")
-    read_manifest(found[-1])
+    read_manifest(found[-1], digests=False)
     policy, value = build_models(config, world, make_task(config), weights=False)
     load_models(policy, value, found[-1])
     for name, model in (("policy", policy), ("value", value)):

@@ -72,6 +72,8 @@ class ClusterConfig:
     """Memory of one device, in bytes, for the dry run's verdict. [O]"""
     timeout_s: float = 600.0
     """Longest wait for another rank, in seconds; then the run ends and says who was missing. [O]"""
+    requeued: bool = False
+    """A scheduler started this job again: go on from the newest checkpoint where there is one, else start anew. [O]"""
     plan_file: str = ""
     """Dry run: file that `python -m sim plan --json` wrote, for the step's seconds. [O]"""
     dry_run_json: str = ""
@@ -135,8 +137,6 @@ def check(config: ScaleConfig) -> ScaleConfig:
     """The config with its named method applied; UserError for what cannot run, before anything is loaded."""
     algo = apply_method(config.algo, config.algo.run.method, strict=False)
     check_algo(algo)
-    if algo.policy.ewma_decay:
-        raise UserError(f"algo.policy.ewma_decay: averaging sharded weights is not built, got {algo.policy.ewma_decay}; give 0")
     for section, names in (("engine", ("tensor_parallel",)), ("cluster", ("nodes", "devices_per_node"))):
         for name in names:
             if getattr(getattr(config, section), name) < 1:

@@ -82,7 +82,8 @@ def evaluate(
         max_response_tokens=config.algo.rollout.max_response_tokens, seed=EVALUATION_SEED,
         rank=world.engine, world=world.num_engines, part=world.part, parts=world.tensor_parallel,
     )  # fmt: skip
-    gathered = parallel.gather_objects([a.state_dict() for a in answers])
+    unread: dict[str, Any] = {"logprobs": [], "versions": [], "values": []}  # several times the bytes of what is
+    gathered = parallel.gather_objects([a.state_dict() | unread for a in answers])
     everyones = sorted((Response.from_state_dict(a) for part in gathered for a in part), key=lambda a: a.id)
     (failures,) = (int(x) for x in parallel.sum([failures]))
     metrics = summary(everyones, failures) | accuracy_metrics(everyones, samples)

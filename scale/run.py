@@ -27,6 +27,7 @@ from tppo_ref.engines import RolloutEngine, TorchEngine
 from tppo_ref.models import PolicyModel, ValueModel, load_policy
 from tppo_ref.run import Session, TaskScorer, base_model, check_vocabulary
 from tppo_ref.tasks import Task, load_task
+from tppo_ref.timeline import ObservedEngine
 from tppo_ref.trainer import Trainer
 from tppo_ref.types import Response, UserError
 
@@ -72,13 +73,13 @@ class ScaleSession(Session):
         self.scale, self.world = config, world
         self.parallel = Collective(world)
         super().__init__(config.algo)
-        self.checkpointer = Checkpointer(self.checkpoints, world, config)
+        self.checkpointer = Checkpointer(self.checkpoints, world, config, newest=self.start)
 
     def _make_task(self) -> Task:
         return make_task(self.scale)
 
     def _saved_config(self, checkpoint: Path) -> dict[str, Any]:
-        saved = read_manifest(checkpoint)["config"]
+        saved = self._manifest(checkpoint)["config"]
         for path in field_paths(ScaleConfig):
             section, name = path.split(".", 1)
             if section in FIXED_ON_RESUME or path in FIXED_ON_RESUME:
@@ -86,6 +87,27 @@ class ScaleSession(Session):
                 if then != now:
                     raise UserError(f"{path}: the checkpoint was made with {then}, got {now}; give the same value to go on")
         return saved["algo"]
+
+    def _complete_checkpoints(self) -> list[Path]:
+        """As the first rank sees them: a shared disk may not show every rank the same."""
+        return self.parallel.gather_objects(super()._complete_checkpoints())[0]
+
+    def _resume_point(self) -> Path | None:
+        if self.scale.cluster.requeued:
+            self.config = replace_fields(self.config, {"run.resume": bool(self._complete_checkpoints())})
+        return super()._resume_point()
+
+    def _manifest(self, checkpoint: Path) -> dict[str, Any]:
+        """Read and verified by the first rank, refused by all."""
+        found: dict[str, Any] | str = ""
+        try:
+            found = read_manifest(checkpoint) if self.is_main else ""
+        except UserError as error:
+            found = str(error)
+        found = self.parallel.gather_objects(found)[0]
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
 
     def _build(self) -> Trainer:
         config, world = self.config, self.world
@@ -102,25 +124,26 @@ class ScaleSession(Session):
         stream = SampleStream(self.task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed,
                               rank=world.engine, world=world.num_engines)  # fmt: skip
         batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed, part=world.part, parts=world.tensor_parallel)
+        averaged = build_policy(self.scale, world, self.task, weights=self.start is None) if config.policy.ewma_decay else None
         trainer = Trainer(config, policy=self.policy, value=value, engine=self.engine, batcher=batcher, scorer=self.scorer,
-                          parallel=self.parallel, device=world.device)  # fmt: skip
+                          parallel=self.parallel, device=world.device, averaged=averaged)  # fmt: skip
         if self.start is not None:
             load_checkpoint(trainer, self.start, world)
         self.engine.load_weights(self.policy.named_tensors(), trainer.version)
         if isinstance(self.engine, VLLMEngine):
             probe(self.engine, self.policy, self.task, self.scale)
-            if world.device != "cpu":  # the probe's trainer pass came after the engine's memory was taken
-                self.engine.load_weights(self.policy.named_tensors(), trainer.version)
         return trainer
 
     def evaluate(self) -> None:
         """avg@k and pass@k over all ranks; the training clock stands still."""
         self.scorer.shaping = False
-        found, answers = evaluate(self.engine, self.scorer, self.eval_prompts, self.scale, self.world, self.parallel)
+        engine = ObservedEngine(self.engine)
+        found, answers = evaluate(engine, self.scorer, self.eval_prompts, self.scale, self.world, self.parallel)
         self.scorer.shaping = True
         self.engine.load_weights(self.policy.named_tensors(), self.trainer.version)
         (trained,) = self.parallel.sum([self.trainer.ledger["trained"]])
-        if self.is_main:
+        if self.is_main:  # the first rank's engine, as for the windows
+            self._write_decode(self.eval_decode, engine.steps)
             self.log.log(self.trainer.num_steps, found | {"time/train_s": self.trainer.train_s, "ledger/trained": trained})
             write_texts(
                 self.out / f"answers-{self.trainer.num_steps:08d}.jsonl", answers[: self.scale.evaluation.save_texts], self.task
@@ -131,9 +154,18 @@ class ScaleSession(Session):
         every = self.scale.evaluation.every_steps
         return self.trainer.num_steps // every if every else 0
 
+    def _step(self) -> dict[str, float]:
+        metrics = super()._step()
+        self.checkpointer.poll()
+        return metrics
+
     def save(self) -> Path:
         self._flush()
         return self.checkpointer.save(self.trainer)
+
+    def _finish_saving(self) -> None:
+        """Only where all ranks come by: one that failed must say so at once, and not wait here for the others."""
+        self.checkpointer.finish()
 
     def _open_files(self, resume_step: int | None) -> None:
         super()._open_files(resume_step)
@@ -175,6 +207,17 @@ def with_base_model(config: ScaleConfig, parallel: Collective) -> ScaleConfig:
 
 def build_models(config: ScaleConfig, world: World, task: Task, *, weights: bool = True) -> tuple[PolicyModel, ValueModel]:
     """Policy and value model, sharded; the value model from `algo.model.value`, or on the policy's backbone."""
+    model = config.algo.model
+    policy = build_policy(config, world, task, weights=weights)
+    value = load_sharded(
+        ValueModel, model.value or model.policy or "", world, config.sharding, seed=config.algo.run.seed, weights=weights
+    )
+    assert isinstance(value, ValueModel)
+    return policy, value
+
+
+def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool = True) -> PolicyModel:
+    """The policy, sharded, with the config's sampling distribution."""
     model, rollout = config.algo.model, config.algo.rollout
     if not model.policy:
         raise UserError("algo.model.policy: expected a model's folder or a config.json, got none")
@@ -183,13 +226,9 @@ def build_models(config: ScaleConfig, world: World, task: Task, *, weights: bool
         temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=task.end_token_id,
         logit_chunk_tokens=model.logit_chunk_tokens or None, sync_dtype=getattr(torch, config.engine.dtype),
     )  # fmt: skip
-    value = load_sharded(
-        ValueModel, model.value or model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights
-    )
     assert isinstance(policy, PolicyModel)
-    assert isinstance(value, ValueModel)
     check_vocabulary("algo.model.policy", policy, task, model.policy)
-    return policy, value
+    return policy
 
 
 def build_engine(config: ScaleConfig, world: World, task: Task, slots: int) -> RolloutEngine:
@@ -235,18 +274,15 @@ def probe(engine: VLLMEngine, policy: PolicyModel, task: Task, config: ScaleConf
         log.info("probe passed: %s", verdict)
 
 
-def train(config: ScaleConfig, world: World) -> Path | None:
-    """Run or resume, and leave a checkpoint; its path."""
+def train(config: ScaleConfig, world: World) -> Path:
+    """Run or resume, and leave a checkpoint; the folder of checkpoints."""
     torch.set_num_threads(config.algo.run.threads)
     session = ScaleSession(config, world)
-    path = None
     try:
         session.train()
-        path = session.checkpoints
+        return session.checkpoints
     finally:
-        session.checkpointer.finish()
         session.close()
-    return path
 
 
 __all__ = [

@@ -189,7 +189,10 @@ def gathered(model: PolicyModel | ValueModel, dtype: torch.dtype | None = None) 
     """
     for name, parameter in model.hf.named_parameters():
         part = parameter.detach().to(dtype or parameter.dtype)
-        yield name, part.full_tensor() if isinstance(part, DTensor) else part
+        if isinstance(part, DTensor):  # an offloaded shard travels from its accelerator: hosts would send it over TCP
+            here: Any = part.to(part.device_mesh.device_type)
+            part = here.full_tensor()
+        yield name, part
 
 
 def checksum(model: PolicyModel | ValueModel) -> float:

@@ -32,7 +32,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 RESUME=()
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [[ "${1:-}" == --* || "${1:-}" == train ]]; then
-    RESUME=(--algo.run.resume true)
+    RESUME=(--cluster.requeued true)
 fi
 
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1

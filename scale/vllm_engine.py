@@ -68,8 +68,7 @@ class VLLMEngine:
     max_context_tokens   longest prompt plus response; a longer request is a ValueError (vLLM would cut it without a word)
     temperature, min_response_tokens, end_token_id   the sampling distribution, as in tppo_ref's PolicyModel; log-probabilities are
                          of that distribution ("processed"). Filters that renormalise (top-p, top-k) are not offered
-    sleep_level          GPU only. 0: stay; 1: weights to the host; 2: weights dropped, while no request runs, until the next
-                         `load_weights`
+    sleep_level          GPU only, from `rest` to the next `load_weights`. 0: stay; 1: weights to the host; 2: weights dropped
     options              further arguments of vllm.LLM
     """
 
@@ -112,6 +111,7 @@ class VLLMEngine:
                 model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype, seed=seed,
                 max_model_len=max_context_tokens + 1, max_num_seqs=slots, tensor_parallel_size=world.tensor_parallel,
                 distributed_executor_backend="external_launcher", enable_prefix_caching=True, enforce_eager=self._on_cpu,
+                generation_config="vllm",  # else a folder's own adds end tokens that min_tokens forbids and the trainer does not
                 disable_log_stats=True, logprobs_mode="processed_logprobs", **device_options, **(options or {}),
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
@@ -145,11 +145,16 @@ class VLLMEngine:
             del self._running[r.request.response_id]
         if not self._running:
             self._step = 0
-            self._sleep()
         return [
             Decoded(response_id=r.request.response_id, token_ids=r.token_ids, logprobs=r.logprobs, end_token=r.end_token)
             for r in done
         ]
+
+    def rest(self) -> None:
+        """Sleep. Not by itself when nothing runs: in mid-window the batcher refills the slot that just became free."""
+        if self._sleep_level and not self._asleep:
+            self._llm.sleep(level=self._sleep_level)
+            self._asleep = True
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         """Stream the weights in, one gathered tensor at a time; None: the same ones again. Every cached prefix is dropped.
@@ -190,10 +195,8 @@ class VLLMEngine:
             for i, ids in enumerate(prompts)
         ])  # fmt: skip
         decoded: list[Decoded] = []
-        stay, self._sleep_level = self._sleep_level, 0  # the trainer's forward comes next, and then more requests
         while self._running:
             decoded += self.step()
-        self._sleep_level = stay
         decoded.sort(key=lambda d: -d.response_id)
         with torch.no_grad():
             logprob_BT = policy(TokenBatch(list(prompts), [d.token_ids for d in decoded]))
@@ -229,11 +232,6 @@ class VLLMEngine:
                 if completion.finish_reason not in ("stop", "length"):
                     raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
                 running.finished, running.end_token = True, completion.finish_reason == "stop"
-
-    def _sleep(self) -> None:
-        if self._sleep_level and not self._asleep:
-            self._llm.sleep(level=self._sleep_level)
-            self._asleep = True
 
 
 def _receive(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> tuple[int, int, int]:

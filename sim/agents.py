@@ -293,6 +293,9 @@ class MDPEngine:
         self._state = state[:, ~finished_n]
         return decoded
 
+    def rest(self) -> None:
+        """Nothing to give up."""
+
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         """Copies tensors that are not the policy's own already, and tabulates the policy."""
         if self.num_running:

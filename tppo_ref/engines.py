@@ -59,6 +59,9 @@ class RolloutEngine(Protocol):
     def step(self) -> list[Decoded]:
         """One more token for every running request; returns those that finished with it (end token or max_new_tokens)."""
 
+    def rest(self) -> None:
+        """No request comes before the next `load_weights`: an engine that shares its device with the trainer may give up memory."""
+
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         """New weights; every cached prefix is dropped. RuntimeError while requests run."""
 
@@ -160,14 +163,18 @@ class TorchEngine:
             raise ValueError(f"{self.num_running} requests run and {len(requests)} more came; at most slots = {self.slots} can")
         self._pending.extend(requests)
 
+    def rest(self) -> None:
+        """It decodes with the trainer's own weights, or a small copy: it keeps what it has."""
+
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         """Copies tensors that are not the module's own already (names as in its state_dict); None: nothing to copy."""
         if self.num_running:
             raise RuntimeError(f"load_weights: {self.num_running} requests run; weights change only between windows")
         if named_tensors is not None:
             own = self.policy.hf.state_dict()
+            pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
             with torch.no_grad():
-                for name, tensor in dict(named_tensors).items():
+                for name, tensor in pairs:  # one at a time: gathered ones exist only while they are copied
                     if name not in own:
                         raise ValueError(f"load_weights: the policy has no tensor named {name!r}")
                     if own[name].data_ptr() != tensor.data_ptr():

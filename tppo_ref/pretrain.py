@@ -92,12 +92,26 @@ def _sample(config: Config, task: Task, base: str) -> list[Response]:
     return responses[:wanted]
 
 
-def fit_value(config: Config, value: ValueModel, responses: Sequence[Response], parallel: Parallel | None = None) -> None:
-    """value.pretrain_epochs passes over Monte Carlo returns, without a clip: there is no older value to stay near to."""
-    settings = dataclasses.replace(config.value, lr_warmup_steps=0)  # its steps are training steps: here there are none
+def fit_value(
+    config: Config,
+    value: ValueModel,
+    responses: Sequence[Response],
+    parallel: Parallel | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """value.pretrain_epochs passes over Monte Carlo returns, without a clip: there is no older value to stay near to.
+
+    An update reads as many responses as one of training: value.mini_batches of them for every rollout.slots responses.
+
+    device   where the value model computes; None: where its weights are (offloaded ones are elsewhere)
+    """
     parallel = parallel or SingleProcess()
+    (total,) = parallel.sum([len(responses)])
+    mini_batches = config.value.mini_batches * max(1, round(total / config.rollout.slots))
+    # Its warm-up counts training steps: here there are none.
+    settings = dataclasses.replace(config.value, lr_warmup_steps=0, mini_batches=mini_batches)
     learner = Learner("value", value, settings, parallel)
-    device = value.device
+    device = device or value.device
     mask_BT = response_mask([len(r) for r in responses], device)
     returns_BT = monte_carlo_returns(terminal_rewards(responses, device), mask_BT, gamma=config.advantage.gamma)
     fed = [len(r.prompt.token_ids) + len(r) for r in responses]
@@ -110,13 +124,16 @@ def fit_value(config: Config, value: ValueModel, responses: Sequence[Response], 
 
 
 @torch.no_grad()
-def explained_by_position(value: ValueModel, responses: Sequence[Response], gamma: float) -> list[dict[str, float]]:
+def explained_by_position(
+    value: ValueModel, responses: Sequence[Response], gamma: float, device: torch.device | str | None = None
+) -> list[dict[str, float]]:
     """Explained variance of the returns by token position, over `responses` that the value model was not fitted to."""
     targets, values, columns = [], [], []
+    device = device or value.device
     for response in responses:  # one at a time: it is a report, and long responses should not be padded to the longest
         value_BT, _ = value(TokenBatch.of([response]))
-        mask_BT = response_mask([len(response)], value.device)
-        targets.append(monte_carlo_returns(terminal_rewards([response], value.device), mask_BT, gamma=gamma)[0].cpu())
+        mask_BT = response_mask([len(response)], device)
+        targets.append(monte_carlo_returns(terminal_rewards([response], device), mask_BT, gamma=gamma)[0].cpu())
         values.append(value_BT[0].cpu())
         columns.append(torch.arange(len(response)))
     target, estimate, column = (torch.cat(parts).double() for parts in (targets, values, columns))

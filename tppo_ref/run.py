@@ -209,11 +209,14 @@ class Session:
         """Table rows of all ranks, in rank order."""
         return [row for part in self.parallel.gather_objects(rows) for row in part]
 
+    def _complete_checkpoints(self) -> list[Path]:
+        return complete_checkpoints(self.checkpoints)
+
     # --------------------------------------------------------------------------------------------------------------- its files
 
     def _resume_point(self) -> Path | None:
         """The checkpoint to go on from. A run is never overwritten, and never continued under another config."""
-        found = complete_checkpoints(self.checkpoints)
+        found = self._complete_checkpoints()
         if not self.config.run.resume:
             if found:
                 raise UserError(f"run.out: {self.out} holds a run already (step {int(found[-1].name[5:])}); add --run.resume true "
@@ -263,6 +266,7 @@ class Session:
             if not stopped and self.evaluated_at != trainer.num_steps:
                 self.evaluate()
             self.save()
+            self._finish_saving()
         if stopped:
             raise KeyboardInterrupt
 
@@ -330,6 +334,9 @@ class Session:
         self._flush()
         return save_checkpoint(self.trainer, self.checkpoints, keep=self.config.run.checkpoints_kept,
                                config=dataclasses.asdict(self.config))  # fmt: skip
+
+    def _finish_saving(self) -> None:
+        """Wait for what `save` may still be writing: nothing, here."""
 
     def _tables(self) -> list[Table]:
         return [self.responses, self.timeline, self.decode, self.eval_decode] if self.is_main else []

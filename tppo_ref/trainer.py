@@ -6,6 +6,7 @@ and value update -> weights to the engine. Source: T-PPO, arXiv 2506.15050; conf
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ class Trainer:
 
     policy(TokenBatch) -> logprob_BT and value(TokenBatch) -> (value_BT, last_value_B), both float32 on response tokens:
     packing, logit chunks, checkpointing and sharding live behind them. `step()` returns metrics (metrics.GLOSSARY).
+
+    averaged   for policy.ewma_decay: a second copy of the policy, where it cannot be deep-copied (sharded ones)
     """
 
     def __init__(
@@ -54,12 +57,15 @@ class Trainer:
         scorer: Scorer,
         parallel: Parallel | None = None,
         device: torch.device | str = "cpu",
+        averaged: torch.nn.Module | None = None,
     ):
         self.config, self.engine, self.batcher, self.scorer, self.device = config, engine, batcher, scorer, device
         self.parallel: Parallel = parallel or SingleProcess()
         self.policy = Learner("policy", policy, config.policy, self.parallel)
         self.value = Learner("value", value, config.value, self.parallel)
-        self.ewma = Ewma(policy, config.policy.ewma_decay) if config.policy.ewma_decay else None
+        self.ewma: Ewma | None = None
+        if config.policy.ewma_decay:
+            self.ewma = Ewma(averaged if averaged is not None else copy.deepcopy(policy), config.policy.ewma_decay)
         self._recomputes = config.policy.old_logprobs == "recompute"
         self.num_steps = 0
         self.version = 0  # of the policy's weights: one more per sync
@@ -77,6 +83,7 @@ class Trainer:
         clock = PhaseClock()
         with clock("rollout"):
             self.slices = self.batcher.window(self.engine, version=self.version, on_end=self.scorer.submit)
+            self.engine.rest()
         with clock("verify"):
             self._collect_scores()
         warming_up = self.num_steps <= self.config.value.warmup_steps
@@ -121,8 +128,10 @@ class Trainer:
             rows.put(micro_batch, values_BT=value_BT, last_value_B=last_value_B)
             if self._recomputes:
                 rows.put(micro_batch, logprob_BT=self.policy.module(batch))
-        for name, tensor in (("log-probability", rows.logprob_BT), ("value", rows.values_BT), ("value", rows.last_value_B)):
-            if not bool(torch.isfinite(tensor).all()):
+        outputs = (("log-probability", rows.logprob_BT), ("value", rows.values_BT), ("value", rows.last_value_B))
+        bad = self.parallel.max([not bool(torch.isfinite(tensor).all()) for _, tensor in outputs])  # all ranks stop, or none
+        for (name, _), is_bad in zip(outputs, bad, strict=True):
+            if is_bad:
                 raise NonFiniteError(f"step {self.num_steps}: a {name} is not finite; stopped before the update")
         if not self._recomputes:
             rows.logprob_BT = rows.behaviour_BT

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,10 +23,12 @@ class Ewma:
     average <- ((w - 1) average + current) / w  with  w <- decay w + 1  after each optimiser step, w = 1 at the start: their average
     with its bias towards the first weights taken out. Our departure: the weight averaged / behaviour, which stands outside of the
     clip, is truncated at policy.importance_cap.
+
+    module   a copy of the policy, of its own memory
     """
 
     def __init__(self, module: torch.nn.Module, decay: float):
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module = module.requires_grad_(False)
         self.decay, self.weight = decay, 1.0
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 from tppo_ref.config import Config, get_field
@@ -73,9 +73,7 @@ def writable_folder(path: str, name: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"  # other ranks test the same folder at the same time
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # nameless: ranks of other machines test the same folder at the same time
     except OSError as error:
         raise UserError(f"{name}: cannot write to {path} ({error.strerror}); choose another folder") from None
     return folder
