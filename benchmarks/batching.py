@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -57,18 +58,18 @@ def time_schedule(windows: int) -> tuple[float, int]:
 
 
 class ReplayEngine:
-    """Hands back tokens that were made beforehand, at the step at which a real engine would."""
+    """Hands back tokens that were made beforehand, at the step at which a real engine would: response r ends at natural[r]."""
 
-    def __init__(self) -> None:
-        self.natural = lengths(200_000)
-        self.tokens, self.logprobs = list(range(CAP)), [-0.5] * CAP
+    def __init__(self, natural: Sequence[int] | None = None, cap: int = CAP) -> None:
+        self.natural = natural if natural is not None else lengths(200_000)
+        self.tokens, self.logprobs = list(range(cap)), [-0.5] * cap
         self.done: dict[int, int] = {}
         self.now = 0
         self.calendar: dict[int, list[Decoded]] = {}
         self.num_running = 0
         self.seconds = 0.0
 
-    def submit(self, requests: list[Request]) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
         begin = time.perf_counter()
         for r in requests:
             left = self.natural[r.response_id] - self.done.get(r.response_id, 0)
@@ -82,6 +83,9 @@ class ReplayEngine:
     def step(self) -> list[Decoded]:
         self.now += 1
         return self.calendar.pop(self.now, [])
+
+    def rest(self) -> None:
+        pass
 
     def load_weights(self, named_tensors: object, version: int) -> None:
         pass

@@ -13,7 +13,8 @@ import argparse
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.common import report
 from tppo_ref.config import Config, apply_method, parse, replace_fields
 from tppo_ref.run import Session
+from tppo_ref.trainer import Trainer
 
 DEMO = Path(__file__).parents[1] / "tppo_ref" / "configs" / "demo.yaml"
 
@@ -51,32 +53,52 @@ class Stopwatch:
         return run
 
 
+@contextmanager
+def models_and_engine(trainer: Trainer) -> Iterator[Stopwatch]:
+    """Seconds that a Trainer spends in model forward, backward, optimiser and engine."""
+    watch = Stopwatch()
+    for name in ("submit", "step", "rest", "load_weights"):
+        watch.wrap(trainer.engine, name)
+    for learner in (trainer.policy, trainer.value):
+        watch.wrap(learner.optimiser, "step")
+    # Of the class: what a sharded model does before and after its `forward` belongs to it.
+    patched = [(torch.Tensor, "backward"), *((type(learner.module), "__call__") for learner in (trainer.policy, trainer.value))]
+    before = [(owner, name, owner.__dict__.get(name)) for owner, name in patched]
+    for owner, name in patched:
+        watch.wrap(owner, name)
+    try:
+        yield watch
+    finally:
+        for owner, name, own in before:
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+
+
 def measure(config: Config, steps: int) -> dict[str, float]:
     session = Session(config)
-    trainer, watch = session.trainer, Stopwatch()
-    watch.wrap(trainer.engine, "step")
-    for learner in (trainer.policy, trainer.value):
-        watch.wrap(learner.module, "forward")
-        watch.wrap(learner.optimiser, "step")
-    backward = torch.Tensor.backward
-    torch.Tensor.backward = watch.timed(backward)  # type: ignore[method-assign]
+    trainer = session.trainer
     process, memory, totals = psutil.Process(), [], {"step_s": 0.0, "busy": 0.0}
-    try:
+    with models_and_engine(trainer) as watch:
         for _ in tqdm(range(steps), desc=config.run.method, unit="step"):
             metrics = trainer.step()
             totals["step_s"] += metrics["time/step_s"]
             totals["busy"] += metrics["rollout/occupancy"]
             memory.append(process.memory_info().rss)
-    finally:
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
-        session.close()
-    early = sum(memory[steps // 10 : steps // 10 + 10]) / len(memory[steps // 10 : steps // 10 + 10])
+    session.close()
     return {
         "own_share": round(1 - watch.seconds / totals["step_s"], 4), "aim_own_share": 0.05,
         "occupancy": round(totals["busy"] / steps, 4), "aim_occupancy": 0.98,
-        "memory_growth": round(memory[-1] / early - 1, 4), "aim_memory_growth": 0.02,
+        "memory_growth": round(growth(memory), 4), "aim_memory_growth": 0.02,
         "rss_mib": round(memory[-1] / 2**20), "ms_per_step": round(1e3 * totals["step_s"] / steps, 1), "steps": steps,
     }  # fmt: skip
+
+
+def growth(memory: Sequence[float]) -> float:
+    """The last of a run's memory readings over the mean of ten after a tenth of them, less 1."""
+    early = memory[len(memory) // 10 : len(memory) // 10 + 10]
+    return memory[-1] / (sum(early) / len(early)) - 1
 
 
 def main() -> None:

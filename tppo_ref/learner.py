@@ -51,7 +51,7 @@ class Learner:
         if self.config.mini_batch_tokens:
             (tokens,) = self.parallel.sum([sum(trained_tokens)])
             wanted = max(1, round(tokens / self.config.mini_batch_tokens))
-        mini_batches = split_mini_batches(trained_tokens, wanted, rng)
+        mini_batches = split_mini_batches(trained_tokens, fed_tokens, wanted, rng)
         plan = [pack(rows, fed_tokens, self.config.micro_batch_tokens) for rows in mini_batches]
         most = self.parallel.max([len(micro_batches) for micro_batches in plan])
         return [micro + [[]] * (int(n) - len(micro)) for micro, n in zip(plan, most, strict=True)]

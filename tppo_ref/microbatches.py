@@ -11,18 +11,26 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def split_mini_batches(trained_tokens: Sequence[int], num_mini_batches: int, rng: np.random.Generator) -> list[list[int]]:
-    """Rows dealt at random into mini-batches of about equal numbers of trained tokens.
+def split_mini_batches(
+    trained_tokens: Sequence[int], fed_tokens: Sequence[int], num_mini_batches: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """Rows dealt at random into mini-batches of about equal trained tokens, for equal noise, and of about equal fed tokens, for
+    equal work: where several ranks share a mini-batch, the one with most of it is waited for.
 
-    trained_tokens: per row. The rows come in random order and each joins the lightest mini-batch so far. Every row is in exactly
-    one mini-batch; a mini-batch may be empty when there are fewer rows than mini-batches.
+    trained_tokens, fed_tokens: per row. Long rows are dealt first, those of a like length (half an octave) in random order, and
+    each joins the mini-batch where the squares of both loads, as shares of all, grow least. Every row is in exactly one mini-batch;
+    a mini-batch may be empty when there are fewer rows than mini-batches.
     """
     mini_batches: list[list[int]] = [[] for _ in range(num_mini_batches)]
-    load = [0] * num_mini_batches
-    for row in rng.permutation(len(trained_tokens)):
-        lightest = load.index(min(load))
-        mini_batches[lightest].append(int(row))
-        load[lightest] += trained_tokens[row]
+    tokens = np.array([trained_tokens, fed_tokens], dtype=float).reshape(2, -1)
+    share = tokens / np.maximum(tokens.sum(1, keepdims=True), 1)
+    octave = np.floor(2 * np.log2(np.maximum(tokens[1], 1)))
+    order = rng.permutation(tokens.shape[1])
+    load = np.zeros((2, num_mini_batches))
+    for row in order[np.argsort(-octave[order], kind="stable")]:
+        chosen = int((share[:, row] @ load).argmin())
+        mini_batches[chosen].append(int(row))
+        load[:, chosen] += share[:, row]
     return mini_batches
 
 
