@@ -4,13 +4,14 @@
 
 Own share (aim: at most 1 %): one rank's Trainer and batcher, driven for real through windows of 8,192 tokens by an engine and by
 models that cost nothing, over the seconds that `sim plan` expects of a step. The rank is one of four that share an engine of 512
-slots, as in scale/configs/qwen2.5-32b-math.yaml; all four pay for the whole schedule, so that the rank's seconds are the step's. On a
-GPU the rows' tensors live there: this CPU's seconds are an upper bound for them. Not in it: collectives, metrics files.
+slots, as in scale/configs/qwen2.5-32b-math.yaml; all four pay for the whole schedule, so that the rank's seconds are the step's. On
+a GPU the rows' tensors live there: this CPU's seconds are an upper bound for them. Not in it: collectives, metrics files.
 
 Padding (aim: at most 5 %) and balance, of the same rows dealt to all 64 ranks: the models are fed packed rows, so that only spare
 micro-batches pad the linear layers (models.NO_ROWS); attention pads in groups of similar lengths. Ranks go through micro-batches in
 step: `waiting` is the mean over ranks of what the slowest of each round makes the others wait, over all of their time, with a
-micro-batch's cost as the operations of its linear layers and its attention.
+micro-batch's cost as the operations of its linear layers and its attention; `moved_tokens` is the share of tokens whose (ended)
+responses changed ranks before that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from benchmarks.batching import ReplayEngine
 from benchmarks.common import report
 from benchmarks.overhead import Stopwatch
 from scale.config import ScaleConfig, check
+from scale.distributed import moves
 from sim.hardware import ModelShape, model
 from sim.lengths import load_lengths
 from sim.plan import PlanConfig, make
@@ -128,8 +130,16 @@ def simulated_step_s(config: ScaleConfig) -> float:
     return make(planned).systems[rollout.window].step_s
 
 
-def rows_of_all_ranks(config: ScaleConfig, natural: Sequence[int], world: int) -> list[list[tuple[int, int]]]:
-    """(fed tokens, trained tokens) of each row of a step in routine, per rank: every engine runs its own schedule."""
+class Row(NamedTuple):
+    """A row of a step: tokens fed, tokens trained, whether its response ended."""
+
+    fed: int
+    trained: int
+    ended: bool
+
+
+def rows_of_all_ranks(config: ScaleConfig, natural: Sequence[int], world: int) -> list[list[Row]]:
+    """The rows of a step in routine, per rank: every engine runs its own schedule."""
     rollout, split = config.algo.rollout, config.engine.tensor_parallel
     engines, ranks = world // split, []
     prompts = [Prompt(id=0, token_ids=(1,) * PROMPT_TOKENS, answer="")]
@@ -144,7 +154,9 @@ def rows_of_all_ranks(config: ScaleConfig, natural: Sequence[int], world: int) -
             slices = batcher.window(engine)
         for part in range(split):
             own = [s for s in slices if s.response.id // engines % split == part]
-            ranks.append([(PROMPT_TOKENS + s.stop, s.stop - s.begin) for s in own])
+            ranks.append(
+                [Row(PROMPT_TOKENS + s.stop, s.stop - s.begin, s.response.ended and s.stop == len(s.response)) for s in own]
+            )
     return ranks
 
 
@@ -158,14 +170,25 @@ class Agreed(SingleProcess):
         return self.most or [float(n) for n in numbers]
 
 
-def balance(config: ScaleConfig, ranks: Sequence[Sequence[tuple[int, int]]], shape: ModelShape) -> dict[str, Any]:
+def levelled(ranks: Sequence[Sequence[Row]]) -> tuple[list[list[Row]], float]:
+    """The rows after ended ones have moved to ranks with less to do, as scale/ moves them, and the share of tokens that moved."""
+    transfers = moves([[(row.fed, row.ended) for row in rows] for rows in ranks])
+    gone = {(m.source, m.thing) for m in transfers}
+    after = [[row for i, row in enumerate(rows) if (rank, i) not in gone] for rank, rows in enumerate(ranks)]
+    for m in transfers:
+        after[m.target].append(ranks[m.source][m.thing])
+    moved = sum(ranks[m.source][m.thing].fed for m in transfers)
+    return after, moved / sum(row.fed for rows in ranks for row in rows)
+
+
+def balance(config: ScaleConfig, ranks: Sequence[Sequence[Row]], shape: ModelShape) -> dict[str, Any]:
     """Padding and waiting of one step's policy updates over all ranks, by the Trainer's own planning."""
     trainer = Trainer(config.algo, policy=Free(value=False), value=Free(value=True), engine=None, batcher=None, scorer=None)  # type: ignore[arg-type]
     learner = trainer.policy
 
     def plan(rank: int, most: Sequence[float]) -> Plan:
         learner.parallel = Agreed(most)
-        fed, trained = zip(*ranks[rank], strict=True)
+        fed, trained, _ = zip(*ranks[rank], strict=True)
         return learner.plan(trained, fed, np.random.default_rng((0, rank)))
 
     alone = [[len(mini) for mini in plan(rank, [])] for rank in range(len(ranks))]
@@ -176,7 +199,7 @@ def balance(config: ScaleConfig, ranks: Sequence[Sequence[tuple[int, int]]], sha
         for micro in range(len(plans[0][mini])):
             costs = []
             for rank, rank_plan in enumerate(plans):
-                lengths = sorted((ranks[rank][row][0] for row in rank_plan[mini][micro]), reverse=True)
+                lengths = sorted((ranks[rank][row].fed for row in rank_plan[mini][micro]), reverse=True)
                 counts["real"] += sum(lengths)
                 counts["fed"] += sum(lengths) if lengths else 2
                 groups = group_by_length(lengths, PACKED_CALL_TOKENS)
@@ -200,9 +223,11 @@ def main() -> None:
     own = own_seconds(config, natural)
     step_s = simulated_step_s(config)
     ranks = rows_of_all_ranks(config, natural, world)
+    shape, (after, moved) = model("Qwen2.5-32B"), levelled(ranks)
     row = {
         "responses": config.algo.rollout.slots, "ranks": world, **own, "simulated_step_s": round(step_s),
-        "own_share": round(own["own_s"] / step_s, 5), "aim_own_share": 0.01, **balance(config, ranks, model("Qwen2.5-32B")),
+        "own_share": round(own["own_s"] / step_s, 5), "aim_own_share": 0.01, **balance(config, after, shape),
+        "moved_tokens": round(moved, 4), "waiting_without_moving": balance(config, ranks, shape)["waiting"],
     }  # fmt: skip
     report("at_32b", [row])
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import datetime
 import os
 import socket
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tppo_ref.parallel import Thing
 from tppo_ref.types import UserError
 
 
@@ -89,6 +91,22 @@ class Collective:
         dist.all_gather_object(gathered, thing)
         return gathered
 
+    def level(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
+        transfers = moves(self.gather_objects(list(zip(tokens, movable, strict=True))))
+        leaving, arrived = set(), list[Thing]()
+        for source, target in sorted(
+            {(m.source, m.target) for m in transfers}
+        ):  # one order for all ranks: nobody waits in a circle
+            going = [m.thing for m in transfers if (m.source, m.target) == (source, target)]
+            if self.rank == source:
+                dist.send_object_list([[things[i] for i in going]], dst=target)
+                leaving.update(going)
+            elif self.rank == target:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, src=source)
+                arrived += box[0]
+        return [thing for i, thing in enumerate(things) if i not in leaving] + arrived
+
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -103,6 +121,35 @@ class Collective:
         tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
         dist.all_reduce(tensor, how)
         return tensor.tolist()
+
+
+class Move(NamedTuple):
+    """Number `thing` of rank `source` goes to rank `target`."""
+
+    source: int
+    target: int
+    thing: int
+
+
+def moves(ranks: Sequence[Sequence[tuple[int, bool]]], tolerance: float = 0.005) -> list[Move]:
+    """What to move so that all ranks have about as many tokens, from (tokens, may it move) of each thing of each rank.
+
+    Again and again the fullest rank gives the emptiest one its largest thing that is at most half of their difference, until it is
+    within `tolerance` of the mean, or has no such thing. The largest load never grows; a thing moves once at most.
+    """
+    load = [sum(tokens for tokens, _ in things) for things in ranks]
+    stock = [sorted((tokens, i) for i, (tokens, movable) in enumerate(things) if movable and tokens) for things in ranks]
+    mean, found = sum(load) / len(load), list[Move]()
+    while load and max(load) > mean * (1 + tolerance):
+        source, target = load.index(max(load)), load.index(min(load))
+        place = bisect.bisect_right(stock[source], (load[source] - load[target]) // 2, key=lambda thing: thing[0]) - 1
+        if place < 0:
+            break
+        tokens, index = stock[source].pop(place)
+        load[source] -= tokens
+        load[target] += tokens
+        found.append(Move(source, target, index))
+    return found
 
 
 def report_once() -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+Thing = TypeVar("Thing")
 
 
 class Parallel(Protocol):
@@ -23,6 +25,12 @@ class Parallel(Protocol):
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """`thing` of every rank, in rank order, on every rank."""
+
+    def level(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
+        """This rank's things once some have moved to ranks with fewer tokens: its own that stayed, in order, then what came.
+
+        tokens    work that each thing of this rank is; movable    whether it may leave
+        """
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
         """Clip the gradient of `module` to `max_norm` in place; the norm before clipping, over all ranks' shards.
@@ -46,6 +54,9 @@ class SingleProcess:
 
     def gather_objects(self, thing: Any) -> list[Any]:
         return [thing]
+
+    def level(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
+        return things
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
         parameters = [p for p in module.parameters() if p.grad is not None]

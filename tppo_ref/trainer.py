@@ -116,6 +116,11 @@ class Trainer:
                 self.verdicts[status] += 1
 
     def _policy_rows(self) -> PolicyRows:
+        """The step's rows. Ended responses may move to a rank with less to do; one that runs stays where it is decoded."""
+        ended = [s.response.ended for s in self.slices]
+        trains = [e or self.config.policy.train_on == "window" for e in ended]
+        work = [s.response.num_fed if t else 0 for s, t in zip(self.slices, trains, strict=True)]
+        self.slices = self.parallel.level(self.slices, work, ended)
         chosen = [s for s in self.slices if self.config.policy.train_on == "window" or s.response.ended]
         return PolicyRows.build([s.response for s in chosen], [s.begin for s in chosen], self.config.advantage, self.device)
 
@@ -164,10 +169,10 @@ class Trainer:
             full_batches = min(self.parallel.gather_objects(len(self.held) // size))  # the rank with fewest sets the pace
             taken = full_batches * size
         responses, self.held = self.held[:taken], self.held[taken:]
-        return responses
+        return self.parallel.level(responses, [r.num_fed for r in responses], [True] * len(responses))
 
     def _plan(self, learner: Learner, responses: Sequence[Response], mask_BT: torch.Tensor, epoch: int) -> Plan:
-        fed = [len(r.prompt.token_ids) + len(r) for r in responses]
+        fed = [r.num_fed for r in responses]
         key = (self.config.run.seed, self.num_steps, epoch, self.parallel.rank, learner is self.value)
         return learner.plan(mask_BT.sum(1).tolist(), fed, np.random.default_rng(key))
 
@@ -176,7 +181,7 @@ class Trainer:
     def _settle(self, rows: PolicyRows, warming_up: bool) -> dict[str, float]:
         """Enter the step into the ledger: generated = trained + excluded + pending, at every step (theory.md F1)."""
         advantage = self.config.advantage
-        fed = sum(len(r.prompt.token_ids) + len(r) for r in rows.responses)
+        fed = sum(r.num_fed for r in rows.responses)
         for response, trained in zip(rows.responses, rows.train_BT.sum(1).tolist(), strict=True):
             unsettled = len(response) - response.num_settled
             if warming_up:

@@ -74,6 +74,11 @@ class Response:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def num_fed(self) -> int:
+        """Tokens that a model reads of it: prompt and response."""
+        return len(self.prompt.token_ids) + len(self)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Response.from_state_dict` gives an equal record back."""
         state = dataclasses.asdict(self)
