@@ -150,23 +150,3 @@ def moves(ranks: Sequence[Sequence[tuple[int, bool]]], tolerance: float = 0.005)
         load[target] += tokens
         found.append(Move(source, target, index))
     return found
-
-
-def report_once() -> bool:
-    """True on the first rank that calls it: several ranks fail of one cause, and one line is enough."""
-    try:
-        return dist.distributed_c10d._get_default_store().add("tppo/failures", 1) == 1
-    except Exception:  # no process group yet, or its store went with rank 0
-        return int(os.environ.get("RANK", "0")) == 0
-
-
-def lost_a_rank(error: Exception) -> bool:
-    """Whether an error only says that another rank is gone or late."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo/transport", "Timed out waiting", "NCCL"))
-
-
-def last_barrier() -> None:
-    """The last collective of ranks that leave in order."""
-    if dist.is_initialized():
-        dist.barrier()

@@ -25,12 +25,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(p for p in sys.path if p and Path(p).resolve() not in (HERE, HERE.parent))]
 
 COMMANDS = ("train", "pretrain-value", "evaluate", "export", "report")
-ECHO_S = 10.0  # how long a rank that lost another one keeps quiet
 GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
 
 
 def main(argv: Sequence[str]) -> int:
     from scale.config import ScaleConfig, check
+    from scale.leaving import may_tell_alone
     from tppo_ref.config import nearest, parse
     from tppo_ref.types import UserError
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
             return work(command, config)
         return start_workers(argv, config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if may_tell_alone():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -66,6 +67,8 @@ def start_workers(argv: Sequence[str], config: object) -> int:
     The first failure's exit code is the job's. Workers hold the other end of a pipe: should this process be killed, they leave too.
     """
     import socket
+
+    from scale.leaving import REMEDY
 
     world = config.cluster.devices_per_node  # type: ignore[attr-defined]
     with socket.socket() as free:
@@ -98,8 +101,7 @@ def start_workers(argv: Sequence[str], config: object) -> int:
     if failed and failed[1] < 0:  # killed from outside: the others wait for it in vain
         deadline = 0.0
         name = signal.Signals(-failed[1]).name
-        print(f"error: rank {failed[0]} was killed ({name}); start again with --algo.run.resume true to go on from the last "
-              f"checkpoint", file=sys.stderr)  # fmt: skip
+        print(f"error: rank {failed[0]} was killed ({name}); {REMEDY}", file=sys.stderr)
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     for worker in workers:
@@ -117,15 +119,14 @@ def work(command: str, config: object) -> int:
 
     from tqdm import tqdm
 
-    from scale import commands
+    from scale import commands, leaving
     from scale.config import ScaleConfig
-    from scale.distributed import Collective, last_barrier, lost_a_rank, report_once, start
+    from scale.distributed import Collective, start
     from scale.run import with_base_model
     from tppo_ref.types import UserError
 
     assert isinstance(config, ScaleConfig)
-    if "TPPO_PARENT_PIPE" in os.environ:
-        threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leaving.leave_with_the_others()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, and these processes leave without giving it back
     code, message = 0, ""
@@ -140,25 +141,21 @@ def work(command: str, config: object) -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except Exception as error:
-        code, message = 1, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if lost_a_rank(error):
-            message = f"error: rank {os.environ['RANK']} waited for another rank in vain ({' '.join(str(error).split())[:120]})"
-            time.sleep(ECHO_S)  # whoever failed first says why, and the launcher or torchrun ends the rest
-        else:
+        code, message = 1, leaving.word_of_a_lost_rank(error)
+        if message and not leaving.under_torchrun():
+            time.sleep(leaving.ECHO_S)  # the launcher says which one, and ends the rest
+        elif not message:
+            message = f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             traceback.print_exc()
-    if message and report_once():
-        print(message, file=sys.stderr, flush=True)
+    alone = bool(message) and world is None and leaving.may_tell_alone()
+    with leaving.telling:
+        if message and (alone or (world and leaving.report_once())):
+            print(message, file=sys.stderr, flush=True)
     if code in (0, 130):
-        last_barrier()
+        leaving.last_barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no orderly end: vLLM and torch each take the process groups down, and the second one fails
-
-
-def _leave_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

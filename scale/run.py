@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from scale.checkpoint import Checkpointer, load_checkpoint, read_manifest
 from scale.config import ScaleConfig, own_base_model
@@ -17,6 +19,7 @@ from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import evaluate, write_texts
+from scale.leaving import under_torchrun
 from scale.rewards import GRADE, NO_ANSWER, shaped
 from scale.sharding import load_sharded
 from scale.vllm_engine import VLLMEngine
@@ -72,6 +75,8 @@ class ScaleSession(Session):
     def __init__(self, config: ScaleConfig, world: World):
         self.scale, self.world = config, world
         self.parallel = Collective(world)
+        if under_torchrun():  # there SIGTERM means that a rank is gone: leaving.py ends this one at once
+            self.stop_signals = (signal.SIGINT,)
         super().__init__(config.algo)
         self.checkpointer = Checkpointer(self.checkpoints, world, config, newest=self.start)
 
@@ -245,6 +250,10 @@ def build_engine(config: ScaleConfig, world: World, task: Task, slots: int) -> R
         copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
         return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
                            temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip
+    heads = AutoConfig.from_pretrained(folder, local_files_only=True).num_attention_heads
+    if heads % world.tensor_parallel:
+        raise UserError(f"engine.tensor_parallel: {folder} has {heads} attention heads, which cannot be cut into "
+                        f"{world.tensor_parallel}; give a divisor")  # fmt: skip
     options = {"block_size": engine.block_size} if engine.block_size else {}
     if engine.max_batched_tokens:
         options["max_num_batched_tokens"] = engine.max_batched_tokens

@@ -98,8 +98,7 @@ class VLLMEngine:
         self._step = 0  # logical decode steps since nothing ran
         vllm = _import_vllm(self._on_cpu)
         self._vllm = vllm
-        if self._on_cpu and world.tensor_parallel > 1:
-            _name_shared_memory_after_this_job()
+        shared_memory = _name_shared_memory_after_this_job() if self._on_cpu and world.tensor_parallel > 1 else ""
         # On a CPU no prompt in pieces: vLLM then rewinds the seeded generator of a piece's discarded token, which a CPU's cannot.
         device_options: dict[str, Any] = (
             {"block_size": 32, "enable_chunked_prefill": False}
@@ -115,8 +114,11 @@ class VLLMEngine:
                 disable_log_stats=True, logprobs_mode="processed_logprobs", **device_options, **(options or {}),
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
-            raise UserError(f"engine: vLLM refuses {folder}: {' '.join(str(error).split())[:300]}") from error
+            why = " ".join(str(error).partition("[type=")[0].split())[:300]  # behind it stands pydantic's view of the input
+            raise UserError(f"engine: vLLM refuses {folder}: {why}") from error
         self._engine = self._llm.llm_engine
+        if shared_memory:
+            _forget_shared_memory(shared_memory)
 
     # -------------------------------------------------------------------------------------------------------- RolloutEngine
 
@@ -286,9 +288,9 @@ def _import_vllm(on_cpu: bool) -> Any:
     return vllm
 
 
-def _name_shared_memory_after_this_job() -> None:
+def _name_shared_memory_after_this_job() -> str:
     """vLLM's CPU build names a tensor-parallel group's shared memory after its ranks only: two jobs at once, or one after a
-    crashed one, would collide (errno 17). All ranks take part."""
+    crashed one, would collide (errno 17). All ranks take part. Returns what the names begin with."""
     import vllm.distributed.device_communicators.cpu_communicator as communicator
 
     shared: Any = communicator._CPUSHMDistributed
@@ -296,3 +298,12 @@ def _name_shared_memory_after_this_job() -> None:
     dist.broadcast_object_list(job, src=0)
     original = shared.make_group_name
     shared.make_group_name = staticmethod(lambda group: f"{job[0]}-{original(group)}".replace("/", ""))
+    return job[0]
+
+
+def _forget_shared_memory(job: str) -> None:
+    """Take the names away once every rank has opened it: the memory then goes with the last rank, however that one ends."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in Path("/dev/shm").glob(f"*{job}*"):
+            file.unlink(missing_ok=True)

@@ -171,6 +171,7 @@ class Session:
 
     parallel: Parallel = SingleProcess()
     glossary: Mapping[str, Metric] = GLOSSARY
+    stop_signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
 
     @property
     def is_main(self) -> bool:
@@ -250,7 +251,7 @@ class Session:
         """Step until run.steps or run.train_seconds, or until Ctrl-C, which ends at the step's edge; then a checkpoint."""
         config, trainer = self.config.run, self.trainer
         self._evaluations = self._due_evaluations()
-        with PoliteStop() as stop, self._progress() as bar, self._guarded():
+        with PoliteStop(self.stop_signals) as stop, self._progress() as bar, self._guarded():
             if trainer.num_steps == 0:
                 self.evaluate()
             while not self._finished() and not self._stops(stop):
@@ -398,11 +399,11 @@ class Session:
 class PoliteStop:
     """Ctrl-C (or SIGTERM) once: `asked` is True and the loop ends at the step's edge. Twice: KeyboardInterrupt at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self.asked, self._signals = False, signals
 
     def __enter__(self) -> PoliteStop:
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._handle) for s in self._signals}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,9 @@
-"""What the tests of scale/ share: tiny models on disk, problems, the launcher, ranks over gloo."""
+"""What the tests of scale/ share: tiny models on disk, problems, the launcher, ranks over gloo, what a run must leave behind."""
 
 from __future__ import annotations
 
+import collections
+import csv
 import importlib.util
 import json
 import os
@@ -13,7 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+
+from tppo_ref.checkpoint import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -101,3 +106,113 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl that belong to a training step."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "ledger/generated" in row]
+
+
+HELD = ("--algo.value.batch_responses", "3")  # ended responses wait for the value model's batch, through a restart too
+
+
+def arguments(model, problems, out, *more: str, kind: str = "torch", ranks: int = 2, steps: int = 4) -> list[str]:
+    """A short run of the tiny config, for launch.py."""
+    return ["--config", str(TINY_CONFIG), "--algo.task.path", str(problems), "--algo.model.policy", str(model), "--algo.run.out", str(out),
+            "--engine.kind", kind, "--cluster.devices_per_node", str(ranks), "--algo.run.steps", str(steps), "--algo.run.progress", "false",
+            "--algo.run.eval_prompts", "2", "--algo.run.eval_samples", "2", "--cluster.timeout_s", "60",
+            "--algo.rollout.slots", "8", "--algo.rollout.window", "16", "--algo.rollout.max_response_tokens", "48", *more]  # fmt: skip
+
+
+def ranks_left(out: Path) -> list[int]:
+    """Processes that still work on this run's folder."""
+    left = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if str(out) in " ".join(process.info["cmdline"] or []) and process.info["pid"] != os.getpid():
+            left.append(process.info["pid"])
+    return left
+
+
+def check_conservation(out: Path) -> list[dict]:
+    """generated = trained + excluded + pending after every step, and generated grows by what the step decoded."""
+    rows, before = metrics_of(out), 0
+    for row in rows:
+        parts = sum(row[f"ledger/{name}"] for name in ("trained", "excluded_tail", "excluded_warmup", "pending"))
+        assert row["ledger/generated"] == parts
+        assert row["ledger/generated"] - before == row["rollout/tokens"]
+        assert row["rollout/occupancy"] <= 1
+        before = row["ledger/generated"]
+    return rows
+
+
+def responses_of(out: Path) -> list[dict[str, str]]:
+    """Rows of responses.csv: the responses that have ended."""
+    with (out / "responses.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def in_flight(checkpoint: Path) -> dict[int, dict]:
+    """The responses of a checkpoint by id; twice the same one fails."""
+    found: dict[int, dict] = {}
+    for file in sorted(checkpoint.glob("rank-*.json")):
+        for response in json.loads(file.read_text())["batcher"]["in_flight"]:
+            assert response["id"] not in found, "one response, two ranks"
+            found[response["id"]] = response
+    return found
+
+
+def check_no_response_twice(out: Path) -> None:
+    """No response ended twice, and some did end."""
+    counts = collections.Counter(row["response"] for row in responses_of(out))
+    assert counts
+    assert max(counts.values()) == 1
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def ended_by(out: Path, step: int) -> set[int]:
+    """The responses that have ended by this step."""
+    return {int(row["response"]) for row in responses_of(out) if int(row["step"]) <= step}
+
+
+def check_every_response_goes_on(out: Path, checkpoint: Path, before: Mapping[int, dict], ended_before: set[int]) -> None:
+    """After a restart from `checkpoint` every response in flight there (`before`) has ended, longer than it was; none ends twice."""
+    after = [row for row in responses_of(out) if int(row["step"]) > step_of(checkpoint)]
+    ended = collections.Counter(int(row["response"]) for row in after)
+    assert before, "nothing was in flight"
+    assert set(before) <= set(ended), "a response of the checkpoint never ended"
+    assert max(ended.values()) == 1
+    assert not set(ended) & ended_before
+    for row in after:
+        if int(row["response"]) in before:
+            assert int(row["tokens"]) > len(before[int(row["response"])]["token_ids"])
+
+
+def check_no_sample_skipped(out: Path) -> None:
+    """Every sample up to the last is in flight or has ended: none was lost between the ranks."""
+    newest = complete_checkpoints(out / "checkpoints")[-1]
+    ended, flying = ended_by(out, step_of(newest)), set(in_flight(newest))
+    assert not ended & flying
+    streams = [json.loads(file.read_text())["batcher"]["stream"] for file in newest.glob("rank-*.json")]
+    backlog = {sample for stream in streams for sample in stream["backlog"]}
+    for sample in range(min(stream["next"] for stream in streams)):
+        assert sample in ended | flying | backlog, sample
+
+
+def check_tokens_kept(out: Path, checkpoint: Path, before: Mapping[int, dict]) -> None:
+    """Where a later checkpoint still holds a response of `before`, it begins with the same tokens, sampled by the same versions."""
+    both = 0
+    for later in complete_checkpoints(out / "checkpoints"):
+        if later.name <= checkpoint.name:
+            continue
+        for id, response in in_flight(later).items():
+            if id in before:
+                both += 1
+                kept = before[id]
+                for name in ("token_ids", "logprobs", "versions"):
+                    assert response[name][: len(kept["token_ids"])] == kept[name]
+    assert both > 0, "no checkpoint later on still holds one of them"
+
+
+def truncate_a_shard(checkpoint: Path) -> None:
+    """Half of the largest shard, as a full disk leaves it."""
+    shard = max(checkpoint.glob("shards/*.distcp"), key=lambda f: f.stat().st_size)
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)

@@ -171,7 +171,7 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
     import os
 
-    from scale.distributed import last_barrier
+    from scale.leaving import last_barrier
 
     last_barrier()
     os._exit(0)

@@ -6,9 +6,6 @@ are in their own fixtures and need it.
 
 from __future__ import annotations
 
-import collections
-import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -16,72 +13,37 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
-from scale_helpers import HERE, LAUNCH, LIMIT_S, ROOT, TINY_CONFIG, environment, launch, make_model, metrics_of, require
+from scale_helpers import (
+    HELD,
+    HERE,
+    LAUNCH,
+    LIMIT_S,
+    ROOT,
+    arguments,
+    check_conservation,
+    check_every_response_goes_on,
+    check_no_response_twice,
+    check_no_sample_skipped,
+    check_tokens_kept,
+    ended_by,
+    environment,
+    in_flight,
+    launch,
+    make_model,
+    metrics_of,
+    ranks_left,
+    require,
+    responses_of,
+    step_of,
+    truncate_a_shard,
+)
+
+from tppo_ref.checkpoint import complete_checkpoints
 
 require("math_verify", "the verifier of these runs")
-import psutil  # noqa: E402
-
-from tppo_ref.checkpoint import complete_checkpoints  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def needs_vllm():
-    if importlib.util.find_spec("vllm") is None:
-        if os.environ.get("CI_SCALE") == "1":
-            pytest.fail("CI_SCALE=1, and vllm is not installed", pytrace=False)
-        pytest.skip("vllm is not installed: these runs decode with it")
-
-
-def arguments(model, problems, out, *more: str, kind: str = "torch", ranks: int = 2, steps: int = 4) -> list[str]:
-    return ["--config", str(TINY_CONFIG), "--algo.task.path", str(problems), "--algo.model.policy", str(model), "--algo.run.out", str(out),
-            "--engine.kind", kind, "--cluster.devices_per_node", str(ranks), "--algo.run.steps", str(steps), "--algo.run.progress", "false",
-            "--algo.run.eval_prompts", "2", "--algo.run.eval_samples", "2", "--cluster.timeout_s", "60",
-            "--algo.rollout.slots", "8", "--algo.rollout.window", "16", "--algo.rollout.max_response_tokens", "48", *more]  # fmt: skip
-
-
-def ranks_left(out: Path) -> list[int]:
-    """Processes that still work on this run's folder."""
-    left = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        if str(out) in " ".join(process.info["cmdline"] or []) and process.info["pid"] != os.getpid():
-            left.append(process.info["pid"])
-    return left
-
-
-def check_conservation(out: Path) -> list[dict]:
-    """generated = trained + excluded + pending after every step, and generated grows by what the step decoded."""
-    rows, before = metrics_of(out), 0
-    for row in rows:
-        parts = sum(row[f"ledger/{name}"] for name in ("trained", "excluded_tail", "excluded_warmup", "pending"))
-        assert row["ledger/generated"] == parts
-        assert row["ledger/generated"] - before == row["rollout/tokens"]
-        assert row["rollout/occupancy"] <= 1
-        before = row["ledger/generated"]
-    return rows
-
-
-def responses_of(out: Path) -> list[dict[str, str]]:
-    with (out / "responses.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def in_flight(checkpoint: Path) -> dict[int, dict]:
-    """The responses of a checkpoint by id; twice the same one fails."""
-    found: dict[int, dict] = {}
-    for file in sorted(checkpoint.glob("rank-*.json")):
-        for response in json.loads(file.read_text())["batcher"]["in_flight"]:
-            assert response["id"] not in found, "one response, two ranks"
-            found[response["id"]] = response
-    return found
-
-
-def check_no_response_twice(out: Path) -> None:
-    counts = collections.Counter(row["response"] for row in responses_of(out))
-    assert counts
-    assert max(counts.values()) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- the bridge
@@ -196,8 +158,6 @@ def test_the_names_of_scales_files_may_stand_first_on_the_path(halves):
 
 # ------------------------------------------------------------------------------------------------------------ kill -9
 
-HELD = ("--algo.value.batch_responses", "3")  # ended responses wait for the value model's batch, through the restart too
-
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, model, problems):
@@ -260,9 +220,9 @@ def resumed(request, killed, model, problems):
     out = source.parent / f"resumed-{ranks}"
     shutil.copytree(source, out)
     newest = complete_checkpoints(out / "checkpoints")[-1]
-    steps = int(newest.name[5:]) + 5  # window 16, cap 48: three windows end every response
+    steps = step_of(newest) + 5  # window 16, cap 48: three windows end every response
     before = in_flight(newest)
-    ended_before = {int(r["response"]) for r in responses_of(source) if int(r["step"]) <= int(newest.name[5:])}
+    ended_before = ended_by(source, step_of(newest))
     done = launch(
         *arguments(
             model,
@@ -284,32 +244,11 @@ def resumed(request, killed, model, problems):
 
 
 def test_every_in_flight_response_goes_on_and_none_ends_twice(resumed):
-    out, newest, before, ended_before = resumed
-    after = [r for r in responses_of(out) if int(r["step"]) > int(newest.name[5:])]
-    ended = collections.Counter(int(r["response"]) for r in after)
-    assert set(before) <= set(ended), "a response of the checkpoint never ended"
-    assert max(ended.values()) == 1
-    assert not set(ended) & ended_before
-    for row in after:
-        if int(row["response"]) in before:
-            assert int(row["tokens"]) > len(before[int(row["response"])]["token_ids"])
+    check_every_response_goes_on(*resumed)
 
 
 def test_no_sample_number_is_skipped_after_a_restart(resumed):
-    """Every sample up to the last is in flight or has ended: none was lost between the ranks."""
-    out = resumed[0]
-    ended = {int(r["response"]) for r in responses_of(out)}
-    flying = set(in_flight(complete_checkpoints(out / "checkpoints")[-1]))
-    known = ended | flying
-    assert not ended & flying
-    backlog = set()
-    nexts = []
-    for file in complete_checkpoints(out / "checkpoints")[-1].glob("rank-*.json"):
-        stream = json.loads(file.read_text())["batcher"]["stream"]
-        backlog |= set(stream["backlog"])
-        nexts.append(stream)
-    for sample in range(min(s["next"] for s in nexts)):
-        assert sample in known | backlog, sample
+    check_no_sample_skipped(resumed[0])
 
 
 def test_the_ledger_goes_on_from_the_checkpoint(resumed):
@@ -322,7 +261,7 @@ def test_every_ended_response_trains_the_value_model_once_or_is_held(resumed):
     rows = metrics_of(out)
     ended = len(responses_of(out))
     assert sum(row["value/responses"] for row in rows) + rows[-1]["value/held"] == ended
-    at = next(row for row in rows if row["step"] == int(newest.name[5:]))
+    at = next(row for row in rows if row["step"] == step_of(newest))
     held = [r["id"] for file in newest.glob("rank-*.json") for r in json.loads(file.read_text())["held"]]
     assert at["value/held"] == len(held) == len(set(held))
     assert any(row["value/held"] > 0 for row in rows), "nothing was ever held"
@@ -330,25 +269,10 @@ def test_every_ended_response_trains_the_value_model_once_or_is_held(resumed):
 
 def test_continued_tokens_are_those_of_the_checkpoint(resumed):
     out, newest, before, _ = resumed
-    later = [c for c in complete_checkpoints(out / "checkpoints") if c.name > newest.name]
-    both = 0
-    for checkpoint in later:
-        for id, response in in_flight(checkpoint).items():
-            if id in before:
-                both += 1
-                kept = before[id]
-                for name in ("token_ids", "logprobs", "versions"):
-                    assert response[name][: len(kept["token_ids"])] == kept[name]
-    assert both > 0, "no checkpoint later on still holds one of them"
+    check_tokens_kept(out, newest, before)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
-def truncate_a_shard(checkpoint: Path) -> None:
-    shard = max(checkpoint.glob("shards/*.distcp"), key=lambda f: f.stat().st_size)
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size // 2)
 
 
 def one_error(done: subprocess.CompletedProcess, *words: str) -> None:
@@ -462,7 +386,7 @@ def test_ctrl_c_once_ends_at_a_steps_edge_with_a_checkpoint(tmp_path, model, pro
     assert launcher.returncode == 130, said[-2000:]
     assert "Traceback" not in said
     newest = complete_checkpoints(out / "checkpoints")[-1]
-    assert int(newest.name[5:]) == metrics_of(out)[-1]["step"]
+    assert step_of(newest) == metrics_of(out)[-1]["step"]
     assert not ranks_left(out)
 
 

@@ -1,0 +1,100 @@
+"""How ranks leave when one of them fails: which one says why, in one line, and what makes the others go, too.
+
+`python scale/launch.py` watches its own workers. Under torchrun the agent ends all ranks with SIGTERM as soon as one has gone, and
+keeps the store in which the ranks agree on who speaks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+ECHO_S = 10.0  # how long a rank keeps quiet about what another one should tell
+REMEDY = "start again with --algo.run.resume true to go on from the last checkpoint"
+telling = threading.Lock()
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def report_once() -> bool:
+    """True on the first rank that calls it: several ranks fail of one cause, and one line is enough."""
+    import torch.distributed as dist
+
+    try:
+        return dist.distributed_c10d._get_default_store().add("tppo/failures", 1) == 1
+    except Exception:  # no process group yet, or its store went with rank 0
+        return int(os.environ.get("RANK", "0")) == 0
+
+
+def may_tell_alone() -> bool:
+    """Whether this rank should tell a mistake that was found before the ranks know of each other, and that most likely all find.
+
+    Rank 0 tells it. The others leave after it: torchrun ends every rank as soon as one has gone. Whoever is still there after that
+    found a mistake of its own machine.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    if under_torchrun():
+        time.sleep(ECHO_S)
+    return under_torchrun()
+
+
+def word_of_a_lost_rank(error: Exception) -> str:
+    """What to say of an error that only means that another rank is gone or late; empty for any other error."""
+    import torch.distributed as dist
+
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo/transport", "Timed out waiting", "NCCL"))):
+        return ""
+    late = "imed out" in text
+    what = "waited for another rank in vain" if late else "lost another rank, which was killed or is gone"
+    return f"error: rank {os.environ['RANK']} {what}; {REMEDY}"
+
+
+def last_barrier() -> None:
+    """The last collective of ranks that leave in order."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def leave_with_the_others() -> None:
+    """Leave when the launcher that started this rank is gone, or torchrun sends SIGTERM."""
+    if "TPPO_PARENT_PIPE" in os.environ:
+        threading.Thread(target=_leave_with_parent, daemon=True).start()
+    if under_torchrun():
+        _leave_with_torchrun()
+
+
+def _leave_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _leave_with_torchrun() -> None:
+    """At once, and with a word where no rank has said why.
+
+    A thread does it: the rank may stand in a collective operation with a rank that is gone, and Python's handlers wait for its end.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def leave() -> None:
+        while os.read(read, 1) != bytes([signal.SIGTERM]):
+            pass
+        with telling:  # not between a rank's word that it will say why, and the line itself
+            if report_once():
+                print(f"error: torchrun ended the ranks: one was killed or is gone (torchrun's report says which), or the job was "
+                      f"stopped; {REMEDY}", file=sys.stderr, flush=True)  # fmt: skip
+            os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
