@@ -110,7 +110,7 @@ class EvaluationConfig:
     """avg@k and pass@k over the evaluation prompts: algo.run.eval_prompts of them, k = algo.run.eval_samples."""
 
     every_steps: int = 0
-    """Training steps between evaluations; 0 = at the end only. [O]"""
+    """Training steps between evaluations; 0 = at the start and at the end only. [O]"""
     save_texts: int = 8
     """Sample answers written beside the metrics at each evaluation. [O]"""
 

@@ -80,6 +80,7 @@ def start_workers(argv: Sequence[str], config: object) -> int:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TPPO_PARENT_PIPE": "1", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that goes would make the others print pages of C++ frames
         environment.setdefault("OMP_NUM_THREADS", str(config.algo.run.threads))  # type: ignore[attr-defined]
         workers.append(subprocess.Popen([sys.executable, str(HERE / "launch.py"), *argv], env=environment, stdin=subprocess.PIPE,
                                         start_new_session=True))  # fmt: skip

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -71,6 +71,55 @@ def make_problems(file: Path, num: int = 60, seed: int = 0) -> Path:
         rows.append(json.dumps({"question": f"{a}+{b}=", "answer": f"so {a}+{b}={a + b}\n#### {a + b}"}))
     file.write_text("\n".join(rows) + "\n")
     return file
+
+
+class School(NamedTuple):
+    """A tiny model that has read some school problems, its tokenizer, and the problems."""
+
+    model: Path
+    tokenizer: Path
+    problems: Path
+    losses: list[float]
+    source: str
+
+
+def make_school(folder: Path, problems: Path, num: int = 300, steps: int = 60) -> School:
+    """A byte-level BPE tokenizer and a tiny Qwen2, both trained on the shared GSM8K; on `problems` where it is not there."""
+    import tokenizers
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from tppo_ref.models import load_policy
+    from tppo_ref.types import TokenBatch
+
+    data = shared_data()
+    source = data / "gsm8k_train.jsonl" if data else problems
+    short = [row for row in map(json.loads, source.read_text().splitlines()) if len(row["question"]) < 250][:num]
+    problems = folder / "problems.jsonl"
+    folder.mkdir()
+    problems.write_text("".join(json.dumps(row) + "\n" for row in short))
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512, special_tokens=["<end>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    bpe.train_from_iterator((f"{row['question']}{row['answer']}" for row in short), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>")
+    model = make_model(folder / "model", tied=True, vocab=len(tokenizer), end=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(folder / "tokenizer")  # beside a config.json, transformers would take it for Qwen's own
+
+    policy = load_policy(str(model))
+    optimiser, rng, losses = torch.optim.AdamW(policy.parameters(), lr=3e-3), random.Random(0), []
+    pairs = [(tokenizer.encode(row["question"]), [*tokenizer.encode(row["answer"])[:60], tokenizer.eos_token_id]) for row in short]
+    for _ in range(steps):
+        batch = TokenBatch(*map(list, zip(*rng.sample(pairs, 16), strict=True)))
+        loss = -policy(batch).sum() / sum(map(len, batch.response_ids))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    policy.save_pretrained(model)
+    return School(model, folder / "tokenizer", problems, losses, source.name)
 
 
 def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: float = LIMIT_S) -> str:

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,10 +35,12 @@ from scale_helpers import (
     in_flight,
     launch,
     make_model,
+    make_school,
     metrics_of,
     ranks_left,
     require,
     responses_of,
+    shared_data,
     step_of,
     truncate_a_shard,
 )
@@ -470,27 +474,40 @@ def test_each_response_of_a_group_is_trained_by_one_of_its_ranks(groups):
 
 
 @pytest.fixture(scope="module")
-def end_to_end(needs_vllm, tmp_path_factory, model, problems):
-    """Value pre-training, six steps with two vLLM engines, evaluation, export."""
+def school(tmp_path_factory, problems):
+    return make_school(tmp_path_factory.mktemp("school") / "school", problems)
+
+
+@pytest.fixture(scope="module")
+def end_to_end(needs_vllm, tmp_path_factory, school):
+    """Value pre-training, 20 steps of T-PPO with two vLLM engines, evaluation, export, reload: on GSM8K where it is at hand."""
     out = tmp_path_factory.mktemp("whole")
-    said = {}
-    said["pretrain"] = launch(
-        "pretrain-value", *arguments(model, problems, out / "pretrain", "--algo.value.pretrain_responses", "16")
-    )
-    said["train"] = launch(
-        "train", *arguments(model, problems, out / "run", "--algo.model.value", str(out / "pretrain/value"), kind="vllm", steps=6)
-    )
-    said["export"] = launch("export", *arguments(model, problems, out / "run"))
-    said["evaluate"] = launch("evaluate", *arguments(out / "run/export/policy", problems, out / "evaluation", kind="vllm", ranks=1))
+    own = ("--algo.task.tokenizer", str(school.tokenizer))
+
+    def command(name: str, model: Path, *more: str, **options: Any) -> subprocess.CompletedProcess:
+        folder = {"train": "run", "export": "run"}.get(name, name)
+        return launch(name, *arguments(model, school.problems, out / folder, *own, *more, **options))
+
+    said = {
+        "pretrain-value": command("pretrain-value", school.model, "--algo.value.pretrain_responses", "16"),
+        "train": command("train", school.model, "--algo.model.value", str(out / "pretrain-value/value"), kind="vllm", steps=20),
+    }
+    said["export"] = command("export", school.model)
+    said["evaluate"] = command("evaluate", out / "run/export/policy", kind="vllm", ranks=1)
     for name, done in said.items():
         assert done.returncode == 0, (name, done.stderr[-3000:])
     assert not ranks_left(out)
     return out, said
 
 
+def test_end_to_end_begins_with_a_model_and_a_tokenizer_that_have_read_the_problems(school):
+    assert school.source == ("gsm8k_train.jsonl" if shared_data() else "problems.jsonl")
+    assert sum(school.losses[-5:]) < 0.8 * sum(school.losses[:5])
+
+
 def test_end_to_end_every_command_says_where_its_results_are(end_to_end):
     out, said = end_to_end
-    assert str(out / "pretrain/value") in said["pretrain"].stdout
+    assert str(out / "pretrain-value/value") in said["pretrain-value"].stdout
     assert "checkpoints" in said["train"].stdout
     assert str(out / "run/export/policy") in said["export"].stdout
     assert "eval/avg_at_k" in said["evaluate"].stdout
@@ -499,7 +516,7 @@ def test_end_to_end_every_command_says_where_its_results_are(end_to_end):
 def test_end_to_end_two_engines_keep_the_conservation_law(end_to_end):
     out, _ = end_to_end
     rows = check_conservation(out / "run")
-    assert len(rows) == 6
+    assert len(rows) == 20
     check_no_response_twice(out / "run")
     assert all(row["policy/logprob_gap"] < 1e-3 for row in rows if row["policy/logprob_gap"] == row["policy/logprob_gap"])
 
@@ -508,18 +525,18 @@ def test_end_to_end_the_value_model_came_from_pre_training(end_to_end):
     from transformers import AutoModelForTokenClassification
 
     out, _ = end_to_end
-    value = AutoModelForTokenClassification.from_pretrained(out / "pretrain/value")
+    value = AutoModelForTokenClassification.from_pretrained(out / "pretrain-value/value")
     assert value.config.num_labels == 1
-    assert json.loads((out / "run/config.json").read_text())["algo"]["model"]["value"] == str(out / "pretrain/value")
+    assert json.loads((out / "run/config.json").read_text())["algo"]["model"]["value"] == str(out / "pretrain-value/value")
 
 
-def test_end_to_end_the_export_loads_in_transformers_and_is_the_trained_policy(end_to_end, model):
+def test_end_to_end_the_export_loads_in_transformers_and_is_the_trained_policy(end_to_end, school):
     import torch
     from transformers import AutoModelForCausalLM
 
     out, _ = end_to_end
     trained = AutoModelForCausalLM.from_pretrained(out / "run/export/policy").state_dict()
-    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(school.model).state_dict()
     assert trained.keys() == start.keys()
     moved = {name: float((trained[name] - start[name]).abs().max()) for name in start}
     assert max(moved.values()) > 1e-4
@@ -529,12 +546,12 @@ def test_end_to_end_the_export_loads_in_transformers_and_is_the_trained_policy(e
 def test_end_to_end_vllm_serves_the_export_and_evaluates_it(end_to_end):
     """`evaluate` ran on the exported folder, on another number of ranks, and agrees with the run's own last evaluation."""
     out, _ = end_to_end
-    found = json.loads((out / "evaluation/evaluation.json").read_text())
+    found = json.loads((out / "evaluate/evaluation.json").read_text())
     rows = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "eval/accuracy" in row][-1]
     assert 0 <= found["eval/avg_at_k"] <= found["eval/pass_at_k"] <= 1
     for name in ("eval/accuracy", "eval/length_mean", "eval/capped_share", "eval/pass_at_k"):
         assert found[name] == pytest.approx(last[name]), name
-    answers = [json.loads(line) for line in (out / "evaluation/answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (out / "evaluate/answers.jsonl").read_text().splitlines()]
     assert len(answers) == 4
     assert {"prompt", "response", "answer", "score"} <= answers[0].keys()
