@@ -53,19 +53,45 @@ require("math_verify", "the verifier of these runs")
 # -------------------------------------------------------------------------------------------------------------- the bridge
 
 
-@pytest.fixture(scope="module")
-def bridge(tmp_path_factory, problems):
+def cross(folder, problems, kind):
+    """tppo_ref's metrics and scale's, step by step."""
     from tppo_ref.models import load_value_model
 
-    folder = tmp_path_factory.mktemp("bridge")
     make_model(folder / "policy", tied=True, head_std=0.1)
-    value = load_value_model(str(folder / "policy"), seed=4)
-    value.save_pretrained(folder / "value")
+    load_value_model(str(folder / "policy"), seed=4).save_pretrained(folder / "value")
     done = subprocess.run([sys.executable, str(HERE / "bridge_worker.py"), str(folder / "policy"), str(folder / "value"), str(problems),
-                           str(folder / "out"), "5"], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
+                           str(folder / "out"), "5", kind], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("FOUND ")).removeprefix("FOUND "))
     return found["ref"], found["scale"]
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory, problems):
+    return cross(tmp_path_factory.mktemp("bridge"), problems, "torch")
+
+
+@pytest.fixture(scope="module")
+def vllm_bridge(needs_vllm, tmp_path_factory, problems):
+    return cross(tmp_path_factory.mktemp("vllm_bridge"), problems, "vllm")
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_the_losses_of_what_vllm_sampled_are_those_of_tppo_ref_on_the_same_tokens(vllm_bridge, step):
+    ref, scale = (side[step] for side in vllm_bridge)
+    assert scale["tokens"] == ref["tokens"]
+    assert scale["policy/logprob_gap"] < 1e-3
+    for name in ("policy/loss", "policy/lm_loss", "policy/kl", "policy/grad_norm", "policy/logprob_gap", "value/loss",
+                 "value/explained_variance", "value/grad_norm", "advantage/mean", "advantage/std", "ledger/trained"):  # fmt: skip
+        assert scale.get(name, 0.0) == pytest.approx(ref.get(name, 0.0), rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+def test_the_bridge_to_vllm_crosses_something(vllm_bridge):
+    _, scale = vllm_bridge
+    assert any(begin > 0 for row in scale for _, begin, *_ in row["tokens"]), "no response was continued"
+    assert all(row["policy/grad_norm"] > 0 for row in scale[1:])
+    assert any(row["value/grad_norm"] > 0 for row in scale)
+    assert all(row["policy/logprob_gap"] > 0 for row in scale), "another engine than the trainer's own rounds differently"
 
 
 @pytest.mark.parametrize("step", range(5))
