@@ -28,6 +28,8 @@ from tppo_ref.run import base_config
 from tppo_ref.tasks import load_task
 from tppo_ref.types import UserError
 
+BUILT_IN = "base-model-of-a-built-in-task.json"
+
 __all__ = ["Verdict", "bytes_per_phase", "dry_run", "judge", "terms_per_phase"]
 
 
@@ -57,9 +59,13 @@ def _with_shape(config: ScaleConfig, folder: Path) -> ScaleConfig:
     """A built-in task's base model need not be made: its shape is enough."""
     if not own_base_model(config):
         return config
-    file = folder / f"base model of {config.algo.task.name}.json"
+    file = folder / BUILT_IN
     base_config(config.algo, load_task(config.algo.task.name)).to_json_file(file, use_diff=False)
     return replace_fields(config, {"algo.model.policy": str(file)})
+
+
+def _is_built_in(config: ScaleConfig) -> bool:
+    return Path(config.algo.model.policy or "").name == BUILT_IN
 
 
 def _dry_run(config: ScaleConfig) -> int:
@@ -115,8 +121,9 @@ def heading(config: ScaleConfig) -> list[str]:
     file, engines = memory.config_file(source), memory.num_engines(config)
     fed = sum(map(sum, memory.passing(config, "policy_update").rows))
     by = "" if str(file).startswith(str(source)) else f" (the folder is not here: shape from {file.name})"
+    name = f"The base model that task {config.algo.task.name} makes" if _is_built_in(config) else source
     return [
-        f"{source}: {policy.num_parameters / 1e9:.2f} B parameters{by}",
+        f"{name}: {policy.num_parameters / 1e9:.4g} B parameters{by}",
         f"{memory.num_ranks(config)} ranks of {config.cluster.device_bytes / 1e9:.1f} GB; engines: {engines}, of "
         f"{config.engine.tensor_parallel} each. The policy's update is fed {fed:,} tokens at a time; the longest row has "
         f"{memory.longest_row(config):,}.",
@@ -166,6 +173,8 @@ def judgement(config: ScaleConfig, verdict: Verdict) -> list[str]:
 
 def no_seconds(config: ScaleConfig) -> str:
     rollout, engine = config.algo.rollout, config.engine
+    if _is_built_in(config):
+        return "Seconds: run it; the simulator plans for published models."
     return (
         f"Seconds: not known here. python -m sim plan --model {Path(config.algo.model.policy or '').name} "
         f"--gpus {memory.num_ranks(config)}xH100 --cap {rollout.max_response_tokens} --window {rollout.window} "

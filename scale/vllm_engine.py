@@ -13,12 +13,12 @@ drops every cached prefix; on a CPU the output head keeps a packed copy of its w
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
 import time
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,7 @@ def _receive(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> tuple[int, i
 
 
 class _Checksum:
-    """(tensors, bytes, sum over tensors of the CRC of their name times the sum of their bits, modulo 2^64): what passed through."""
+    """(tensors, bytes, sum over tensors of a hash of their name and the sum of their bits, modulo 2^64): what passed through."""
 
     def __init__(self) -> None:
         self.totals = (0, 0, 0)
@@ -255,7 +255,8 @@ class _Checksum:
     def over(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             count, num_bytes, total = self.totals
-            total = (total + zlib.crc32(name.encode()) * _bits(tensor)) % 2**64
+            digest = hashlib.blake2b(f"{name}:{_bits(tensor)}".encode(), digest_size=8).digest()
+            total = (total + int.from_bytes(digest, "little")) % 2**64
             self.totals = (count + 1, num_bytes + tensor.nbytes, total)
             yield name, tensor
 
@@ -263,7 +264,8 @@ class _Checksum:
 def _bits(tensor: Tensor) -> int:
     """The sum of a tensor's bytes, read as 64-bit integers: exact in any order, at half the price of a copy. (A sum of values is
     neither, and NaN or -0.0 hide in it.)"""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    whole_tensor = tensor.detach().contiguous()
+    raw = whole_tensor.as_strided((whole_tensor.numel(),), (1,)).view(torch.uint8)  # of one element any stride is contiguous
     if raw.storage_offset() % 8:
         raw = raw.clone()
     whole = len(raw) // 8 * 8

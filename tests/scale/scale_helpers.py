@@ -177,6 +177,16 @@ def ranks_left(out: Path) -> list[int]:
     return left
 
 
+def one_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """A mistake of the user's: exit code 2 and one line, with `words` in it."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert len(lines) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
 def check_conservation(out: Path) -> list[dict]:
     """generated = trained + excluded + pending after every step, and generated grows by what the step decoded."""
     rows, before = metrics_of(out), 0

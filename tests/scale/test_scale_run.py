@@ -37,6 +37,7 @@ from scale_helpers import (
     make_model,
     make_school,
     metrics_of,
+    one_error,
     ranks_left,
     require,
     responses_of,
@@ -303,15 +304,6 @@ def test_continued_tokens_are_those_of_the_checkpoint(resumed):
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-
-def one_error(done: subprocess.CompletedProcess, *words: str) -> None:
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
-    assert len(lines) == 1, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in lines[0]
 
 
 def test_a_truncated_shard_is_named_with_its_sizes_and_the_remedy(killed, model, problems):
