@@ -342,6 +342,30 @@ def test_F4_without_deferral_every_trained_token_was_sampled_by_the_current_poli
     assert several, "no response spanned two policies"
 
 
+@pytest.mark.parametrize(("method", "changes", "oldest"), [
+    ("tppo", {}, 0), ("tppo-defer", {"advantage__tail_tokens": 3}, 1), ("ppo", {}, 0), ("partial-is", {}, None),
+])  # fmt: skip
+def test_staleness_is_the_weight_versions_between_sampling_and_training_of_the_trained_tokens(method, changes, oldest, monkeypatch):
+    """Against what the policy was fed: its spy sees each trained token's own version."""
+    trainer = make_trainer(method, **changes)
+    worst = 0.0
+    for _ in range(8):
+        now, ages = trainer.version, []
+        settled = {r.id: r.num_settled for r in trainer.batcher.in_flight.values()}
+        metrics = trainer.step()
+        for s in trainer.slices:
+            r = s.response
+            trained = r.num_settled if r.ended or method != "partial-is" else 0
+            ages += [now - version for version in r.versions[settled.get(r.id, 0) : trained]]
+        excluded = trainer.config.advantage.tail == "exclude"
+        if not excluded:  # then what is settled is what was trained
+            assert metrics["policy/tokens"] == len(ages)
+            assert metrics["policy/staleness"] == pytest.approx(sum(ages) / max(len(ages), 1))
+        assert metrics["policy/staleness_max"] == max(ages, default=0)
+        worst = max(worst, metrics["policy/staleness_max"])
+    assert worst == oldest if oldest is not None else worst > 1, "a response of several windows, trained at its end"
+
+
 def test_F4_a_deferred_token_is_trained_against_its_own_older_policy(monkeypatch):
     spy = LossSpy().install(monkeypatch)
     trainer = make_trainer("tppo-defer", policy_spy=spy.see, advantage__tail_tokens=3, policy__lr=5e-3)

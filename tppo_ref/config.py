@@ -236,6 +236,8 @@ class RunConfig:
     """Write the decoding slots of each window to timeline.csv, the load of each decode step to decode.csv. [O]"""
     threads: int = 1
     """CPU threads of torch; more do not help models this small. [M]"""
+    staleness_warning: int = 8
+    """Warn when a trained token was sampled more than this many weight versions ago. [O]"""
     wandb_project: str = ""
     """Weights & Biases: log to this project, too; empty = do not. Needs `pip install wandb`. [O]"""
     cut_warning: float = 0.9

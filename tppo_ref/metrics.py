@@ -68,6 +68,10 @@ GLOSSARY: dict[str, Metric] = {
     "advantage/lam_mean": Metric("lambda, mean over rows", "step", "1", "0.95 to 1"),
     "policy/tokens": Metric("trained tokens", "step", "tokens", "near rollout/tokens"),
     "policy/prefix_tokens": Metric("prompt and earlier response tokens fed again", "step", "tokens", "grows with length/window"),
+    "policy/staleness": Metric(
+        "weight versions between sampling and training, mean over trained tokens", "step", "versions", "T-PPO: 0"
+    ),
+    "policy/staleness_max": Metric("the same, the largest", "step", "versions", "below run.staleness_warning"),
     "policy/updates": Metric("optimiser steps", "step", "updates", "steady"),
     "policy/loss": Metric("clipped surrogate, token mean", "step", "1", "around 0"),
     "policy/lm_loss": Metric("positive-example LM loss, token mean, before its weight", "step", "nats", "falls"),

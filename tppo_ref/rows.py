@@ -7,6 +7,7 @@ there too, because the models read it, but no mask holds it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ from tppo_ref.types import Response, TokenBatch
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """Ragged rows as one right-padded tensor [B, T], 0 in the padding."""
-    width = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype, device=device).reshape(len(rows), width)
+    mask_BT = response_mask([len(row) for row in rows])
+    padded_BT = torch.zeros(mask_BT.shape, dtype=dtype)
+    padded_BT[mask_BT] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=dtype)  # no padding passes through Python
+    return padded_BT.to(device)
 
 
 def response_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:

@@ -389,6 +389,11 @@ class Session:
             log.warning("step %d: %.0f %% of the rows were cut or capped (run.cut_warning %.0f %%): the critic sees few finished "
                         "responses; a longer rollout.window helps", self.trainer.num_steps, 100 * share,
                         100 * self.config.run.cut_warning)  # fmt: skip
+        oldest = metrics.get("policy/staleness_max", 0)
+        if oldest > self.config.run.staleness_warning and self.trainer.num_steps % 20 == 1:
+            log.warning("step %d: tokens that are %d weight versions old are trained (run.staleness_warning %d): their importance "
+                        "weights are far from 1; a longer rollout.window helps", self.trainer.num_steps, oldest,
+                        self.config.run.staleness_warning)  # fmt: skip
         for name in ("verify/timeouts", "verify/errors"):
             if metrics[name] > self._warned[name]:
                 log.warning("step %d: %s is %d so far; they score %g", self.trainer.num_steps, name, metrics[name],

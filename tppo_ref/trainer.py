@@ -182,8 +182,14 @@ class Trainer:
         """Enter the step into the ledger: generated = trained + excluded + pending, at every step (theory.md F1)."""
         advantage = self.config.advantage
         fed = sum(r.num_fed for r in rows.responses)
+        sampled_with = self.version - 1  # the weights that this window's tokens come from; the sync is through
+        age_sum, age_max = 0, 0
         for response, trained in zip(rows.responses, rows.train_BT.sum(1).tolist(), strict=True):
             unsettled = len(response) - response.num_settled
+            versions = response.versions[response.num_settled : response.num_settled + trained]
+            if versions and not warming_up:
+                age_sum += sampled_with * trained - sum(versions)
+                age_max = max(age_max, sampled_with - min(versions))
             if warming_up:
                 self.ledger["excluded_warmup"] += unsettled
                 response.num_settled = len(response)
@@ -203,15 +209,18 @@ class Trainer:
                 "ledger/in_flight": len(self.batcher.own_in_flight),
                 "policy/tokens": 0.0 if warming_up else float(rows.train_BT.sum()),
                 "policy/prefix_tokens": fed - float(new_BT.sum()),
+                "policy/staleness": float(age_sum),
             }
         )
+        ledger["policy/staleness"] /= max(ledger["policy/tokens"], 1)
         accounted = sum(ledger[f"ledger/{name}"] for name in ("trained", "excluded_tail", "excluded_warmup", "pending"))
         generated = ledger["ledger/generated"]
         assert generated == accounted, f"step {self.num_steps}: {generated} tokens generated, {accounted} accounted for"
-        gap = math.nan  # nothing to compare where nothing was recomputed
+        gap = -1.0  # a rank with nothing to compare
         if self._recomputes and bool(new_BT.any()):
             gap = float((rows.logprob_BT - rows.behaviour_BT)[new_BT].abs().mean())
-        return ledger | {"policy/logprob_gap": self.parallel.max([gap])[0]}
+        gap, oldest = self.parallel.max([gap, age_max])
+        return ledger | {"policy/logprob_gap": gap if gap >= 0 else math.nan, "policy/staleness_max": oldest}
 
     def _sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """Named numbers of this rank -> their sums over all ranks."""

@@ -1,0 +1,51 @@
+"""What a run warns of, at the thresholds that its config states, and not below them."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import types
+
+import pytest
+
+from tppo_ref.config import Config, replace_fields
+from tppo_ref.run import Session
+
+WELL = {
+    "response/rows": 10, "response/ended": 6, "response/cut_share": 0.4, "response/capped_share": 0.0, "policy/staleness_max": 0,
+    "verify/timeouts": 0, "verify/errors": 0,
+}  # fmt: skip
+
+
+def warnings_of(caplog, metrics, *, step=1, **fields):
+    session = types.SimpleNamespace(
+        config=replace_fields(Config(), {f"run.{name}": value for name, value in fields.items()}),
+        trainer=types.SimpleNamespace(num_steps=step), _warned=collections.Counter(),
+    )  # fmt: skip
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="tppo_ref"):
+        Session._warn(session, WELL | metrics)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_run_that_is_well_is_not_warned_of(caplog):
+    assert warnings_of(caplog, {}) == []
+
+
+@pytest.mark.parametrize(("field", "limit", "metrics", "word"), [
+    ("cut_warning", 0.7, lambda x: {"response/cut_share": x}, "rollout.window"),
+    ("cut_warning", 0.7, lambda x: {"response/cut_share": 0.0, "response/ended": 10, "response/capped_share": x}, "cut or capped"),
+    ("staleness_warning", 5, lambda x: {"policy/staleness_max": x}, "5 weight versions|6 weight versions"),
+])  # fmt: skip
+def test_each_threshold_is_passed_before_it_is_warned_of(caplog, field, limit, metrics, word):
+    assert warnings_of(caplog, metrics(limit), **{field: limit}) == []
+    above = limit + 1 if isinstance(limit, int) else limit + 0.1
+    (said,) = warnings_of(caplog, metrics(above), **{field: limit})
+    assert any(w in said for w in word.split("|"))
+    assert f"run.{field}" in said
+    assert warnings_of(caplog, metrics(above), step=2, **{field: limit}) == [], "every 20 steps, not at each"
+
+
+def test_verifications_that_fail_are_told_when_there_are_more(caplog):
+    (said,) = warnings_of(caplog, {"verify/timeouts": 3})
+    assert "verify/timeouts is 3" in said
