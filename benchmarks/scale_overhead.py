@@ -7,7 +7,7 @@ metrics, tables and checkpoint polls included, over the step's seconds. With mor
 in collectives, so both are given: `waiting_share` is the collectives'. Padding (aim: at most 5 %): tokens that the models are fed
 in updates and that belong to no response or prompt, over all that they are fed; and the same inside attention, which pads in groups
 of similar lengths. Memory (aim: flat, within 2 %): resident bytes of the first rank at the end against those after a tenth of the
-steps, the engine included. Needs vLLM (make test-scale installs it).
+steps, the engine included, and against the middle. Needs vLLM (make test-scale installs it).
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def measure(steps: int) -> dict[str, Any]:
         "waiting_share": round(waiting.seconds / total_s, 4), "verifier_share": round(verifying.seconds / total_s, 4),
         "padding": round(1 - counts["real"] / counts["fed"], 4), "aim_padding": 0.05,
         "attention_padding": round(1 - counts["real"] / counts["attended"], 4),
-        "memory_growth": round(growth(memory), 4), "aim_memory_growth": 0.02, "rss_mib": round(memory[-1] / 2**20),
+        "memory_growth": round(growth(memory), 4), "aim_memory_growth": 0.02,
+        "memory_growth_second_half": round(memory[-1] / memory[len(memory) // 2] - 1, 4), "rss_mib": round(memory[-1] / 2**20),
     }  # fmt: skip
 
 

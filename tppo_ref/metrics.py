@@ -168,12 +168,15 @@ class MetricLog:
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self._writer:
-            for name, value in metrics.items():
-                if math.isfinite(value):
-                    self._writer.add_scalar(name, value, step)
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # One event for all of them: an event each, as add_scalar writes them, is dearer than the rest of the record.
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
+            self._writer._get_file_writer().add_summary(Summary(value=values), step)
         if self._wandb:
-            self._wandb.log({"step": step} | {name: value for name, value in metrics.items() if math.isfinite(value)})
+            self._wandb.log({"step": step} | finite)
 
     def close(self) -> None:
         self._file.close()

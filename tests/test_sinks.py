@@ -1,6 +1,6 @@
-"""Weights & Biases is an option: never imported without being asked for, one run over restarts, our step as its x axis.
+"""Where metrics go beside metrics.jsonl: TensorBoard, read back with its own reader, and Weights & Biases as an option.
 
-The package is a stand-in that records calls; the real one (0.31, offline) was tried by hand.
+W&B's package is a stand-in that records calls; the real one (0.31, offline) was tried by hand.
 """
 
 from __future__ import annotations
@@ -11,8 +11,26 @@ import types
 
 import pytest
 
-from tppo_ref.metrics import MetricLog
+from tppo_ref.metrics import MetricLog, read_metrics
 from tppo_ref.types import UserError
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds_and_a_restart_takes_back_later_steps(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+        log = MetricLog(tmp_path, resume_step=resume)
+        for step in steps:
+            log.log(step, {"time/step_s": step / 4 + (resume or 0), "response/accuracy": math.nan if step == 1 else 0.5})
+        log.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    shown = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    kept = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in kept] == [1, 2, 3, 4]
+    for tag in ("time/step_s", "response/accuracy"):
+        assert shown[tag] == [(row["step"], row[tag]) for row in kept if row[tag] is not None]
+    assert shown["time/step_s"][2] == (3, 2.75), "the third step is the one after the restart"
 
 
 @pytest.fixture
