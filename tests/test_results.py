@@ -1,0 +1,78 @@
+"""benchmarks/RESULTS.md says of scale/ what the committed tables say, verdicts included."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.vllm_windows import ratio
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def table(name):
+    with (FOLDER / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def line(start):
+    (found,) = [x for x in (FOLDER / "RESULTS.md").read_text().splitlines() if x.startswith(f"| {start}")]
+    result, aim = (cell.strip() for cell in found.split("|")[3:5])
+    return result, aim
+
+
+def percent(share, digits=1):
+    return f"{100 * float(share):.{digits}f} %"
+
+
+def verdict(aim, met):
+    assert ("met" if met else "missed") in aim
+    assert ("missed" if met else ": met") not in aim
+
+
+def test_the_own_share_and_the_memory_of_a_cpu_tiny_step():
+    (row,) = table("scale_overhead")
+    result, aim = line("scale/: the Trainer's own share")
+    assert result == percent(row["own_share"])
+    verdict(aim, float(row["own_share"]) <= 0.03)
+    result, aim = line("scale/: resident memory")
+    assert percent(row["memory_growth"]) in result
+    assert percent(row["memory_growth_second_half"]) in result
+    assert f"over {row['steps']} steps" in (FOLDER / "RESULTS.md").read_text()
+    verdict(aim, float(row["memory_growth"]) <= 0.02)
+    result, _ = line("scale/: trained tokens that are padding")
+    assert result == f"{percent(row['padding'], 0)} in linear layers, {percent(row['attention_padding'])} in attention"
+
+
+def test_the_32b_shape():
+    (row,) = table("at_32b")
+    result, aim = line("at the 32B shape")
+    assert result == f"{row['own_s']} s of {row['simulated_step_s']} s, {percent(row['own_share'], 2)}"
+    verdict(aim, float(row["own_share"]) <= 0.01)
+    result, aim = line("the same: padding")
+    assert result == f"{percent(row['padding'], 0)} in linear layers, {percent(row['attention_padding'], 2)} in attention"
+    verdict(aim, float(row["padding"]) <= 0.05)
+    result, _ = line("the same: update time")
+    assert result == f"{percent(row['waiting'])} ({percent(row['waiting_without_moving'])} if ended responses stayed)"
+
+
+def test_the_weight_sync():
+    copies = {row["what"]: float(row["copies"]) for row in table("sync")}
+    result, aim = line("scale/: weight sync")
+    ours = copies["gather"] + copies["checksum"]
+    assert result == f"{copies['sync']:.1f}x; ours (gathering, checksums) {ours:.1f}x, vLLM's reload {copies['vllm']:.1f}x"
+    verdict(aim, copies["sync"] <= 2)
+
+
+@pytest.mark.parametrize("page", [FOLDER / "RESULTS.md", FOLDER.parent / "README.md"])
+def test_windows_with_vllm(page):
+    rows = table("vllm_windows")
+    assert len({row["seed"] for row in rows}) >= 5
+    step, rollout = ratio(rows, "tokens_per_s"), ratio(rows, "rollout_tokens_per_s")
+    text = " ".join(page.read_text().split())
+    assert f"{step['ratio']:.2f}x [{step['low']:.2f}, {step['high']:.2f}]" in text
+    assert f"{rollout['ratio']:.2f}x" in text
+    if page.name == "RESULTS.md":
+        verdict(line("scale/ with vLLM")[1], step["ratio"] >= 2)
