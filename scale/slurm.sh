@@ -1,13 +1,14 @@
 #!/bin/bash
-# T-PPO on several machines under Slurm: one torchrun per machine, which starts a rank per GPU. Not tried: no cluster at hand.
+# T-PPO on several machines under Slurm: one torchrun per machine, which starts a rank per GPU. Tried with
+# stand-ins for Slurm's commands (tests/scale/test_slurm.py); no cluster was at hand.
 #
 #   sbatch --nodes 8 scale/slurm.sh --config scale/configs/qwen2.5-32b-math.yaml [--section.field VALUE ...]
 #   sbatch --nodes 8 scale/slurm.sh pretrain-value --config scale/configs/qwen2.5-32b-math.yaml --algo.model.value null ...
 #
 # Submit from the repository's root, in a folder that all machines see, as they must see algo.run.out. Account, partition and other
 # numbers of GPUs or cores go on sbatch's command line. Two minutes before the time limit the job puts itself back into the queue; it,
-# and a job that Slurm requeues after a machine failed, goes on from the newest checkpoint: algo.run.checkpoint_every says how many
-# steps that may cost.
+# and a job that Slurm requeues after a machine failed, goes on from the newest checkpoint where there is one: what that may cost is
+# algo.run.checkpoint_every steps, and the step in which a checkpoint was still being written.
 #SBATCH --job-name=tppo
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
