@@ -65,11 +65,19 @@ def last_barrier() -> None:
 
 
 def leave_with_the_others() -> None:
-    """Leave when the launcher that started this rank is gone, or torchrun sends SIGTERM."""
+    """Leave when whoever started this rank is gone, or torchrun sends SIGTERM."""
     if "TPPO_PARENT_PIPE" in os.environ:
         threading.Thread(target=_leave_with_parent, daemon=True).start()
     if under_torchrun():
         _leave_with_torchrun()
+        threading.Thread(target=_leave_when_orphaned, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_when_orphaned(agent: int) -> None:
+    """torchrun starts its ranks in sessions of their own: a kill -9 of torchrun alone would leave them running."""
+    while os.getppid() == agent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _leave_with_parent() -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from scale_helpers import LIMIT_S, ROOT, arguments, environment, metrics_of, require
+from scale_helpers import LIMIT_S, ROOT, arguments, environment, metrics_of, ranks_left, require
 
 from tppo_ref.checkpoint import complete_checkpoints
 
@@ -63,8 +63,11 @@ def test_a_job_trains_is_requeued_before_its_time_is_up_and_goes_on_where_it_was
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:
-        os.killpg(first.pid, signal.SIGKILL)  # and then Slurm ends it
-        first.communicate()
+        os.killpg(
+            first.pid, signal.SIGKILL
+        )  # and then Slurm ends it; the ranks, in sessions of their own, notice that torchrun is gone
+    first.communicate(timeout=60)
+    assert not ranks_left(out)
     assert f"requeue {os.getpid()}" in slurm[1].read_text()
     reached = int(complete_checkpoints(out / "checkpoints")[-1].name[5:])
 
