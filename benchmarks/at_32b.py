@@ -11,7 +11,8 @@ Padding (aim: at most 5 %) and balance, of the same rows dealt to all 64 ranks: 
 micro-batches pad the linear layers (models.NO_ROWS); attention pads in groups of similar lengths. Ranks go through micro-batches in
 step: `waiting` is the mean over ranks of what the slowest of each round makes the others wait, over all of their time, with a
 micro-batch's cost as the operations of its linear layers and its attention; `moved_tokens` is the share of tokens whose (ended)
-responses changed ranks before that.
+responses changed ranks before that. Two columns more say what waiting is without that, and with mini-batches that are level in
+trained tokens alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from scale.distributed import moves
 from sim.hardware import ModelShape, model
 from sim.lengths import load_lengths
 from sim.plan import PlanConfig, make
+from tppo_ref import learner
 from tppo_ref.attention import PACKED_CALL_TOKENS, group_by_length, pack
 from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
 from tppo_ref.config import parse
@@ -98,8 +100,8 @@ def own_seconds(config: ScaleConfig, natural: Sequence[int]) -> dict[str, Any]:
     trainer = Trainer(algo, policy=policy, value=value, engine=engine, scorer=Scores(),
                       batcher=SuccessiveBatcher(schedule, stream, run_seed=0, part=0, parts=split))  # fmt: skip
     free, engine_watch = Stopwatch(), Stopwatch()
-    for learner in (trainer.policy, trainer.value):
-        free.wrap(learner.optimiser, "step")
+    for trained in (trainer.policy, trainer.value):
+        free.wrap(trained.optimiser, "step")
     engine_watch.wrap(engine, "step")
     engine_watch.wrap(engine, "submit")
     backward = torch.Tensor.backward
@@ -184,12 +186,11 @@ def levelled(ranks: Sequence[Sequence[Row]]) -> tuple[list[list[Row]], float]:
 def balance(config: ScaleConfig, ranks: Sequence[Sequence[Row]], shape: ModelShape) -> dict[str, Any]:
     """Padding and waiting of one step's policy updates over all ranks, by the Trainer's own planning."""
     trainer = Trainer(config.algo, policy=Free(value=False), value=Free(value=True), engine=None, batcher=None, scorer=None)  # type: ignore[arg-type]
-    learner = trainer.policy
 
     def plan(rank: int, most: Sequence[float]) -> Plan:
-        learner.parallel = Agreed(most)
+        trainer.policy.parallel = Agreed(most)
         fed, trained, _ = zip(*ranks[rank], strict=True)
-        return learner.plan(trained, fed, np.random.default_rng((0, rank)))
+        return trainer.policy.plan(trained, fed, np.random.default_rng((0, rank)))
 
     alone = [[len(mini) for mini in plan(rank, [])] for rank in range(len(ranks))]
     plans = [plan(rank, np.max(alone, axis=0)) for rank in range(len(ranks))]
@@ -214,6 +215,16 @@ def balance(config: ScaleConfig, ranks: Sequence[Sequence[Row]], shape: ModelSha
     }  # fmt: skip
 
 
+def level_in_trained_alone(config: ScaleConfig, ranks: Sequence[Sequence[Row]], shape: ModelShape) -> dict[str, Any]:
+    """`balance` of mini-batches that are dealt without a look at what is fed."""
+    both = learner.split_mini_batches
+    learner.split_mini_batches = lambda trained, fed, *rest: both(trained, trained, *rest)  # type: ignore[assignment]
+    try:
+        return balance(config, ranks, shape)
+    finally:
+        learner.split_mini_batches = both
+
+
 def main() -> None:
     torch.set_num_threads(1)
     config = load()
@@ -228,6 +239,7 @@ def main() -> None:
         "responses": config.algo.rollout.slots, "ranks": world, **own, "simulated_step_s": round(step_s),
         "own_share": round(own["own_s"] / step_s, 5), "aim_own_share": 0.01, **balance(config, after, shape),
         "moved_tokens": round(moved, 4), "waiting_without_moving": balance(config, ranks, shape)["waiting"],
+        "waiting_level_in_trained_alone": level_in_trained_alone(config, ranks, shape)["waiting"],
     }  # fmt: skip
     report("at_32b", [row])
 

@@ -55,7 +55,13 @@ def test_the_32b_shape():
     assert result == f"{percent(row['padding'], 0)} in linear layers, {percent(row['attention_padding'], 2)} in attention"
     verdict(aim, float(row["padding"]) <= 0.05)
     result, _ = line("the same: update time")
-    assert result == f"{percent(row['waiting'])} ({percent(row['waiting_without_moving'])} if ended responses stayed)"
+    alone = percent(row["waiting_level_in_trained_alone"])
+    stayed = f"{percent(row['waiting_without_moving'])} if ended responses stayed"
+    assert result == f"{percent(row['waiting'])} ({stayed}, {alone} with mini-batches level in trained tokens alone, too)"
+    for page in ("scale.md", "log.md"):
+        text = " ".join((FOLDER.parent / "docs" / page).read_text().split())
+        for column in ("waiting", "waiting_without_moving", "waiting_level_in_trained_alone"):
+            assert f" {percent(row[column], 0)}" in text, (page, column)
 
 
 def test_the_weight_sync():
