@@ -91,6 +91,7 @@ def draw_curves(figure: Figure, rows: Rows) -> None:
         _plain(ax)
     for ax in axes[2:]:
         ax.set_xlabel("training step")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     scores = [r["value"] for r in rows if r["curve"] == "score"]
     if len(scores) > 1:
         third = max(1, len(scores) // 3)
@@ -122,6 +123,7 @@ def draw_lengths(figure: Figure, rows: Rows) -> None:
             middle, [r[f"p{p}"] for r in rows], color=COLOURS[i], ls=LINES[i], lw=1.3, label="longest" if p == 100 else f"{p} %"
         )
     ax.set(xlabel="training step", ylabel="response length (tokens)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title(f"Median length: {rows[0]['p50']:.0f} tokens at first, {rows[-1]['p50']:.0f} at last", fontsize=10)
     figure.legend(fontsize=8, frameon=False, ncols=len(PERCENTILES), loc="outside lower center")
     _plain(ax)
@@ -141,7 +143,8 @@ def draw_phases(figure: Figure, rows: Rows) -> None:
     share = seconds.sum(0) / seconds.sum()
     largest = int(share.argmax())
     ax.set(xlabel="training step", ylabel="seconds")
-    ax.set_title(f"Most of a step is {PHASES[largest]}: {share[largest]:.0%}", fontsize=10)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_title(f"The largest phase of a step is {PHASES[largest]}: {share[largest]:.0%}", fontsize=10)
     figure.legend(fontsize=8, frameon=False, ncols=len(PHASES), loc="outside lower center")
     _plain(ax)
 
