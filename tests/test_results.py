@@ -58,6 +58,7 @@ def test_the_32b_shape():
     alone = percent(row["waiting_level_in_trained_alone"])
     stayed = f"{percent(row['waiting_without_moving'])} if ended responses stayed"
     assert result == f"{percent(row['waiting'])} ({stayed}, {alone} with mini-batches level in trained tokens alone, too)"
+    assert f"{int(row['simulated_step_s']):,} s per step" in (FOLDER.parent / "docs" / "scale.md").read_text()
     for page in ("scale.md", "log.md"):
         text = " ".join((FOLDER.parent / "docs" / page).read_text().split())
         for column in ("waiting", "waiting_without_moving", "waiting_level_in_trained_alone"):
