@@ -43,9 +43,10 @@ import scipy.stats
 from tqdm import tqdm
 
 from benchmarks.common import RESULTS, report
-from tppo_ref.config import Config, apply_method, replace_fields
-from tppo_ref.metrics import read_metrics
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.sinks import read_metrics
 
 TASKS = ("chain", "fork", "length")
 NUM_MARKS = 3  # evaluations after the start, evenly over the budget
@@ -149,7 +150,7 @@ def run_one(job: Job) -> list[Row]:
     explained_variance and cut_share are means over the steps since the row before (NaN where no step has one); prefix_tokens and
     decode_steps, sums over the run, stand for what training and decoding cost on a machine of one's own; cpu_s holds everything.
     """
-    from tppo_ref.run import Session
+    from tppo_ref.runs.session import Session
 
     begin_s, nan = time.process_time(), math.nan
     rows = [job.row(0, accuracy=job.start["eval/accuracy"], length_mean=job.start["eval/length_mean"], explained_variance=nan,
@@ -184,8 +185,9 @@ def mean(numbers: Sequence[float]) -> float:
 
 def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """Base model and pre-trained critic of a task, made once and cached: (the fields of all its runs, the base's evaluation)."""
-    from tppo_ref.pretrain import cached_value
-    from tppo_ref.run import Session, base_model, make_task
+    from tppo_ref.runs.build import base_model, make_task
+    from tppo_ref.runs.pretrain import cached_value
+    from tppo_ref.runs.session import Session
 
     fields = {**fields, "task.name": task_name}
     config = replace_fields(Config(), fields)

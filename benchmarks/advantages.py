@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import report
-from tppo_ref.advantages import egae, monte_carlo_returns
+from tppo_ref.method.advantages import egae, monte_carlo_returns
 
 AIMS = {"cpu": {"egae": 4.0, "egae, lambda per row": 6.0}, "cuda": {"egae": 2.0, "egae, lambda per row": 2.0}}
 COPY, CLONE, LOOP = "copy", "clone", "Python loop over T"

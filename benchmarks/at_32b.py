@@ -32,17 +32,19 @@ from benchmarks.common import report
 from benchmarks.overhead import Stopwatch
 from scale.config import ScaleConfig, check
 from scale.distributed import moves
-from sim.hardware import ModelShape, model
-from sim.lengths import load_lengths
-from sim.plan import PlanConfig, make
-from tppo_ref import learner
-from tppo_ref.attention import PACKED_CALL_TOKENS, group_by_length, pack
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import parse
-from tppo_ref.learner import Plan
-from tppo_ref.parallel import SingleProcess
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import Prompt, Response, TokenBatch
+from sim.clock.hardware import ModelShape, model
+from sim.clock.lengths import load_lengths
+from sim.clock.plan import PlanConfig, make
+from tppo_ref.loop import learner
+from tppo_ref.loop.learner import Plan
+from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.records import Prompt, Response
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.attention import PACKED_CALL_TOKENS, group_by_length
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.packing import TokenBatch, pack
+from tppo_ref.runs.parsing import parse
 
 CONFIG = Path(__file__).parents[1] / "scale" / "configs" / "qwen2.5-32b-math.yaml"
 PROMPT_TOKENS = 200

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.common import report
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.engines import Decoded, Request
-from tppo_ref.types import Prompt
+from tppo_ref.method.records import Prompt
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.engine import Decoded, Request
 
 SLOTS, WINDOW, CAP = 512, 1024, 4096
 

@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Iterable
 
 from benchmarks.common import report
-from sim.calibrate import Measured, Passes
-from sim.cluster import Setup
-from sim.hardware import Layout, Roofline, cluster, model
-from sim.lengths import load_lengths
-from sim.schedule import Windowed, paused_collector, ppo, tppo
-from tppo_ref.batching import Grant, Segment, SlotSchedule
+from sim.clock.calibrate import Measured, Passes
+from sim.clock.cluster import Setup
+from sim.clock.hardware import Layout, Roofline, cluster, model
+from sim.clock.lengths import load_lengths
+from sim.clock.schedule import Windowed, paused_collector, ppo, tppo
+from tppo_ref.method.slots import Grant, Segment, SlotSchedule
 
 SLOTS, WINDOW, CAP = 8192, 8192, 24_576
 REPLAYED = 10  # windows

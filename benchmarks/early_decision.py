@@ -2,7 +2,7 @@
 
     python -m benchmarks.early_decision [--seeds 8] [--out FILE.csv]
 
-The real Trainer on a token MDP (`sim.learning`): at token `at` the right choice leads to +1, the other to -1; every later token
+The real Trainer on a token MDP (`sim.lab.learning`): at token `at` the right choice leads to +1, the other to -1; every later token
 ends the response with 5 %, the 64th must. 32 slots, windows of 8, about 256 tokens per update, whichever the method. Counted is
 what it takes until the policy's exact return reaches 0.70 (it begins at 0): sampled tokens, and decode steps, which are time where
 a step takes as long for few slots as for many. Both at the end of the first Trainer step that is there: nothing is interpolated.
@@ -29,8 +29,8 @@ import torch
 from scipy import stats
 
 from benchmarks.common import RESULTS, provenance
-from sim import instances
-from sim.learning import Record, Recorder, Setting, build, write_csv
+from sim.lab import instances
+from sim.lab.learning import Record, Recorder, Setting, build, write_csv
 
 TARGET, LIMIT_TOKENS = 0.70, 16_000
 LENGTH, P_END, WINDOW = 64, 0.05, 8

@@ -31,12 +31,12 @@ import numpy as np
 
 from benchmarks import ablations, early_decision
 from benchmarks.common import RESULTS
-from sim import instances
-from sim.bias import AtDistance, by_distance
-from sim.critics import critic
-from sim.estimators import Estimator, named
-from sim.gradients import GradientError, gradient_errors, knee
-from sim.rollouts import Rollouts, older_policy
+from sim.lab import instances
+from sim.lab.bias import AtDistance, by_distance
+from sim.lab.critics import critic
+from sim.lab.estimators import Estimator, named
+from sim.lab.gradients import GradientError, gradient_errors, knee
+from sim.lab.rollouts import Rollouts, older_policy
 
 PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
 VALUE = r"[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
-from sim.cluster import Setup
-from sim.footprint import Budget
-from sim.hardware import Layout, Roofline, cluster, model
-from sim.lengths import load_lengths
-from sim.plan import at_step, with_utilisation
-from sim.steady import Steady, synchronous
+from sim.clock.cluster import Setup
+from sim.clock.footprint import Budget
+from sim.clock.hardware import Layout, Roofline, cluster, model
+from sim.clock.lengths import load_lengths
+from sim.clock.plan import at_step, with_utilisation
+from sim.clock.steady import Steady, synchronous
 
 PROMPT_TOKENS = 200
 

@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common import report
-from tppo_ref.config import Config, apply_method, parse, replace_fields
-from tppo_ref.run import Session
-from tppo_ref.trainer import Trainer
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import parse, replace_fields
+from tppo_ref.runs.session import Session
 
 DEMO = Path(__file__).parents[1] / "tppo_ref" / "configs" / "demo.yaml"
 

@@ -33,12 +33,12 @@ import numpy as np
 import torch
 
 from benchmarks.common import RESULTS, report
-from sim.calibrate import LEFT_OUT_STEPS, MIN_STEPS, Measured, Passes
-from sim.cluster import Setup
-from sim.distributions import Empirical, Tokens
-from sim.schedule import Windowed, run
-from tppo_ref.metrics import read_metrics
-from tppo_ref.report import read_table
+from sim.clock.calibrate import LEFT_OUT_STEPS, MIN_STEPS, Measured, Passes
+from sim.clock.cluster import Setup
+from sim.clock.distributions import Empirical, Tokens
+from sim.clock.schedule import Windowed, run
+from tppo_ref.runs.comparison import read_table
+from tppo_ref.runs.sinks import read_metrics
 
 TOLERANCE = 0.10
 COMMON = {

@@ -31,8 +31,8 @@ from benchmarks.overhead import Stopwatch, growth, models_and_engine
 from scale.config import ScaleConfig, check
 from scale.distributed import Collective, start
 from scale.run import ScaleSession, with_base_model
-from tppo_ref import attention
-from tppo_ref.config import parse
+from tppo_ref.rollout import attention
+from tppo_ref.runs.parsing import parse
 
 TINY = Path(__file__).parents[1] / "scale" / "configs" / "cpu-tiny.yaml"
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import report
-from tppo_ref.metrics import read_metrics
+from tppo_ref.runs.sinks import read_metrics
 
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 MINI_BATCH_TOKENS = (125, 250, 500)

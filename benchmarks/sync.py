@@ -29,7 +29,7 @@ from scale.config import ShardingConfig
 from scale.distributed import start
 from scale.sharding import load_sharded
 from scale.vllm_engine import VLLMEngine, _Checksum
-from tppo_ref.models import PolicyModel
+from tppo_ref.rollout.models import PolicyModel
 
 AIM = 2.0
 SHAPE = dict(

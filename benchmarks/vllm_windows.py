@@ -24,7 +24,7 @@ import scipy.stats
 from tqdm import tqdm
 
 from benchmarks.common import report
-from tppo_ref.metrics import read_metrics
+from tppo_ref.runs.sinks import read_metrics
 
 ROOT = Path(__file__).parents[1]
 COMMON = {

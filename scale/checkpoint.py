@@ -24,10 +24,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from scale.config import ScaleConfig
 from scale.distributed import World
 from scale.sharding import gathered
-from tppo_ref.checkpoint import MANIFEST, complete_checkpoints, file_digest
-from tppo_ref.models import PolicyModel, ValueModel
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import Response, UserError
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Response
+from tppo_ref.rollout.models import PolicyModel, ValueModel
+from tppo_ref.runs.checkpoint import MANIFEST, complete_checkpoints, file_digest
 
 REMEDY = "remove this folder to go on from the one before"
 

@@ -17,11 +17,11 @@ from scale.evaluate import evaluate as run_evaluation
 from scale.evaluate import write_texts
 from scale.run import ShapingScorer, build_engine, build_models
 from scale.run import train as run_training
-from tppo_ref.checkpoint import complete_checkpoints
-from tppo_ref.evaluate import sample_answers
-from tppo_ref.pretrain import PRETRAIN_SEED, explained_by_position, fit_value
-from tppo_ref.run import writable_folder
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.checkpoint import complete_checkpoints
+from tppo_ref.runs.evaluate import sample_answers
+from tppo_ref.runs.pretrain import PRETRAIN_SEED, explained_by_position, fit_value
+from tppo_ref.runs.session import writable_folder
 
 
 def train(config: ScaleConfig, world: World) -> None:

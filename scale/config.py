@@ -11,9 +11,10 @@ import math
 from typing import Literal
 
 from scale.rewards import GRADE
-from tppo_ref.config import Config, apply_method, get_field
-from tppo_ref.types import UserError
-from tppo_ref.validation import check as check_algo
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import get_field
+from tppo_ref.runs.validation import check as check_algo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

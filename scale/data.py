@@ -9,9 +9,9 @@ from typing import Any
 
 from scale.config import ScaleConfig
 from scale.rewards import GRADE
+from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.jsonl import JsonlTask, read_lines
-from tppo_ref.types import UserError
 
 log = logging.getLogger("scale")
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tppo_ref.parallel import Thing
-from tppo_ref.types import UserError
+from tppo_ref.loop.parallel import Thing
+from tppo_ref.method.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 
 
 
 class Collective:
-    """`tppo_ref.parallel.Parallel` over torch.distributed. FSDP averages gradients over ranks: loss_scale = world undoes that."""
+    """`Parallel` over torch.distributed. FSDP averages gradients over ranks: loss_scale = world undoes that."""
 
     def __init__(self, world: World):
         self.rank, self.world, self.loss_scale = world.rank, world.world, float(world.world)

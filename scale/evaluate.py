@@ -15,13 +15,13 @@ import scipy.stats
 
 from scale.config import ScaleConfig
 from scale.distributed import World
-from tppo_ref.engines import RolloutEngine
-from tppo_ref.evaluate import EVALUATION_SEED, sample_answers, summary
-from tppo_ref.metrics import Metric
-from tppo_ref.parallel import Parallel
+from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.trainer import Scorer
+from tppo_ref.method.records import Prompt, Response
+from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.runs.evaluate import EVALUATION_SEED, sample_answers, summary
+from tppo_ref.runs.glossary import Metric
 from tppo_ref.tasks import Task
-from tppo_ref.trainer import Scorer
-from tppo_ref.types import Prompt, Response
 
 OVER, ENDS = "evaluation prompts", "95 % bootstrap over prompts"
 GLOSSARY = {

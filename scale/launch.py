@@ -30,9 +30,9 @@ GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
 
 def main(argv: Sequence[str]) -> int:
     from scale.config import ScaleConfig, check
-    from scale.leaving import may_tell_alone
-    from tppo_ref.config import nearest, parse
-    from tppo_ref.types import UserError
+    from scale.shutdown import may_tell_alone
+    from tppo_ref.method.errors import UserError, nearest
+    from tppo_ref.runs.parsing import parse
 
     arguments = [a for a in argv if a != "--dry-run"]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
         config = check(config)
         if "--dry-run" in argv:
-            from scale.dryrun import dry_run
+            from scale.memory.dryrun import dry_run
 
             return dry_run(config)
         if command == "report":
@@ -68,7 +68,7 @@ def start_workers(argv: Sequence[str], config: object) -> int:
     """
     import socket
 
-    from scale.leaving import REMEDY
+    from scale.shutdown import REMEDY
 
     world = config.cluster.devices_per_node  # type: ignore[attr-defined]
     with socket.socket() as free:
@@ -124,7 +124,7 @@ def work(command: str, config: object) -> int:
     from scale.config import ScaleConfig
     from scale.distributed import Collective, start
     from scale.run import with_base_model
-    from tppo_ref.types import UserError
+    from tppo_ref.method.errors import UserError
 
     assert isinstance(config, ScaleConfig)
     leaving.leave_with_the_others()

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scale.config import ScaleConfig
-from tppo_ref.figures import COLOURS, LINES
-from tppo_ref.metrics import read_metrics
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.figures import COLOURS, LINES
+from tppo_ref.runs.sinks import read_metrics
 
 Rows = list[dict[str, Any]]
 CURVES = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scale.config import RewardConfig
-    from tppo_ref.types import Response
+    from tppo_ref.method.records import Response
 
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,234, not the one of (1,2)

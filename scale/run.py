@@ -19,20 +19,25 @@ from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import evaluate, write_texts
-from scale.leaving import under_torchrun
 from scale.rewards import GRADE, NO_ANSWER, shaped
 from scale.sharding import load_sharded
+from scale.shutdown import under_torchrun
 from scale.vllm_engine import VLLMEngine
-from tppo_ref import metrics
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import Config, field_paths, get_field, replace_fields
-from tppo_ref.engines import RolloutEngine, TorchEngine
-from tppo_ref.models import PolicyModel, ValueModel, load_policy
-from tppo_ref.run import Session, TaskScorer, base_model, check_vocabulary
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Response
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.decode_load import ObservedEngine
+from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy
+from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs import sinks as metrics
+from tppo_ref.runs.build import TaskScorer, base_model, check_vocabulary
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import field_paths, get_field, replace_fields
+from tppo_ref.runs.session import Session
 from tppo_ref.tasks import Task, load_task
-from tppo_ref.timeline import ObservedEngine
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import Response, UserError
 
 log = logging.getLogger("scale")
 

@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from scale.config import ShardingConfig
 from scale.distributed import World
-from tppo_ref.models import PolicyModel, ValueModel, load_policy, load_value_model
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy, load_value_model
 
 
 def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
@@ -83,7 +83,7 @@ def load_sharded(
     sync_dtype   type in which `named_tensors` hands the weights to an engine; None: float32, as they are
 
     A config.json gives random weights under `seed`, the same on any number of ranks. A policy's folder gives a value model its
-    backbone, and a new head under `seed`. UserError as `tppo_ref.models.load_policy`.
+    backbone, and a new head under `seed`. UserError as `tppo_ref.rollout.models.load_policy`.
     """
     load = load_policy if kind is PolicyModel else load_value_model
     mesh = init_device_mesh("cuda" if world.device.startswith("cuda") else "cpu", (world.world,))

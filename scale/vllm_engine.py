@@ -28,8 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale.distributed import World
-from tppo_ref.engines import Decoded, Request
-from tppo_ref.types import TokenBatch, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.engine import Decoded, Request
+from tppo_ref.rollout.packing import TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from tppo_ref.config import nearest
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError, nearest
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "bias": (
-        "sim.bias_command",
+        "sim.lab.bias_command",
         "What a window costs: exact bias, variance and gradient error on a token MDP, and the window to take.",
     ),
-    "throughput": ("sim.throughput_command", "Where the 2.5x comes from, and where it vanishes: the clock on published lengths."),
-    "plan": ("sim.plan_command", "What a run needs and takes: bytes per device, seconds per step, which window."),
+    "throughput": (
+        "sim.clock.throughput_command",
+        "Where the 2.5x comes from, and where it vanishes: the clock on published lengths.",
+    ),
+    "plan": ("sim.clock.plan_command", "What a run needs and takes: bytes per device, seconds per step, which window."),
 }
 """Name -> (module, one line for people)."""
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import Config, apply_method, replace_fields
-from tppo_ref.engines import TorchEngine
-from tppo_ref.models import load_policy, load_value_model
-from tppo_ref.parallel import SingleProcess
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import Prompt, Response
+from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.records import Prompt, Response
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.models import load_policy, load_value_model
+from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import replace_fields
 
 VOCAB, END_ID = 20, 0
 TINY = dict(model_type="qwen2", vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,

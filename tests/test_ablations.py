@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from benchmarks import ablations
 from benchmarks.ablations import ARMS, COLUMNS, COMPARISONS, NUM_MARKS, Job, Score
-from tppo_ref.config import Config, apply_method, field_paths, get_field
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import field_paths, get_field
 
 BUDGET = 3000
 START = {"eval/accuracy": 0.25, "eval/length_mean": 10.0}

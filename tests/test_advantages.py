@@ -20,9 +20,9 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from sim.instances import Instance, load
-from sim.token_mdp import ENDED, Edges, TokenMDP
-from tppo_ref.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns, whiten
+from sim.lab.instances import Instance, load
+from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from tppo_ref.method.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns, whiten
 
 LAW = settings(max_examples=50, deadline=None)
 CUT_RULES = ("previous", "critic", "zero")

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.engines import Decoded, request_seed
-from tppo_ref.types import End, Prompt
+from tppo_ref.method.records import End, Prompt
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.engine import Decoded, request_seed
 
 LAW = settings(max_examples=80, deadline=None)
 END_ID = 99

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from sim import instances
 from sim.__main__ import COMMANDS, main
-from sim.bias import by_distance, conditional_moments, every_offset
-from sim.bias_command import BiasConfig, examine, knee_sentence, parse
-from sim.bounds import cut_bound, surprise_bound
-from sim.critics import CRITICS, check_critic, critic
-from sim.estimators import ESTIMATORS, Estimator, named
-from sim.gradients import GradientError, expected_gradient, gradient_errors, knee
-from sim.rollouts import Rollouts, older_policy
+from sim.lab import instances
+from sim.lab.bias import by_distance, conditional_moments, every_offset
+from sim.lab.bias_command import BiasConfig, examine, knee_sentence, parse
+from sim.lab.bounds import cut_bound, surprise_bound
+from sim.lab.critics import CRITICS, check_critic, critic
+from sim.lab.estimators import ESTIMATORS, Estimator, named
+from sim.lab.gradients import GradientError, expected_gradient, gradient_errors, knee
+from sim.lab.rollouts import Rollouts, older_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 

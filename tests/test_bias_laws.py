@@ -1,7 +1,7 @@
 """theory.md's laws P1 to P7 on random token MDPs, exactly; the laws that people would believe, refuted; and sampled rollouts as witness.
 
 The oracle is `Listing`: every response written out by plain Python loops over the MDP's edges, estimators as the sums of theory.md,
-masks decided token by token. It shares nothing with sim.rollouts, sim.estimators, sim.bias and sim.gradients. With Fractions it is exact.
+masks decided token by token. It shares nothing with sim.lab.rollouts, sim.lab.estimators, sim.lab.bias and sim.lab.gradients. With Fractions it is exact.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from sim import instances
-from sim.bias import conditional_moments
-from sim.bounds import at_the_cut, cut_bound, ending_surprise, largest_step_T, surprise_bound
-from sim.estimators import ESTIMATORS, Estimator, estimate
-from sim.gradients import expected_gradient, gradient_errors
-from sim.rollouts import Rollouts, older_policy
-from sim.token_mdp import ENDED, Edges, TokenMDP
-from tppo_ref.advantages import egae
+from sim.lab import instances
+from sim.lab.bias import conditional_moments
+from sim.lab.bounds import at_the_cut, cut_bound, ending_surprise, largest_step_T, surprise_bound
+from sim.lab.estimators import ESTIMATORS, Estimator, estimate
+from sim.lab.gradients import expected_gradient, gradient_errors
+from sim.lab.rollouts import Rollouts, older_policy
+from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from tppo_ref.method.advantages import egae
 
 CLOSE = 1e-12
 Step = tuple[int, int, Any]  # node, token, reward

@@ -18,15 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.reality import compare, measured_means, predicted_means, recorded_lengths, spread
-from sim.calibrate import Measured, Passes, least_absolute
-from tppo_ref.batching import SampleStream, Segment, SlotSchedule, SuccessiveBatcher
-from tppo_ref.checkpoint import MANIFEST
-from tppo_ref.config import Config, apply_method, replace_fields
-from tppo_ref.engines import DONE, LENGTH, Decoded
-from tppo_ref.metrics import read_metrics
-from tppo_ref.run import Session
-from tppo_ref.timeline import DecodeStep, ObservedEngine, decode_steps
-from tppo_ref.types import End, Prompt, Response, UserError, WindowSlice
+from sim.clock.calibrate import Measured, Passes, least_absolute
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import End, Prompt, Response, WindowSlice
+from tppo_ref.method.slots import Segment, SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.decode_load import DecodeStep, ObservedEngine, decode_steps
+from tppo_ref.rollout.engine import Decoded
+from tppo_ref.rollout.torch_engine import DONE, LENGTH
+from tppo_ref.runs.checkpoint import MANIFEST
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
+from tppo_ref.runs.sinks import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

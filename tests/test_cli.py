@@ -18,10 +18,11 @@ import torch
 from helpers import TINY, make_policy
 
 from tppo_ref.__main__ import COMMANDS, main
-from tppo_ref.checkpoint import complete_checkpoints, read_state
-from tppo_ref.config import METHODS, Config, apply_method, field_paths, get_field, parse, replace_fields
-from tppo_ref.types import UserError
-from tppo_ref.validation import check
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.checkpoint import complete_checkpoints, read_state
+from tppo_ref.runs.config import METHODS, Config, apply_method
+from tppo_ref.runs.parsing import field_paths, get_field, parse, replace_fields
+from tppo_ref.runs.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {
@@ -369,15 +370,17 @@ def test_the_defaults_can_run_and_the_papers_are_the_papers():
 
 
 def helps() -> dict[str, str]:
-    """field -> its line of help, read from the source of config.py."""
+    """field -> its line of help, read from the source of the settings."""
     import ast
     import inspect
 
-    import tppo_ref.config
+    import tppo_ref.loop.settings
+    import tppo_ref.runs.config
 
     found = {}
     sections = {type(getattr(Config(), f.name)).__name__: f.name for f in dataclasses.fields(Config)}
-    for node in ast.parse(inspect.getsource(tppo_ref.config)).body:
+    rooms = (tppo_ref.loop.settings, tppo_ref.runs.config)
+    for node in (node for room in rooms for node in ast.parse(inspect.getsource(room)).body):
         if isinstance(node, ast.ClassDef) and node.name in sections:
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):

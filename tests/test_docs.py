@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.headline import best_settings, sentence
-from tppo_ref import tables
-from tppo_ref.config import METHODS, Config, get_field, parse
+from tppo_ref.runs import docs_pages as tables
+from tppo_ref.runs.config import METHODS, Config
+from tppo_ref.runs.parsing import get_field, parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_docs_config_is_the_dataclasses() -> None:
-    assert (ROOT / "docs" / "config.md").read_text() == tables.config_markdown(), "run: python -m tppo_ref.tables"
+    assert (ROOT / "docs" / "config.md").read_text() == tables.config_markdown(), "run: python -m tppo_ref.runs.docs_pages"
 
 
 @pytest.mark.parametrize("task", ["chain", "fork"])

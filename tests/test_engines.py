@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tppo_ref.engines import Request, TorchEngine, draw, request_seed, uniform
-from tppo_ref.models import load_policy
-from tppo_ref.types import TokenBatch, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.engine import Request, request_seed
+from tppo_ref.rollout.models import load_policy
+from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.rollout.torch_engine import TorchEngine, draw, uniform
 
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 CONFIGS = {

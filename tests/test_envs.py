@@ -22,10 +22,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.envs import ENV_IDS, TokenEnv, TokenVectorEnv, WindowCut, sample_tokens
-from sim.instances import INSTANCES, load
-from sim.token_mdp import ENDED, Edges, TokenMDP
-from tppo_ref.types import End
+from sim.lab.envs import ENV_IDS, TokenEnv, TokenVectorEnv, WindowCut, sample_tokens
+from sim.lab.instances import INSTANCES, load
+from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from tppo_ref.method.records import End
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = tuple(AutoresetMode)
@@ -77,8 +77,8 @@ import json, sys, warnings
 warnings.simplefilter("error")
 import gymnasium, numpy as np
 before, state, filters = set(gymnasium.registry), np.random.get_state()[1].tolist(), list(warnings.filters)
-import sim.envs, importlib
-importlib.reload(sim.envs)
+import sim.lab.envs, importlib
+importlib.reload(sim.lab.envs)
 new = set(gymnasium.registry) - before
 kept = np.random.get_state()[1].tolist() == state and list(warnings.filters) == filters and before < set(gymnasium.registry)
 print(json.dumps({"new": sorted(new), "kept": kept, "matplotlib": "matplotlib" in sys.modules}))

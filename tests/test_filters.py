@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tppo_ref.filters import policy_token_mask, value_token_mask
+from tppo_ref.method.masks import policy_token_mask, value_token_mask
 
 LAW = settings(max_examples=50, deadline=None)
 

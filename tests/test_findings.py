@@ -15,10 +15,11 @@ from scipy import stats
 
 from benchmarks import ablations, early_decision, findings
 from benchmarks.early_decision import METHODS, World
-from sim import bias_command, instances
 from sim.__main__ import COMMANDS
-from sim.learning import write_csv
-from tppo_ref.config import Config, parse
+from sim.lab import bias_command, instances
+from sim.lab.learning import write_csv
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import parse
 
 ROOT = Path(__file__).parents[1]
 PAGE = findings.PAGE.read_text()

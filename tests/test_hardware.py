@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from sim import layout as layout_module
-from sim.hardware import (
+from sim.clock import layout as layout_module
+from sim.clock.hardware import (
     GRADIENT_BYTES_PER_PARAMETER,
     OPTIMISER_BYTES_PER_PARAMETER,
     Costs,
@@ -26,7 +26,7 @@ from sim.hardware import (
     Roofline,
     causal_context,
 )
-from sim.specs import ACCELERATORS, MODELS, ModelShape, accelerator, cluster, model
+from sim.clock.specs import ACCELERATORS, MODELS, ModelShape, accelerator, cluster, model
 
 GIB = 1 << 30
 LAW = settings(max_examples=60, deadline=None)

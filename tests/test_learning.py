@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sim import instances
-from sim.agents import PROMPT, MDPEngine, MDPScorer, NetworkPolicy, NetworkValue, TabularPolicy, TabularValue
-from sim.learning import Record, Setting, build, learn, optimum, table, true_value, write_csv
-from sim.token_mdp import ENDED, Edges, TokenMDP
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import METHODS
-from tppo_ref.engines import Request
-from tppo_ref.types import Response, TokenBatch
+from sim.lab import instances
+from sim.lab.agents import PROMPT, MDPEngine, MDPScorer, NetworkPolicy, NetworkValue, TabularPolicy, TabularValue
+from sim.lab.learning import Record, Setting, build, learn, optimum, table, true_value, write_csv
+from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from tppo_ref.method.records import Response
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.engine import Request
+from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.runs.config import METHODS
 
 PLAIN = {"advantage.whiten": False, "policy.mini_batch_tokens": 0, "policy.mini_batches": 1, "policy.micro_batch_tokens": 10**9}
 

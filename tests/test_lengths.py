@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sim.distributions import stretch_for_mean
-from sim.lengths import (
+from sim.clock.distributions import stretch_for_mean
+from sim.clock.lengths import (
     DAPO_MEANS,
     PUBLISHED,
     Constant,

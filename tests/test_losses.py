@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo_ref.losses import importance_weights, policy_loss, positive_lm_loss, value_loss
+from tppo_ref.method.losses import importance_weights, policy_loss, positive_lm_loss, value_loss
 
 LAW = settings(max_examples=50, deadline=None)
 F64 = torch.float64

@@ -11,8 +11,8 @@ from helpers import make_value, one_thread  # noqa: F401  (one_thread is a fixtu
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tppo_ref.microbatches import pack, split_mini_batches
-from tppo_ref.types import TokenBatch
+from tppo_ref.loop.minibatches import pack, split_mini_batches
+from tppo_ref.rollout.packing import TokenBatch
 
 LAW = settings(max_examples=150, deadline=None)
 TOKENS = st.lists(st.integers(0, 40), max_size=30)

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from tppo_ref.attention import PackedLayout, group_by_length, pack
-from tppo_ref.models import PolicyModel, load_policy, load_value_model
-from tppo_ref.types import TokenBatch, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.attention import PackedLayout, group_by_length
+from tppo_ref.rollout.models import PolicyModel, load_policy, load_value_model
+from tppo_ref.rollout.packing import TokenBatch, pack
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 CONFIGS = {

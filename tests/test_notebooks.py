@@ -95,7 +95,7 @@ def stops(module):
         return True
     return False
 
-assert [stops(m) for m in ("tppo_ref.rows", "tppo_ref", "sim.bias", "sim", "__main__")] == [True] * 5
+assert [stops(m) for m in ("tppo_ref.loop.rows", "tppo_ref", "sim.lab.bias", "sim", "__main__")] == [True] * 5
 assert [stops(m) for m in ("numpy.linalg", "tppo_reference", "simpy.sim")] == [False] * 3
 """
 

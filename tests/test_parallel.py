@@ -12,12 +12,13 @@ import pytest
 import torch
 from helpers import make_policy, make_value
 
-from tppo_ref.config import AdvantageConfig, PolicyConfig, ValueConfig
-from tppo_ref.learner import Learner
-from tppo_ref.parallel import SingleProcess
-from tppo_ref.rows import PolicyRows, response_mask
-from tppo_ref.types import End, Prompt, Response, TokenBatch
-from tppo_ref.updates import update_policy, update_value
+from tppo_ref.loop.learner import Learner
+from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.loop.rows import PolicyRows, response_mask
+from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, ValueConfig
+from tppo_ref.loop.updates import update_policy, update_value
+from tppo_ref.method.records import End, Prompt, Response
+from tppo_ref.rollout.packing import TokenBatch
 
 MODELS = (make_policy(), make_value())  # made here: loading draws from torch's global generator, which threads would share
 

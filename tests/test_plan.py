@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.__main__ import main
-from sim.cluster import Setup
-from sim.distributions import Constant, TwoPoint
-from sim.footprint import GIB, PHASES, TERMS, Budget, bytes_per_phase, state_bytes, totals
-from sim.hardware import Layout, Roofline, accelerator, model
-from sim.lengths import load_lengths
-from sim.plan import PlanConfig, cut_weight, make, problems
-from sim.plan_command import as_json, report
-from sim.schedule import ppo, tppo
-from sim.steady import gain, sampled, steady
-from sim.trace import PHASES as STEP_PHASES
+from sim.clock.cluster import Setup
+from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.footprint import GIB, PHASES, TERMS, Budget, bytes_per_phase, state_bytes, totals
+from sim.clock.hardware import Layout, Roofline, accelerator, model
+from sim.clock.lengths import load_lengths
+from sim.clock.plan import PlanConfig, cut_weight, make, problems
+from sim.clock.plan_command import as_json, report
+from sim.clock.schedule import ppo, tppo
+from sim.clock.steady import gain, sampled, steady
+from sim.clock.trace import PHASES as STEP_PHASES
 
 QWEN32, H800 = model("Qwen2.5-32B"), accelerator("H800")
 SMALL = ["plan", "--model", "Qwen2.5-0.5B", "--gpus", "4xH100", "--lengths", "twopoint:short=100,share=0.1", "--cap", "1024",

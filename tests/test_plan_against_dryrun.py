@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from scale import memory
 from scale.config import ScaleConfig, check
-from sim.footprint import UNSEEN, Budget, bytes_per_phase, totals
-from sim.hardware import Layout, accelerator, model
-from tppo_ref.config import parse
+from scale.memory import budget as memory
+from sim.clock.footprint import UNSEEN, Budget, bytes_per_phase, totals
+from sim.clock.hardware import Layout, accelerator, model
+from tppo_ref.runs.parsing import parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "scale" / "configs"
 AGREEMENT = 0.15

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tppo_ref import figures, report
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs import comparison as numbers
+from tppo_ref.runs import figures, report
 
 SLOTS = 2
 STEP_S = 10.0  # of each training step: 6 rollout, 1 forward, 1.5 policy, 1 value, 0.5 the rest
@@ -67,8 +68,8 @@ def make_comparison(out: Path, curves: dict[str, list[list[float]]], *, first_se
     return out
 
 
-def load(out: Path, methods: list[str], seeds: range, share: float = 0.9) -> report.Comparison:
-    return report.compare_runs({m: [report.read_run(out, m, k) for k in seeds] for m in methods}, share)
+def load(out: Path, methods: list[str], seeds: range, share: float = 0.9) -> numbers.Comparison:
+    return numbers.compare_runs({m: [numbers.read_run(out, m, k) for k in seeds] for m in methods}, share)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -107,12 +108,12 @@ def test_target_and_crossings_are_those_worked_out_by_hand(three: Path) -> None:
 
 def test_crossing_at_exactly_the_target_counts_and_nothing_is_interpolated(tmp_path: Path) -> None:
     out = make_comparison(tmp_path / "out", {"ppo": [[0.1, 0.7, 0.7, 0.7, 0.7]]})
-    run = report.read_run(out, "ppo", 0)
-    assert report.crossing(run, 0.7) == (30.0, 270.0)  # (.7 + .7 + .7) / 3 is below .7 by a bit in floating point
-    assert report.crossing(run, 0.5000001) == (30.0, 270.0)
-    assert report.crossing(run, 0.4) == (20.0, 180.0)
-    assert report.crossing(run, 0.01) == (20.0, 180.0)  # not before there are three points
-    assert report.crossing(run, 0.71) == (math.inf, math.inf)
+    run = numbers.read_run(out, "ppo", 0)
+    assert numbers.crossing(run, 0.7) == (30.0, 270.0)  # (.7 + .7 + .7) / 3 is below .7 by a bit in floating point
+    assert numbers.crossing(run, 0.5000001) == (30.0, 270.0)
+    assert numbers.crossing(run, 0.4) == (20.0, 180.0)
+    assert numbers.crossing(run, 0.01) == (20.0, 180.0)  # not before there are three points
+    assert numbers.crossing(run, 0.71) == (math.inf, math.inf)
 
 
 def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
@@ -145,29 +146,29 @@ def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
 
 def test_mean_interval_is_students(tmp_path: Path) -> None:
     half = 4.302652729911275 / math.sqrt(3)  # t at 0.975 with 2 degrees of freedom
-    assert report.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half))
-    assert math.isnan(report.mean_interval([1.0]).low)
+    assert numbers.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half))
+    assert math.isnan(numbers.mean_interval([1.0]).low)
 
 
 def test_median_interval_bootstraps_from_five_seeds_on() -> None:
-    assert report.median_interval([4.0, 1.0, 2.0, 9.0]) == (3.0, 1.0, 9.0)  # four: the range
+    assert numbers.median_interval([4.0, 1.0, 2.0, 9.0]) == (3.0, 1.0, 9.0)  # four: the range
     many = list(range(101))
-    estimate = report.median_interval(many)
+    estimate = numbers.median_interval(many)
     assert estimate.value == 50
     # order statistics of the binomial: about 50 +- 1.96 * sqrt(101) / 2, far inside of the range
     assert estimate.low == pytest.approx(40, abs=3)
     assert estimate.high == pytest.approx(60, abs=3)
-    assert report.median_interval(many) == estimate  # seeded
+    assert numbers.median_interval(many) == estimate  # seeded
     # of five: the median of a resample is the smallest with probability 0.058, more than 0.025, so the interval is the range
-    assert report.median_interval([1.0, 2.0, 3.0, math.inf, math.inf]) == (3.0, 1.0, math.inf)
-    assert report.median_interval([1.0, 2.0, math.inf, math.inf, math.inf]).value == math.inf
+    assert numbers.median_interval([1.0, 2.0, 3.0, math.inf, math.inf]) == (3.0, 1.0, math.inf)
+    assert numbers.median_interval([1.0, 2.0, math.inf, math.inf, math.inf]).value == math.inf
 
 
 def test_speed_up_of_seeds_that_never_arrive_is_against_the_claim() -> None:
-    assert report.speed_up(40.0, 10.0) == 4.0
-    assert report.speed_up(40.0, math.inf) == 0.0
-    assert report.speed_up(math.inf, math.inf) == 0.0
-    assert report.speed_up(math.inf, 10.0) == math.inf
+    assert numbers.speed_up(40.0, 10.0) == 4.0
+    assert numbers.speed_up(40.0, math.inf) == 0.0
+    assert numbers.speed_up(math.inf, math.inf) == 0.0
+    assert numbers.speed_up(math.inf, 10.0) == math.inf
 
 
 def test_void_when_the_first_method_did_not_improve_in_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +254,7 @@ def test_evaluations_of_one_step_count_once(tmp_path: Path) -> None:
     last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(last + "\n")
-    run = report.read_run(tmp_path, "ppo", 0)
+    run = numbers.read_run(tmp_path, "ppo", 0)
     assert run.accuracy.tolist() == [0.1, 0.2, 0.6]
 
 
@@ -320,5 +321,5 @@ def test_a_seed_that_one_method_lacks_is_an_error(three: Path) -> None:
 
 
 def test_importing_the_figures_leaves_the_notebooks_backend_alone() -> None:
-    code = "import sys, tppo_ref.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, tppo_ref.runs.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -21,11 +21,12 @@ import torch
 from helpers import one_thread  # noqa: F401  (a fixture)
 from safetensors import SafetensorError
 
-from tppo_ref.checkpoint import MANIFEST, complete_checkpoints
-from tppo_ref.config import Config, apply_method, replace_fields
-from tppo_ref.metrics import read_metrics
-from tppo_ref.run import Session
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.checkpoint import MANIFEST, complete_checkpoints
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
+from tppo_ref.runs.sinks import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +200,7 @@ def test_a_kill_9_in_the_middle_loses_nothing_that_a_checkpoint_held(tmp_path, c
 @pytest.mark.parametrize("torn", ["9", "9999,0.5", "4", "", '4,"'])
 def test_a_table_whose_last_line_a_kill_cut_off_is_whole_again_after_the_resume(torn, tmp_path, cache):
     """A row of step 4x, of which only the first figure reached the disk, is no row of step 4."""
-    from tppo_ref.metrics import Table
+    from tppo_ref.runs.sinks import Table
 
     path = tmp_path / "t.csv"
     table = Table(path, ("step", "tokens", "end"))

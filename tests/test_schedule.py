@@ -17,17 +17,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sim.cluster import Samples, Setup
-from sim.decoding import Stints, clock, load, queued
-from sim.distributions import Constant, Empirical, TwoPoint
-from sim.policies import Asynchronous, PartialRollouts, TailBatching
-from sim.schedule import Windowed, drive_window, ppo, run, tppo
-from sim.trace import check_conservation
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.engines import Decoded
-from tppo_ref.filters import policy_token_mask
-from tppo_ref.timeline import decode_steps
-from tppo_ref.types import End, Prompt
+from sim.clock.cluster import Samples, Setup
+from sim.clock.decoding import Stints, clock, load, queued
+from sim.clock.distributions import Constant, Empirical, TwoPoint
+from sim.clock.schedule import Windowed, drive_window, ppo, run, tppo
+from sim.clock.systems import Asynchronous, PartialRollouts, TailBatching
+from sim.clock.trace import check_conservation
+from tppo_ref.method.masks import policy_token_mask
+from tppo_ref.method.records import End, Prompt
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.decode_load import decode_steps
+from tppo_ref.rollout.engine import Decoded
 
 LAW = settings(max_examples=60, deadline=None)
 
@@ -394,7 +395,7 @@ def test_the_clock_is_the_sum_of_its_steps_and_does_not_depend_on_the_pieces_it_
     steps = [1 + 2 * 0.5 + 0.25 * 10 + 2.0 * 8, 1 + 1 + 0.25 * 12, 1 + 1 + 0.25 * 14, 1.5 + 0.25 * 6, 1.5 + 0.25 * 7]
     assert times.time_F[:6].tolist() == pytest.approx([0, *itertools.accumulate(steps)])
     assert times.time_F[6:].tolist() == pytest.approx([0, *itertools.accumulate([1.5 + 0.25 * 2 + 2.0, 2.25, 2.5, 2.75])])
-    monkeypatch.setattr("sim.decoding.SLICE", 2)
+    monkeypatch.setattr("sim.clock.decoding.SLICE", 2)
     assert np.array_equal(clock(costs, loads).time_F, times.time_F)
 
 

@@ -11,8 +11,8 @@ import types
 
 import pytest
 
-from tppo_ref.metrics import MetricLog, read_metrics
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.sinks import MetricLog, read_metrics
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds_and_a_restart_takes_back_later_steps(tmp_path):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import TASKS, DemonstratedTask, Task, chain, fork, length, load_task
 from tppo_ref.tasks.jsonl import ByteTokenizer, final_number, verify
 from tppo_ref.tasks.synthetic import END, draw_steps
-from tppo_ref.types import UserError
 
 BUILT_IN = ("chain", "fork", "length")
 BUILT = {name: load_task(name, num_train=2000, num_test=256) for name in BUILT_IN}
@@ -450,7 +450,7 @@ def test_bytes_decode_whatever_a_model_samples():
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """A few steps of a very small policy, and its folder."""
-    from tppo_ref.warmstart import tiny_policy_config, warm_start
+    from tppo_ref.runs.warmstart import tiny_policy_config, warm_start
 
     cache = tmp_path_factory.mktemp("cache")
     task = load_task("length", num_train=50, num_test=10)
@@ -486,8 +486,8 @@ def test_a_warm_start_lowers_the_loss_and_leaves_the_global_random_state_alone(w
 
 
 def test_a_warm_start_is_made_once_and_anew_when_anything_changes(warm, monkeypatch):
-    from tppo_ref import warmstart
-    from tppo_ref.warmstart import tiny_policy_config
+    from tppo_ref.runs import warmstart
+    from tppo_ref.runs.warmstart import tiny_policy_config
 
     make, task, _, _ = warm
     folder = make()
@@ -512,7 +512,7 @@ def test_a_warm_start_is_the_same_again_elsewhere(warm, tmp_path):
 
 
 def test_an_interrupted_warm_start_leaves_nothing(warm, tmp_path, monkeypatch):
-    from tppo_ref import warmstart
+    from tppo_ref.runs import warmstart
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -524,7 +524,7 @@ def test_an_interrupted_warm_start_leaves_nothing(warm, tmp_path, monkeypatch):
 
 
 def test_mistakes_in_a_warm_start_are_named(warm, tmp_path):
-    from tppo_ref.warmstart import tiny_policy_config
+    from tppo_ref.runs.warmstart import tiny_policy_config
 
     make, task, _, _ = warm
     own = load_task("jsonl", train=write(tmp_path, GOOD, GOOD))

@@ -13,14 +13,14 @@ import pytest
 
 from benchmarks import literature
 from sim.__main__ import main
-from sim.clock_figures import busy_share, timeline_rows
-from sim.cluster import Setup
-from sim.distributions import Constant, TwoPoint
-from sim.hardware import Roofline
-from sim.policies import PartialRollouts
-from sim.schedule import ppo, tppo
-from sim.steady import Steady, in_routine, steady, synchronous
-from sim.throughput import PUBLISHED, TABLES, Case, WeightsOnly, evaluate, gains, setup_of, system_cases, systems
+from sim.clock.clock_figures import busy_share, timeline_rows
+from sim.clock.cluster import Setup
+from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.hardware import Roofline
+from sim.clock.schedule import ppo, tppo
+from sim.clock.steady import Steady, in_routine, steady, synchronous
+from sim.clock.systems import PartialRollouts
+from sim.clock.throughput import PUBLISHED, TABLES, Case, WeightsOnly, evaluate, gains, setup_of, system_cases, systems
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,10 +19,10 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sim import instances
-from sim.instances import INSTANCES, Instance, load
-from sim.token_mdp import ENDED, Edges, TokenMDP
-from tppo_ref.types import End
+from sim.lab import instances
+from sim.lab.instances import INSTANCES, Instance, load
+from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from tppo_ref.method.records import End
 
 LAW = settings(max_examples=60, deadline=None)
 TIGHT = {"rtol": 0, "atol": 1e-12}

@@ -27,13 +27,14 @@ from helpers import (
     weights_of,
 )
 
-import tppo_ref.updates
-from tppo_ref.config import METHODS
-from tppo_ref.engines import TorchEngine
-from tppo_ref.evaluate import evaluate
-from tppo_ref.learner import NonFiniteError
-from tppo_ref.metrics import GLOSSARY, glossary_markdown
-from tppo_ref.types import End, TokenBatch
+import tppo_ref.loop.updates
+from tppo_ref.method.errors import NonFiniteError
+from tppo_ref.method.records import End
+from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs.config import METHODS
+from tppo_ref.runs.evaluate import evaluate
+from tppo_ref.runs.glossary import GLOSSARY, glossary_markdown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +58,7 @@ class LossSpy:
         return logprob_BT
 
     def install(self, monkeypatch):
-        whole = tppo_ref.updates.policy_loss
+        whole = tppo_ref.loop.updates.policy_loss
 
         def policy_loss(logprob_BT, old_BT, advantages_BT, mask_BT, **options):
             rows = list(zip(map(tuple, self.batch.prompt_ids), map(tuple, self.batch.response_ids), strict=True))
@@ -68,7 +69,7 @@ class LossSpy:
             })  # fmt: skip
             return whole(logprob_BT, old_BT, advantages_BT, mask_BT, **options)
 
-        monkeypatch.setattr(tppo_ref.updates, "policy_loss", policy_loss)
+        monkeypatch.setattr(tppo_ref.loop.updates, "policy_loss", policy_loss)
         return self
 
     def take(self) -> list[dict]:

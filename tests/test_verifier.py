@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tppo_ref.method.errors import UserError
 from tppo_ref.tasks.verifier import STATUSES, Score, Verifier
-from tppo_ref.types import UserError
 
 SOURCE = '''
 import os, subprocess, sys, threading, time

@@ -8,8 +8,9 @@ import types
 
 import pytest
 
-from tppo_ref.config import Config, replace_fields
-from tppo_ref.run import Session
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
 
 WELL = {
     "response/rows": 10, "response/ended": 6, "response/cut_share": 0.4, "response/capped_share": 0.0, "policy/staleness_max": 0,

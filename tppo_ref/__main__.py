@@ -6,14 +6,15 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from tppo_ref.config import Config, apply_method, given_fields, nearest, parse
-from tppo_ref.types import UserError
-from tppo_ref.validation import check
+from tppo_ref.method.errors import UserError, nearest
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import given_fields, parse
+from tppo_ref.runs.validation import check
 
 
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
-    from tppo_ref.run import train as run_train
+    from tppo_ref.runs.session import train as run_train
 
     config = apply_method(config, config.run.method, given=given)
     check(config)
@@ -22,21 +23,21 @@ def train(config: Config, given: set[str]) -> None:
 
 def compare(config: Config, given: set[str]) -> None:
     """Run several methods over several seeds on one task; tables, figures and their CSV go to run.out."""
-    from tppo_ref.compare import compare as run_compare
+    from tppo_ref.runs.compare import compare as run_compare
 
     run_compare(config)
 
 
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
-    from tppo_ref.pretrain import pretrain_value as run_pretrain
+    from tppo_ref.runs.pretrain import pretrain_value as run_pretrain
 
     run_pretrain(config)
 
 
 def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
-    from tppo_ref.pretrain import evaluate_policy
+    from tppo_ref.runs.evaluate import evaluate_policy
 
     evaluate_policy(config)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from scale.config import ScaleConfig, check
 from scale.distributed import start
 from scale.run import ScaleSession
-from tppo_ref.config import Config, replace_fields
-from tppo_ref.run import Session
-from tppo_ref.types import Response, WindowSlice
+from tppo_ref.method.records import Response, WindowSlice
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
 
 
 class Replay:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from tppo_ref.checkpoint import complete_checkpoints
+from tppo_ref.runs.checkpoint import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -89,8 +89,8 @@ def make_school(folder: Path, problems: Path, num: int = 300, steps: int = 60) -
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from tppo_ref.models import load_policy
-    from tppo_ref.types import TokenBatch
+    from tppo_ref.rollout.models import load_policy
+    from tppo_ref.rollout.packing import TokenBatch
 
     data = shared_data()
     source = data / "gsm8k_train.jsonl" if data else problems

@@ -18,8 +18,8 @@ from scale.config import ScaleConfig, check
 from scale.distributed import World, start
 from scale.run import ScaleSession
 from scale.sharding import gathered
-from tppo_ref.config import parse
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.parsing import parse
 
 
 def run(arguments: list[str], world: World, averaged: str | None) -> None:

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from scale.config import ShardingConfig
 from scale.distributed import Collective, start
 from scale.sharding import checksum, gathered, load_sharded, weight_files
-from tppo_ref.config import Config, replace_fields
-from tppo_ref.models import PolicyModel, ValueModel
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import Response, UserError, WindowSlice
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Response, WindowSlice
+from tppo_ref.rollout.models import PolicyModel, ValueModel
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
 
 FULL32 = ShardingConfig()
 CONFIG = replace_fields(Config(), {
@@ -171,7 +173,7 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
     import os
 
-    from scale.leaving import last_barrier
+    from scale.shutdown import last_barrier
 
     last_barrier()
     os._exit(0)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scale import launch, memory
+from scale import launch
 from scale.config import ScaleConfig, check
-from tppo_ref.config import get_field, parse
+from scale.memory import budget as memory
+from tppo_ref.runs.parsing import get_field, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "scale" / "configs"

@@ -12,8 +12,8 @@ from scale_helpers import shared_data
 
 from scale.config import ScaleConfig
 from scale.data import make_task
-from tppo_ref.config import replace_fields
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.parsing import replace_fields
 
 
 def config_for(path, *, over_long="skip", instruction="", **task):

@@ -17,16 +17,17 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scale import memory
 from scale.config import ScaleConfig, ShardingConfig, check
-from scale.dryrun import dry_run
-from scale.fake_pass import Pass, Shape, terms, trace
-from scale.plan_file import read_seconds
-from scale.remedies import changes, longest_response
-from tppo_ref.config import PolicyConfig, parse, replace_fields
-from tppo_ref.learner import Learner
-from tppo_ref.parallel import SingleProcess
-from tppo_ref.types import UserError
+from scale.memory import budget as memory
+from scale.memory.dryrun import dry_run
+from scale.memory.fake_pass import Pass, Shape, terms, trace
+from scale.memory.plan_file import read_seconds
+from scale.memory.remedies import changes, longest_response
+from tppo_ref.loop.learner import Learner
+from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.loop.settings import PolicyConfig
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.parsing import parse, replace_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "scale" / "configs"

@@ -20,12 +20,15 @@ from scale import launch
 from scale.config import ScaleConfig, check
 from scale.distributed import World
 from scale.vllm_engine import VLLMEngine, _bits, _Checksum
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.config import Config, replace_fields
-from tppo_ref.engines import Request
-from tppo_ref.models import load_policy, load_value_model
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import Prompt, UserError
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.engine import Request
+from tppo_ref.rollout.models import load_policy, load_value_model
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
 
 END, WINDOW = 256, 12
 

@@ -33,8 +33,8 @@ from scale_helpers import (
     require,
 )
 
-from tppo_ref.checkpoint import complete_checkpoints
-from tppo_ref.timeline import DecodeStep
+from tppo_ref.rollout.decode_load import DecodeStep
+from tppo_ref.runs.checkpoint import complete_checkpoints
 
 require("math_verify", "the verifier of these runs")
 import psutil  # noqa: E402

@@ -13,8 +13,8 @@ from scale_helpers import HERE, require, shared_data
 
 from scale.config import RewardConfig
 from scale.rewards import NO_ANSWER, final_answer, grade, shaped, verify_math
+from tppo_ref.method.records import Prompt, Response
 from tppo_ref.tasks.verifier import Verifier
-from tppo_ref.types import Prompt, Response
 
 require("math_verify", "the verifier that is tested")
 
@@ -198,7 +198,7 @@ def test_only_the_built_in_grader_says_that_there_is_no_answer(shaping):
     from scale.config import RewardConfig
     from scale.rewards import GRADE, NO_ANSWER
     from scale.run import ShapingScorer
-    from tppo_ref.types import Prompt, Response
+    from tppo_ref.method.records import Prompt, Response
 
     response = Response(id=0, prompt=Prompt(id=0, token_ids=(1,), answer=""), sample_index=0, token_ids=[1, 2])
     scorer = ShapingScorer.__new__(ShapingScorer)

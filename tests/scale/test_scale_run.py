@@ -46,7 +46,7 @@ from scale_helpers import (
     truncate_a_shard,
 )
 
-from tppo_ref.checkpoint import complete_checkpoints
+from tppo_ref.runs.checkpoint import complete_checkpoints
 
 require("math_verify", "the verifier of these runs")
 
@@ -56,7 +56,7 @@ require("math_verify", "the verifier of these runs")
 
 def cross(folder, problems, kind):
     """tppo_ref's metrics and scale's, step by step."""
-    from tppo_ref.models import load_value_model
+    from tppo_ref.rollout.models import load_value_model
 
     make_model(folder / "policy", tied=True, head_std=0.1)
     load_value_model(str(folder / "policy"), seed=4).save_pretrained(folder / "value")

@@ -21,7 +21,14 @@ OPERATIONS = {
 }  # fmt: skip
 """Of torch, numpy or a tensor: what advantages, masks and losses are made of, and nothing that moves weights around."""
 
-ROOMS = {"tppo_ref.advantages", "tppo_ref.losses", "tppo_ref.filters", "tppo_ref.updates", "tppo_ref.rows", "tppo_ref.learner"}
+ROOMS = {
+    "tppo_ref.method.advantages",
+    "tppo_ref.method.losses",
+    "tppo_ref.method.masks",
+    "tppo_ref.loop.updates",
+    "tppo_ref.loop.rows",
+    "tppo_ref.loop.learner",
+}
 """The Trainer's own rooms: scale/ steps the Trainer and asks none of these behind its back."""
 
 WORDS = (
@@ -113,8 +120,8 @@ PLANTED = {
     "a batcher": "class Batcher(SuccessiveBatcher):\n    pass",
     "a schedule's decision": "def go(self, schedule):\n    schedule.open_window(self.draw)",
     "an update of its own": "def f(loss):\n    loss.backward()",
-    "the rooms behind the trainer's back": "from tppo_ref.losses import policy_loss",
-    "the rooms as a module": "import tppo_ref.advantages as adv",
+    "the rooms behind the trainer's back": "from tppo_ref.method.losses import policy_loss",
+    "the rooms as a module": "import tppo_ref.method.advantages as adv",
     "another trainer": "class FastTrainer(Trainer):\n    pass",
 }
 
@@ -158,7 +165,12 @@ def test_scale_does_not_import_sim_tests_or_benchmarks(path):
 
 @pytest.mark.parametrize(
     "source",
-    ["import sim", "from sim.plan import plan", "import importlib\nimportlib.import_module('sim.plan')", "__import__('sim')"],
+    [
+        "import sim",
+        "from sim.clock.plan import plan",
+        "import importlib\nimportlib.import_module('sim.clock.plan')",
+        "__import__('sim')",
+    ],
 )
 def test_the_checker_of_imports_sees_each_form(source):
     assert any(name.partition(".")[0] == "sim" for name in imports(ast.parse(source)))

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from scale_helpers import HERE, make_model, run_ranks
 from sharding_worker import CONFIG, Replay
 
-from tppo_ref.models import load_policy, load_value_model
-from tppo_ref.trainer import Trainer
-from tppo_ref.types import End, Prompt, Response
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.method.records import End, Prompt, Response
+from tppo_ref.rollout.models import load_policy, load_value_model
 
 TOLERANCE = 1e-5
 CASES = ("even", "ragged", "empty", "no checkpointing", "no reshard", "offload")

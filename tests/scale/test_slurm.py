@@ -11,7 +11,7 @@ import time
 import pytest
 from scale_helpers import LIMIT_S, ROOT, arguments, environment, metrics_of, ranks_left, require
 
-from tppo_ref.checkpoint import complete_checkpoints
+from tppo_ref.runs.checkpoint import complete_checkpoints
 
 require("math_verify", "the verifier of these runs")
 

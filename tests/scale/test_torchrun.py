@@ -43,7 +43,7 @@ from scale_helpers import (
     truncate_a_shard,
 )
 
-from tppo_ref.checkpoint import complete_checkpoints
+from tppo_ref.runs.checkpoint import complete_checkpoints
 
 require("math_verify", "the verifier of these runs")
 

@@ -19,10 +19,13 @@ from scale.config import ScaleConfig
 from scale.distributed import start
 from scale.run import probe as start_up_probe
 from scale.vllm_engine import VLLMEngine
-from tppo_ref.batching import SampleStream, SlotSchedule, SuccessiveBatcher
-from tppo_ref.engines import Decoded, Request
-from tppo_ref.models import load_policy
-from tppo_ref.types import Prompt, TokenBatch, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.engine import Decoded, Request
+from tppo_ref.rollout.models import load_policy
+from tppo_ref.rollout.packing import TokenBatch
 
 SLOTS, CONTEXT, END, VOCAB, BLOCK = 6, 200, 1, 64, 32
 found: dict = {}

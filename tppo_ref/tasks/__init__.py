@@ -11,7 +11,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from tppo_ref.types import Prompt, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt
 
 
 @runtime_checkable

@@ -16,7 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tppo_ref.types import Prompt, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 

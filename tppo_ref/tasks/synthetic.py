@@ -18,7 +18,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tppo_ref.types import Prompt, UserError
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt
 
 DIGITS = tuple("0123456789")
 END = 10

@@ -22,7 +22,7 @@ import time
 from collections.abc import Hashable, Sequence
 from typing import IO, Any, NamedTuple
 
-from tppo_ref.types import UserError
+from tppo_ref.method.errors import UserError
 
 STATUSES = ("ok", "timeout", "error", "bad_score")
 MAX_SENT = 32

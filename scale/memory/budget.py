@@ -1,0 +1,263 @@
+"""Bytes on one rank in every phase of a step, term by term, for a config: what the dry run prints and judges.
+
+    terms_per_phase(config) -> {phase: {term: bytes on one rank}}
+    bytes_per_phase(config) -> {phase: bytes on one rank}
+    problems(config)        -> what does not fit, a line each
+
+The training passes are traced (fake_pass.py): real modules, real sharding, every temporary counted. The engine is reckoned: its
+weights, its cache and what it reserves are vLLM's, which a laptop cannot ask.
+
+A response is fed whole, its earlier windows included, so that the longest row a pass meets is the longest prompt and the longest
+response. That row, or `micro_batch_tokens` where they are more, is what is traced; a smaller window makes no pass smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+from scale.config import ScaleConfig
+from scale.memory.fake_pass import Pass, Shape, terms
+from tppo_ref.method.errors import UserError
+
+PHASES: dict[str, str] = {
+    "sync": "weights go to the engine, which has just woken up",
+    "rollout": "a window is decoded",
+    "probe": "start-up: engine and trainer compare log-probabilities, the engine awake",
+    "logprob": "old log-probabilities, no gradients",
+    "value_forward": "values, no gradients",
+    "policy_update": "the policy's forward and backward pass",
+    "value_update": "the value model's",
+}
+"""Phases, in the order of a step that begins with new weights, and what happens in them."""
+
+TERMS: dict[str, str] = {
+    "policy_state": "float32 masters and AdamW's two moments, this rank's shard (12 bytes a parameter)",
+    "value_state": "the same of the value model",
+    "average_state": "PPO-EWMA's averaged policy, this rank's shard (4 bytes a parameter)",
+    "gradients": "float32 shards of the gradients of the model under update; freed with the update",
+    "gathered_weights": "parameters gathered for computing, and the next layer's on their way",
+    "gathered_gradients": "gradients on their way to the shards",
+    "activations": "inputs saved for the backward pass, temporaries, a chunk of logits",
+    "batch": "the step's tensors of this rank: masks, log-probabilities, values, advantages (an allowance)",
+    "engine_weights": "the engine's copy of the policy, split over its ranks",
+    "engine_reserve": "the engine's activations, graphs and buffers (an allowance)",
+    "kv_cache": "what is left of engine.gpu_memory_utilization",
+    "sync_buffer": "the largest tensor, whole in the engine's type, and its place in the engine",
+    "runtime": "driver context, communication buffers, fragmentation (an allowance)",
+}
+"""Keys of `terms_per_phase(config)[phase]`, and what they count."""
+
+RUNTIME_BYTES = 2e9  # [I]
+ENGINE_RESERVE_BYTES = 4e9  # [I] inside the engine's share
+BATCH_BYTES_PER_CELL = 64  # [I] some ten float32 and six bool tensors [rows, response tokens], and EGAE's temporaries
+CPU_KV_BYTES = 2.0**30  # vllm_engine.py's setting on a CPU
+SHIPPED = Path(__file__).parents[1] / "configs" / "models"
+
+
+# ----------------------------------------------------------------------------------------------------------------------- bytes
+
+
+def bytes_per_phase(config: ScaleConfig) -> dict[str, float]:
+    """Phase -> bytes on one rank."""
+    return {phase: sum(found.values()) for phase, found in terms_per_phase(config).items()}
+
+
+def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) -> dict[str, dict[str, float]]:
+    """Phase -> term -> bytes on one rank; keys of PHASES and TERMS. UserError for a model that is not here or cannot be cut.
+
+    only   phases wanted: each pass that is not asked for saves a trace
+
+    The engine's weights and cache are gone while the trainer works, unless engine.sleep_level is 0 or the device a CPU; what a
+    sleeping engine keeps (graphs, workspace) is not known before a GPU run, and left to `runtime`.
+    """
+    policy, value = shapes(config)
+    check_cuts(config, policy)
+    states, engine, cache = resident(config), engine_terms(config, policy), kv_cache_bytes(config, policy)
+    decoding = engine | {"kv_cache": max(cache, 0.0)}
+    staying = decoding if stays_awake(config) else {}
+    size = number_bytes(config.engine.dtype)
+    largest = max(math.prod(tensor) for tensor in policy.tensors)
+    split = config.engine.tensor_parallel
+    phases: dict[str, dict[str, float]] = {
+        "sync": states | engine | staying | {"sync_buffer": largest * (size + size / split)},
+        "rollout": states | decoding,
+    }
+    if "probe" in only and config.engine.kind == "vllm":
+        phases["probe"] = states | decoding | working(config, policy, "probe")
+    for phase in ("logprob", "value_forward", "policy_update", "value_update"):
+        if phase in only:
+            shape = value if phase.startswith("value") else policy
+            phases[phase] = states | staying | {"batch": batch_bytes(config)} | working(config, shape, phase)
+    return {phase: {"runtime": RUNTIME_BYTES} | found for phase, found in phases.items() if phase in only}
+
+
+def resident(config: ScaleConfig) -> dict[str, float]:
+    """What the trainer holds in every phase. With offload, nothing."""
+    if config.sharding.offload:
+        return {}
+    policy, value = (shard_bytes(config, shape, value) for shape, value in zip(shapes(config), (False, True), strict=True))
+    found = {"policy_state": 3 * policy, "value_state": 3 * value}
+    return found | ({"average_state": policy} if config.algo.policy.ewma_decay else {})
+
+
+def shard_bytes(config: ScaleConfig, shape: Shape, value: bool) -> float:
+    """A model's float32 masters on one rank."""
+    return terms(shape, passing(config, "value_update" if value else "policy_update"))["shards"]
+
+
+def working(config: ScaleConfig, shape: Shape, phase: str) -> dict[str, float]:
+    """What a pass adds to the states: gathered weights, gradients (offloaded ones are on the host), activations."""
+    left_out = ("shards", "gradients") if config.sharding.offload else ("shards",)
+    return {name: num_bytes for name, num_bytes in terms(shape, passing(config, phase)).items() if name not in left_out}
+
+
+def passing(config: ScaleConfig, phase: str) -> Pass:
+    """The largest pass of a phase."""
+    algo, value = config.algo, phase.startswith("value")
+    if phase == "probe":
+        rows = ((algo.task.max_prompt_tokens, config.engine.probe_tokens),) * config.engine.probe_prompts
+    else:
+        budget = algo.value.micro_batch_tokens if phase == "value_update" else algo.policy.micro_batch_tokens
+        rows = fed_rows(algo.task.max_prompt_tokens, algo.rollout.max_response_tokens, budget)
+    sharding = dataclasses.replace(config.sharding, offload=False)  # traced the same, and then left out
+    return Pass(value=value, train=phase.endswith("update"), rows=rows, world=num_ranks(config), sharding=sharding,
+                logit_chunk_tokens=0 if value else algo.model.logit_chunk_tokens)  # fmt: skip
+
+
+def fed_rows(prompt: int, response: int, budget: int) -> tuple[tuple[int, int], ...]:
+    """Rows of a full micro-batch: as many of the longest as `budget` tokens hold, at least one, and one of what is left."""
+    whole, left = divmod(budget, prompt + response)
+    rows = ((prompt, response),) * max(1, whole)
+    short = min(prompt, left // 2)
+    return rows + (((short, left - short),) if whole and left >= 2 else ())
+
+
+def batch_bytes(config: ScaleConfig) -> float:
+    rollout = config.algo.rollout
+    return math.ceil(rollout.slots / num_ranks(config)) * rollout.max_response_tokens * BATCH_BYTES_PER_CELL
+
+
+def engine_terms(config: ScaleConfig, shape: Shape) -> dict[str, float]:
+    weights = shape.num_parameters * number_bytes(config.engine.dtype) / config.engine.tensor_parallel
+    return {"engine_weights": weights} | ({} if on_cpu(config) else {"engine_reserve": ENGINE_RESERVE_BYTES})
+
+
+def kv_cache_bytes(config: ScaleConfig, shape: Shape) -> float:
+    """Keys' and values' room on one rank; negative where the engine's weights and reserve take more than its share."""
+    if config.engine.kind == "torch":
+        return config.algo.rollout.slots / num_engines(config) * longest_row(config) * kv_bytes_per_token(config, shape)
+    if on_cpu(config):
+        return CPU_KV_BYTES
+    return config.engine.gpu_memory_utilization * config.cluster.device_bytes - sum(engine_terms(config, shape).values())
+
+
+def kv_bytes_per_token(config: ScaleConfig, shape: Shape) -> float:
+    """On one rank; key heads that are fewer than the ranks of an engine are copied."""
+    share = max(1 / config.engine.tensor_parallel, 1 / shape.num_kv_heads)
+    return shape.kv_numbers_per_token * number_bytes(config.engine.dtype) * share
+
+
+def kv_tokens(config: ScaleConfig, shape: Shape) -> int:
+    """Tokens that the cache of one engine holds."""
+    return max(0, math.floor(kv_cache_bytes(config, shape) / kv_bytes_per_token(config, shape)))
+
+
+def host_bytes(config: ScaleConfig) -> float:
+    """Of one machine: a checkpoint while it is written (copies of all states), and with offload the states themselves."""
+    here = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, offload=False))
+    copies = sum(resident(here).values())
+    gradients = max(shard_bytes(here, shape, value) for shape, value in zip(shapes(here), (False, True), strict=True))
+    return config.cluster.devices_per_node * (copies + (copies + gradients if config.sharding.offload else 0.0))
+
+
+def num_ranks(config: ScaleConfig) -> int:
+    return config.cluster.nodes * config.cluster.devices_per_node
+
+
+def num_engines(config: ScaleConfig) -> int:
+    return num_ranks(config) // config.engine.tensor_parallel
+
+
+def longest_row(config: ScaleConfig) -> int:
+    return config.algo.task.max_prompt_tokens + config.algo.rollout.max_response_tokens
+
+
+def on_cpu(config: ScaleConfig) -> bool:
+    return config.algo.model.device == "cpu"
+
+
+def stays_awake(config: ScaleConfig) -> bool:
+    return config.engine.kind == "torch" or on_cpu(config) or config.engine.sleep_level == 0
+
+
+def number_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------- models
+
+
+def shapes(config: ScaleConfig) -> tuple[Shape, Shape]:
+    """Policy's and value model's; a value model that is not here has the policy's."""
+    policy = config_file(config.algo.model.policy)
+    try:
+        value = config_file(config.algo.model.value or config.algo.model.policy)
+    except UserError:
+        value = policy
+    return read_shape(policy), read_shape(value)
+
+
+@functools.lru_cache(maxsize=8)
+def read_shape(file: Path) -> Shape:
+    return Shape(file)
+
+
+def config_file(source: str | None) -> Path:
+    """The config.json of a model's folder; of a folder that is not here, the one that scale/configs/models has under its name."""
+    if not source:
+        raise UserError("algo.model.policy: expected a model's folder or a config.json, got none")
+    path = Path(source)
+    shipped = SHIPPED / f"{path.name.lower()}.json"
+    for file in (path if path.suffix == ".json" else path / "config.json", shipped):
+        if file.is_file():
+            return file
+    known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
+    raise UserError(
+        f"algo.model.policy: {source} is not here, and a dry run knows by name {known}; give the path of its config.json"
+    )
+
+
+def check_cuts(config: ScaleConfig, shape: Shape) -> None:
+    """UserError where ranks, heads or slots cannot be dealt out evenly."""
+    split = config.engine.tensor_parallel
+    if shape.num_heads % split or (shape.num_kv_heads % split and split % shape.num_kv_heads):
+        fitting = [n for n in range(1, shape.num_heads + 1)
+                   if shape.num_heads % n == 0 and (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip
+        raise UserError(f"engine.tensor_parallel: {shape.num_heads} heads and {shape.num_kv_heads} key-value heads cannot be cut "
+                        f"into {split}; give one of {', '.join(map(str, fitting))}")  # fmt: skip
+    if split > config.cluster.devices_per_node:
+        raise UserError(f"engine.tensor_parallel: an engine of {split} ranks does not fit on a machine with "
+                        f"cluster.devices_per_node {config.cluster.devices_per_node}; give at most that")  # fmt: skip
+    if config.algo.rollout.slots % num_engines(config):
+        raise UserError(f"algo.rollout.slots: {config.algo.rollout.slots} slots cannot be dealt to {num_engines(config)} engines; "
+                        f"give a multiple")  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------- verdict
+
+
+def problems(config: ScaleConfig) -> list[str]:
+    """What does not fit, a line each."""
+    device, (policy, _) = config.cluster.device_bytes, shapes(config)
+    found = [f"{phase} needs {num_bytes / 1e9:.1f} GB, cluster.device_bytes is {device / 1e9:.1f} GB"
+             for phase, num_bytes in bytes_per_phase(config).items() if num_bytes > device]  # fmt: skip
+    if (held := kv_tokens(config, policy)) < longest_row(config):
+        found.append(f"the engine's cache holds {held:,} tokens, expected at least one sequence of {longest_row(config):,}")
+    if longest_row(config) > policy.max_positions:
+        found.append(f"algo.rollout.max_response_tokens: prompt and response of {longest_row(config):,} tokens, the model was made "
+                     f"for {policy.max_positions:,} positions")  # fmt: skip
+    return found

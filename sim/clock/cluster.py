@@ -1,0 +1,272 @@
+"""What all systems on the clock share: the setup, samples with known lengths, what training costs, who waits for whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sim.clock.decoding import Ints, Rollout, Stints, check_seconds
+from sim.clock.distributions import Lengths
+from sim.clock.hardware import Costs, causal_context
+from sim.clock.lengths import prompt_lengths
+from sim.clock.trace import StepRecord
+
+UNBOUNDED = 1 << 62
+BLOCK = 4096  # samples whose lengths are drawn together, about
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A cluster and its work. ValueError for numbers that make no sense."""
+
+    lengths: Lengths
+    """Response lengths; a response of `lengths.cap` tokens ended at the cap, for all that a length can tell."""
+    prompt_tokens: Lengths | int
+    """Prompt lengths, by group."""
+    costs: Costs
+    """Seconds; of the engines, and of training unless `train_costs` has it."""
+    train_costs: Costs | None = None
+    """Training on devices of its own (disaggregated); None: rollout and training take turns on the same devices (colocated)."""
+    pipelined: bool = False
+    """Disaggregated only: while a step trains, the next one's rollout runs, with weights that are one version old."""
+    slots: int
+    """Decoding places over all engine replicas."""
+    num_replicas: int = 1
+    samples_per_prompt: int = 1
+    updates_per_step: int = 1
+    """Optimiser steps of the policy and of the value model per training step, where update_tokens is 0."""
+    update_tokens: int = 0
+    """Trained tokens per optimiser step, about, as `policy.mini_batch_tokens`."""
+    verify_s: float = 0.0
+    """Seconds of verification per step that decoding does not hide."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "num_replicas", "samples_per_prompt", "updates_per_step"):
+            check_count(name, getattr(self, name))
+        check_count("update_tokens", self.update_tokens, least=0)
+        if self.slots < self.num_replicas:
+            raise ValueError(f"slots is {self.slots}, expected at least one for each of {self.num_replicas} engine replicas")
+        if not 0 <= self.verify_s < float("inf"):
+            raise ValueError(f"verify_s is {self.verify_s!r}, expected seconds, 0 or more, finite")
+        if self.pipelined and self.train_costs is None:
+            raise ValueError("pipelined needs train_costs: a step cannot train while the next decodes on the same devices")
+
+    def share(self, total: int, replica: int) -> int:
+        """This replica's part of `total` places or requests."""
+        return total // self.num_replicas + (replica < total % self.num_replicas)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+
+
+class Rows(NamedTuple):
+    """What is known of samples, a column each.
+
+    length, prompt     tokens, known beforehand
+    done               tokens sampled so far
+    pending            of these the deferred ones
+    first_version      of the policy that sampled the first token
+    version_sum        versions of the policies that sampled the tokens so far, summed over the tokens
+    """
+
+    length: Ints
+    prompt: Ints
+    done: Ints
+    pending: Ints
+    first_version: Ints
+    version_sum: Ints
+
+
+class Samples:
+    """Samples by number, and how far each one got. Sample g answers prompt g // samples_per_prompt; replica r draws r, r + R, ...
+
+    Lengths are drawn in blocks, each from (seed, block): sample g has the same rank in its distribution under every system, so that
+    two systems differ by what they do and not by their luck. Growth counts the policy's updates, at the first sample of a block.
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup, self._groups = setup, max(1, BLOCK // setup.samples_per_prompt)
+        self._prompts = prompt_lengths(setup.prompt_tokens)
+        self._rows, self._stop = Rows(*np.zeros((len(Rows._fields), 2 * BLOCK), dtype=np.int64)), 0
+        self._base = 0  # the number of the first row
+        self.next_R = np.arange(setup.num_replicas)  # the sample that each replica starts next
+
+    def at(self, ids: Ints) -> Rows:
+        """A copy of the rows of these samples."""
+        return Rows(*(column[ids - self._base] for column in self._rows))
+
+    def put(self, ids: Ints, **columns: Ints | int) -> None:
+        for name, values in columns.items():
+            getattr(self._rows, name)[ids - self._base] = values
+
+    def fresh(self, replica: int, num: int, updates: int) -> Ints:
+        """The next `num` samples of a replica. They are handed out again until `start` says that they started."""
+        ids = self.next_R[replica] + self._setup.num_replicas * np.arange(num)
+        self.require(int(self.next_R[replica]) + num * self._setup.num_replicas, updates)
+        return ids
+
+    def start(self, replica: int, num: int) -> None:
+        self.next_R[replica] += num * self._setup.num_replicas
+
+    def natural_lengths(self, first: int, updates: int) -> Iterator[list[int]]:
+        """Lengths of the samples `first`, `first` + R, ... of a replica, in pieces; cap + 1: the cap ends it.
+
+        Reading ahead draws a block up to a piece early; only growth could notice.
+        """
+        stride, cap = self._setup.num_replicas, self._setup.lengths.cap
+        piece = stride * max(16, 1024 // stride)
+        while True:
+            self.require(first + piece, updates)
+            length = self._rows.length[first - self._base : first - self._base + piece : stride]
+            yield np.where(length == cap, cap + 1, length).tolist()
+            first += piece
+
+    def release(self, oldest: int) -> None:
+        """Samples before `oldest` and before every replica's next one are not asked for again: their rows are dropped."""
+        dead = min(oldest, int(self.next_R.min())) - self._base
+        if dead > len(self._rows.length) // 2:
+            for column in self._rows:
+                column[: self._stop - dead] = column[dead : self._stop]
+            self._base, self._stop = self._base + dead, self._stop - dead
+
+    def require(self, stop: int, updates: int) -> None:
+        """Rows of all samples before `stop` exist; new ones are drawn as after so many updates."""
+        per_prompt, cap = self._setup.samples_per_prompt, self._setup.lengths.cap
+        size = self._groups * per_prompt
+        while self._base + self._stop < stop:
+            block = (self._base + self._stop) // size
+            rng, prompt_rng = (np.random.default_rng((self._setup.seed, block, part)) for part in (0, 1))
+            length_GS = self._setup.lengths.sample(rng, self._groups, per_prompt, step=updates)
+            prompt_G1 = self._prompts.sample(prompt_rng, self._groups, 1, step=updates)
+            if length_GS.min() < 1 or length_GS.max() > cap:
+                raise ValueError(f"lengths hold {length_GS.min()} to {length_GS.max()} tokens, expected 1 to their cap, {cap}")
+            if self._stop + size > len(self._rows.length):
+                more = np.zeros(max(len(self._rows.length), size), dtype=np.int64)
+                self._rows = Rows(*(np.concatenate([column, more]) for column in self._rows))
+            for column in self._rows:
+                column[self._stop : self._stop + size] = 0
+            self._rows.length[self._stop : self._stop + size] = length_GS.ravel()
+            self._rows.prompt[self._stop : self._stop + size] = np.repeat(prompt_G1.ravel(), per_prompt)
+            self._stop += size
+
+
+class Training(NamedTuple):
+    """Seconds of a step's passes over its rows, and the updates that they make."""
+
+    logprob_s: float
+    value_forward_s: float
+    policy_train_s: float
+    value_train_s: float
+    updates: int
+
+
+def train(setup: Setup, policy_fed_n: Ints, value_fed_n: Ints, *, trained: int, value_trained: int) -> Training:
+    """Old log-probabilities, values and the policy's update on the policy's rows; the value model's update on its own.
+
+    policy_fed_n, value_fed_n    tokens of each row, prompt and earlier windows included: a row is fed whole
+    trained, value_trained       tokens in the loss, which set the number of updates where setup.update_tokens does
+    """
+    costs = setup.train_costs or setup.costs
+    policy, value = (_work(fed_n) for fed_n in (policy_fed_n, value_fed_n))
+    updates, value_updates = _num_updates(setup, trained), _num_updates(setup, value_trained)
+    training = Training(
+        logprob_s=float(costs.logprob_s(*policy)) if len(policy_fed_n) else 0.0,
+        value_forward_s=float(costs.value_forward_s(*policy)) if len(policy_fed_n) else 0.0,
+        policy_train_s=float(costs.policy_train_s(*policy, num_updates=updates)) if updates else 0.0,
+        value_train_s=float(costs.value_train_s(*value, num_updates=value_updates)) if value_updates else 0.0,
+        updates=updates,
+    )
+    check_seconds("training", np.array(training[:-1]))
+    return training
+
+
+def _work(fed_n: Ints) -> tuple[int, int]:
+    """Tokens, and query-key pairs, of sequences that are fed whole."""
+    return int(fed_n.sum()), int(causal_context(0, fed_n).sum())
+
+
+def _num_updates(setup: Setup, trained: int) -> int:
+    if not trained:
+        return 0
+    return max(1, round(trained / setup.update_tokens)) if setup.update_tokens else setup.updates_per_step
+
+
+def capacity_of(costs: Costs, jobs: Stints) -> int:
+    """Tokens that a replica's cache holds; ValueError if it cannot even hold one of the jobs, whose stints are not cut yet."""
+    capacity = costs.kv_capacity_tokens
+    if capacity is None:
+        return UNBOUNDED
+    longest = int((jobs.context_n + jobs.stop_n - jobs.begin_n).max(initial=0))
+    if longest > capacity:
+        raise ValueError(
+            f"kv_capacity_tokens is {capacity:,}, expected room for a sequence of {longest:,} tokens: use more devices per replica"
+        )
+    return capacity
+
+
+class Times(NamedTuple):
+    """A step's place in time: fields of a StepRecord."""
+
+    begin_s: float
+    rollout_begin_s: float
+    end_s: float
+    wake_s: float
+    verify_s: float
+    sync_s: float
+    train_wait_s: float
+
+
+class Timeline:
+    """Who waits for whom, step after step.
+
+    In turn       (wake), rollout, verify, train, sync, and the next step; engines sleep during training only where they share
+                  its devices
+    Pipelined     while step k trains, rollout k + 1 runs; when both are done the weights are synced
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._end_s = self._trained_s = self._rollout_begin_s = 0.0
+        self._first = True
+
+    def version(self, step: int) -> int:
+        """Of the policy that decodes in this step; the step trains version `step`."""
+        return max(step - 1, 0) if self._setup.pipelined else step
+
+    def place(self, rollout_s: float, training: Training) -> Times:
+        """The next step's times."""
+        setup, train_s = self._setup, sum(training[:-1])
+        sync_s, verify_s = setup.costs.sync_s(), setup.verify_s
+        begin_s, wake_s = self._end_s, 0.0
+        if setup.pipelined:
+            rollout_begin_s = self._rollout_begin_s
+            ready_s = max(rollout_begin_s + rollout_s, self._trained_s)
+            wait_s = ready_s - self._trained_s
+            # The weights of the step before go to the engines now, and the next rollout begins; there are none at first.
+            self._rollout_begin_s = ready_s if self._first else ready_s + sync_s
+            self._trained_s = self._rollout_begin_s + verify_s + train_s
+        else:
+            wake_s = setup.costs.wake_s() if setup.train_costs is None else 0.0
+            rollout_begin_s = begin_s + wake_s
+            wait_s = rollout_s if setup.train_costs is not None else 0.0
+            self._trained_s = rollout_begin_s + rollout_s + verify_s + train_s
+        self._first, self._end_s = False, self._trained_s + sync_s
+        return Times(begin_s, rollout_begin_s, self._end_s, float(wake_s), verify_s, float(sync_s), wait_s)
+
+
+def step_record(setup: Setup, step: int, rollout: Rollout, times: Times, training: Training, **counts: Any) -> StepRecord:
+    """A step's record, from its parts."""
+    return StepRecord(
+        step=step, **times._asdict(), **training._asdict(), slots=setup.slots, rollout_s=rollout.seconds,
+        prefill_s=rollout.prefill_s, decode_s=rollout.decode_s,
+        engine_wait_s=rollout.seconds - rollout.prefill_s - rollout.decode_s,
+        decode_steps=rollout.decode_steps, busy_slot_s=rollout.busy_slot_s, queue_s=rollout.queue_s,
+        prefill_tokens=rollout.prefill_tokens, ops_per_byte=rollout.ops_per_byte,
+        active_time_s=rollout.active_time_s, active_n=rollout.active_n, **counts,
+    )  # fmt: skip

@@ -1,0 +1,239 @@
+"""The clock of successive batching: `SlotSchedule` driven with known lengths, and what its windows take. T-PPO and PPO.
+
+One step: every replica decodes a window -> the policy trains on the window's tokens, the value model on the responses that ended
+-> weights to the engines. `SlotSchedule` makes the decisions, in decode steps; decoding.py turns them into seconds.
+
+Where the KV cache of a replica is too small for what its slots hold, the decisions stay (which response decodes in which slot, for
+how many tokens) and only their time changes: each slot hands its pieces of work to the engine, the next when the last has ended;
+the engine queues and preempts them as `decoding.queued` says. So a window may take more than `window` decode steps. A real batcher
+would count those steps and cut earlier; with as many slots as the cache holds the two agree.
+
+The other systems are in policies.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sim.clock.cluster import Samples, Setup, Timeline, capacity_of, check_count, step_record, train
+from sim.clock.decoding import Ints, Rollout, Stints, clock, load, measure, queued
+from sim.clock.trace import StepRecord, Trace, check_conservation
+from tppo_ref.method.records import End
+from tppo_ref.method.slots import Grant, Refill, Segment, SlotSchedule
+
+Tail = Literal["none", "exclude", "defer"]
+
+
+class System(Protocol):
+    """Something that trains, step after step."""
+
+    name: str
+
+    def step(self) -> StepRecord: ...
+
+
+def run(
+    system: System, *, steps: int | None = None, updates: int | None = None, tokens: int | None = None, max_steps: int = 100_000
+) -> Trace:
+    """Steps until one of the given limits is met: training steps, updates of the policy, or trained tokens.
+
+    RuntimeError after `max_steps` that did not get there.
+    """
+    limits = {"steps": steps, "updates": updates, "tokens": tokens}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    if not given:
+        raise ValueError("steps, updates, tokens: expected one of them, got none")
+    for name, limit in given.items():
+        check_count(name, limit)
+    records: list[StepRecord] = []
+    sofar = dict.fromkeys(limits, 0)
+    while all(sofar[name] < limit for name, limit in given.items()):
+        if len(records) == max_steps:
+            raise RuntimeError(f"{system.name}: {max_steps} steps brought {sofar}, expected to reach {given}")
+        records.append(system.step())
+        sofar["steps"] += 1
+        sofar["updates"] += records[-1].updates
+        sofar["tokens"] += records[-1].trained
+    check_conservation(records)
+    return Trace(system=system.name, records=tuple(records))
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Without Python's cycle collector: a window makes tens of thousands of tuples and no cycle; the search doubles its time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def drive_window(
+    schedule: SlotSchedule,
+    draw: Callable[[], int | None],
+    left_of: Callable[[list[Grant]], list[int]],
+    fresh: Callable[[int], Iterator[int]],
+) -> list[Segment]:
+    """One window of `schedule`, decode step by decode step at which something finishes; its segments, in that order.
+
+    draw      ids of new responses, in order
+    left_of   tokens that each of the first grants' responses would still decode if nothing stopped it; more than the cap allows
+              means that the cap ends it
+    fresh     the same, for the responses that are drawn after the first `n` of this window
+
+    Responses that finish with the same step do so in the order in which they were granted, as an engine reports them.
+    """
+    segments: list[Segment] = []
+    calendar: list[list[tuple[int, int, bool]] | None] = [None] * (schedule.window + 1)
+    due = bytearray(schedule.window + 2)  # 1 at decode steps with which something finishes: searched at the speed of memory
+    drawn_before = len(schedule.carried) - schedule.carried.count(None)
+    grants = schedule.open_window(draw)
+    lengths: Iterator[int] = iter(left_of(grants))
+    rest = fresh(len(grants) - drawn_before)
+    now = 0
+    while True:
+        for (_, response, granted), left in zip(grants, lengths, strict=False):
+            if left > granted:
+                stop, entry = now + granted, (response, granted, False)
+            else:
+                stop, entry = now + left, (response, left, True)
+            finishing = calendar[stop]
+            if finishing is None:
+                calendar[stop], due[stop] = [entry], 1
+            else:
+                finishing.append(entry)
+        now = due.find(1, now + 1)
+        if now < 0:
+            return segments
+        closed, grants = schedule.finish(now, calendar[now] or (), draw)
+        calendar[now] = None  # its memory is used again while the processor's cache still has it
+        segments += closed
+        lengths = rest
+
+
+class Windowed:
+    """T-PPO: windows of `window` decode steps. PPO is the same with the window as long as a response and refill="step".
+
+    tail   last `tail_tokens` of a cut row: trained at once ("none"), left out for good ("exclude"), or trained in the next window
+           ("defer"); the masks are those of `tppo_ref.method.masks`
+
+    `segments` are the last step's: the replica of each, and rows (slot, sample, begin, stop, end), in decode steps.
+    """
+
+    def __init__(
+        self, setup: Setup, *, window: int, refill: Refill = "immediate", tail: Tail = "exclude", tail_tokens: int = 8,
+        name: str = "tppo",
+    ):  # fmt: skip
+        if tail not in ("none", "exclude", "defer"):
+            raise ValueError(f"tail is {tail!r}, expected 'none', 'exclude' or 'defer'")
+        check_count("tail_tokens", tail_tokens, least=0)
+        if tail == "defer" and tail_tokens > window:
+            raise ValueError(f"tail_tokens is {tail_tokens}, expected at most the window, {window}, to train in the next")
+        self.setup, self.name, self.tail, self.tail_tokens = setup, name, tail, 0 if tail == "none" else tail_tokens
+        self.schedules = [
+            SlotSchedule(slots=setup.share(setup.slots, r), window=window, max_response_tokens=setup.lengths.cap, refill=refill)
+            for r in range(setup.num_replicas)
+        ]
+        self.samples, self.timeline, self.num_steps, self.num_updates = Samples(setup), Timeline(setup), 0, 0
+
+    def step(self) -> StepRecord:
+        """One window on every replica, and the updates on it."""
+        setup, samples, step = self.setup, self.samples, self.num_steps
+        windows = [self._window(replica) for replica in range(setup.num_replicas)]
+        replica_n = np.repeat(np.arange(len(windows)), [len(window) for window in windows])
+        self.segments = replica_n, np.concatenate(windows)
+        slot_n, id_n, begin_n, stop_n, end_n = self.segments[1].T
+        row, new_n, cut_n = samples.at(id_n), stop_n - begin_n, end_n == End.RUNNING
+        context_n, done_n, begun_n = row.prompt + row.done, row.done + new_n, row.done > 0
+        rollout, preemptions = self._time(Stints(replica_n, np.arange(len(id_n)), begin_n, begin_n, stop_n, context_n), slot_n)
+
+        unsettled_n = row.pending + new_n
+        kept_n = np.where(cut_n, np.minimum(self.tail_tokens, unsettled_n), 0)
+        trained_n = unsettled_n - kept_n
+        pending_n = kept_n if self.tail == "defer" else np.zeros_like(kept_n)
+        old_n = np.minimum(row.pending, trained_n)  # sampled in the window before, trained first
+        lag, old_lag = (step - self.timeline.version(max(k, 0)) for k in (step, step - 1))
+        samples.put(id_n, done=done_n, pending=pending_n)
+
+        trained, completed_length = int(trained_n.sum()), int(done_n[~cut_n].sum())
+        fed_n = row.prompt + done_n
+        training = train(setup, fed_n, fed_n[~cut_n], trained=trained, value_trained=completed_length)
+        samples.release(int(id_n[cut_n].min(initial=np.iinfo(np.int64).max)))
+        self.num_steps, self.num_updates = step + 1, self.num_updates + training.updates
+        return step_record(
+            setup, step, rollout, self.timeline.place(rollout.seconds, training), training,
+            preemptions=preemptions, generated=int(new_n.sum()), trained=trained, deferred=int(pending_n.sum()),
+            excluded=int(kept_n.sum()) if self.tail == "exclude" else 0,
+            tokens_fed=int(fed_n.sum()), prefix_tokens_trained=int(context_n[begun_n].sum()),
+            value_tokens_trained=int(fed_n[~cut_n].sum()),
+            reprefilled_tokens=rollout.prefill_tokens - int((context_n - 1)[~begun_n].sum()),
+            staleness_sum=int((trained_n - old_n).sum()) * lag + int(old_n.sum()) * old_lag,
+            staleness_max=max(lag * bool((trained_n > old_n).any()), old_lag * bool(old_n.any())),
+            started=int((~begun_n).sum()), started_length=int(row.length[~begun_n].sum()),
+            finished=int((~cut_n).sum()), capped=int((end_n == End.LENGTH_CAP).sum()),
+            completed=int((~cut_n).sum()), completed_length=completed_length,
+        )  # fmt: skip
+
+    def _window(self, replica: int) -> Ints:
+        """Rows (slot, sample, begin, stop, end) of this replica's window."""
+        samples, updates, cap, stride = self.samples, self.num_updates, self.setup.lengths.cap, self.setup.num_replicas
+        first = int(samples.next_R[replica])
+
+        def left_of(grants: list[Grant]) -> list[int]:
+            ids = np.fromiter((grant.response for grant in grants), np.int64, len(grants))
+            samples.require(int(ids.max()) + 1, updates)
+            row = samples.at(ids)
+            return (row.length + (row.length == cap) - row.done).tolist()
+
+        def fresh(drawn: int) -> Iterator[int]:
+            return itertools.chain.from_iterable(samples.natural_lengths(first + drawn * stride, updates))
+
+        with paused_collector():
+            segments = drive_window(self.schedules[replica], itertools.count(first, stride).__next__, left_of, fresh)
+            rows = np.fromiter(itertools.chain.from_iterable(segments), np.int64, 5 * len(segments)).reshape(-1, 5)
+            del segments  # before the collector comes back and looks through them
+        samples.start(replica, int((rows[:, 1] >= first).sum()))
+        return rows
+
+    def _time(self, stints: Stints, slot_n: Ints) -> tuple[Rollout, int]:
+        """The rollout in seconds, and its preemptions."""
+        costs, num_replicas, num_segments = self.setup.costs, self.setup.num_replicas, len(slot_n)
+        loads = load(stints, num_replicas)
+        capacity = capacity_of(costs, stints)
+        crowded_R = loads.peak_context_R > capacity
+        if crowded_R.any():
+            parts = [stints.only(~crowded_R[stints.replica_n])]
+            for replica in np.flatnonzero(crowded_R):
+                mine_n = stints.replica_n == replica
+                parts.append(queue_slots(stints.only(mine_n), slot_n[mine_n], capacity))
+            stints = Stints(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+            loads = load(stints, num_replicas)
+        return measure(costs, stints, loads, clock(costs, loads)), len(stints.job_n) - num_segments
+
+
+def queue_slots(stints: Stints, slot_n: Ints, capacity: int) -> Stints:
+    """One replica's stints where its cache cannot hold all slots at once: each slot's segments come one after the other."""
+    order = np.lexsort((stints.begin_n, slot_n))
+    context_n, new_n, slot_n = stints.context_n[order], (stints.stop_n - stints.begin_n)[order], slot_n[order]
+    following = np.where(np.append(slot_n[1:] == slot_n[:-1], False), np.arange(1, len(order) + 1), -1)
+    found = queued(context_n.tolist(), new_n.tolist(), places=len(order), capacity=capacity, following=following.tolist())
+    job_n, ready_n, begin_n, stop_n, context_n = np.array(found).T
+    return Stints(np.full(len(job_n), stints.replica_n[0]), job_n, ready_n, begin_n, stop_n, context_n)
+
+
+def tppo(setup: Setup, *, window: int, refill: Refill = "immediate", tail: Tail = "exclude", tail_tokens: int = 8) -> Windowed:
+    """T-PPO (arXiv 2506.15050): a window's tokens train at once, ended or not; the port's tail of 8 tokens [P]."""
+    return Windowed(setup, window=window, refill=refill, tail=tail, tail_tokens=tail_tokens)
+
+
+def ppo(setup: Setup) -> Windowed:
+    """Synchronous PPO: every slot decodes one whole response a step."""
+    return Windowed(setup, window=setup.lengths.cap, refill="step", name="ppo")

@@ -1,0 +1,1 @@
+"""The laboratory: token MDPs with exact answers, and what truncation costs on them."""

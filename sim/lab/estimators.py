@@ -1,0 +1,163 @@
+"""The advantage estimators under examination, as data. The arithmetic is tppo_ref's: `estimate` only feeds it enumerated rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sim.lab.rollouts import Rollouts, Stretches
+from sim.lab.token_mdp import Floats, TokenMDP
+from tppo_ref.method.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns
+from tppo_ref.method.losses import importance_weights
+from tppo_ref.method.masks import policy_token_mask
+
+CutValue = Literal["previous", "critic", "zero", "none", "monte-carlo"]
+Tail = Literal["none", "exclude", "defer", "drop"]
+Importance = Literal["none", "truncated", "masked", "exact"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """How a step turns its rows into credit for tokens.
+
+    lam             trace parameter in [0, 1]; the floor of the length-adaptive one
+    lam_alpha       None: lam as it is; else max(lam, 1 - 1/(alpha L)), L tokens so far, plus half a window on cut rows (VAPO [V],
+                    half a window [P])
+    cut_value       what stands for V(s_l) at a cut: "previous" (EGAE), "critic" (cut-GAE), "zero" (takes the cut for an end);
+                    "none": nothing is cut, GAE over the whole response; "monte-carlo": nothing is cut, full return minus V
+    tail            the last tokens before a cut are: "none" trained at once; "exclude" never trained, where the row is cut [P];
+                    "defer" trained in the next window; "drop" the positions l-k .. l-1 are never trained, ended or not
+    tail_tokens     k of these
+    train_on        "window": each token in the step that samples it (or the next, deferred); "ended": whole responses in the step
+                    in which they end, uncut (partial rollouts)
+    importance      weight of tokens that an older policy sampled: "none" 1, "truncated" min(ratio, cap), "masked" 0 above the cap,
+                    "exact" the ratio, all per token. No weight is put on what follows a token or on how its state was reached.
+    importance_cap  that cap
+
+    With "drop", an edge at the length cap is no edge: nothing is cut there. Raises ValueError for values out of range and for
+    combinations that mean nothing (a tail without a cut).
+    """
+
+    lam: float = 0.95
+    lam_alpha: float | None = None
+    cut_value: CutValue = "previous"
+    tail: Tail = "none"
+    tail_tokens: int = 2
+    train_on: Literal["window", "ended"] = "window"
+    importance: Importance = "none"
+    importance_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        choices = {"cut_value": CutValue, "tail": Tail, "importance": Importance, "train_on": Literal["window", "ended"]}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(choice))}")
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam is {self.lam!r}, expected a number in [0, 1]")
+        if self.lam_alpha is not None and not 0 < self.lam_alpha < math.inf:
+            raise ValueError(f"lam_alpha is {self.lam_alpha!r}, expected None or a positive finite number")
+        if isinstance(self.tail_tokens, bool) or not isinstance(self.tail_tokens, int) or self.tail_tokens < 1:
+            raise ValueError(f"tail_tokens is {self.tail_tokens!r}, expected an integer of at least 1; tail='none' has no tail")
+        if not 0 < self.importance_cap < math.inf:
+            raise ValueError(f"importance_cap is {self.importance_cap!r}, expected a positive finite number")
+        if self.cuts and self.train_on == "ended":
+            raise ValueError(f"train_on is 'ended' with cut_value {self.cut_value!r}, expected 'none' or 'monte-carlo': a response "
+                             "that ended is not cut")  # fmt: skip
+        if not self.cuts and self.tail != "none":
+            raise ValueError(f"tail is {self.tail!r} with cut_value {self.cut_value!r}, expected 'none': there is no cut")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a window's edge ends its rows."""
+        return self.cut_value in ("previous", "critic", "zero")
+
+    @property
+    def uncut(self) -> Estimator:
+        """The same on whole responses, all sampled in one step: what is left of its error is the critic's (and lambda's)."""
+        whole: CutValue = "none" if self.cuts else self.cut_value
+        return dataclasses.replace(self, cut_value=whole, tail="none", train_on="window", importance="none")
+
+    def rows(self, rollouts: Rollouts, window: int, offset: int | None = None) -> Stretches:
+        """What a step with that window hands to this estimator."""
+        if self.train_on == "ended":
+            return rollouts.stretches(window, offset, ended_only=True)
+        if not self.cuts:
+            rollouts.edges(window, offset)  # checked, though nothing is cut
+            return rollouts.stretches(None)
+        return rollouts.stretches(window, offset, lead=self.tail_tokens if self.tail == "defer" else 0)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "egae": Estimator(),
+    "cut-gae": Estimator(cut_value="critic"),
+    "zero-cut": Estimator(cut_value="zero"),
+    "gae": Estimator(cut_value="none"),
+    "monte-carlo": Estimator(cut_value="monte-carlo"),
+    "egae-exclude": Estimator(tail="exclude"),
+    "egae-defer": Estimator(tail="defer"),
+    "egae-drop": Estimator(tail="drop"),
+    "egae-adaptive": Estimator(lam_alpha=0.05),
+    "partial": Estimator(cut_value="none", train_on="ended"),
+    "partial-is": Estimator(cut_value="none", train_on="ended", importance="truncated"),
+    "partial-exact": Estimator(cut_value="none", train_on="ended", importance="exact"),
+}
+"""Named estimators. `named` is the way in for names that people type."""
+
+
+def named(name: str) -> Estimator:
+    """The estimator of that name; ValueError for an unknown one, with the nearest known one."""
+    if name not in ESTIMATORS:
+        close = difflib.get_close_matches(name, ESTIMATORS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"estimator is {name!r}, expected one of {', '.join(ESTIMATORS)}{hint}")
+    return ESTIMATORS[name]
+
+
+class Credit(NamedTuple):
+    """What a step's rows say of their tokens: the estimate, importance weight included, and which tokens train. [B, T]."""
+
+    estimate_BT: Tensor
+    train_BT: Tensor
+
+
+def estimate(rows: Stretches, critic_N: Floats, estimator: Estimator, mdp: TokenMDP, window: int) -> Credit:
+    """Advantages and masks by tppo_ref.method.advantages, filters and losses, on enumerated rows, in float64."""
+    gamma, critic = mdp.gamma, torch.from_numpy(critic_N)
+    values_BT = torch.where(rows.mask_BT, critic[rows.node_BT], 0.0)
+    lam: float | Tensor = estimator.lam
+    if estimator.lam_alpha is not None:
+        length_B = rows.length_B.double() + rows.cut_B * (window / 2)
+        lam = length_adaptive_lambda(length_B, alpha=estimator.lam_alpha, floor=estimator.lam)
+    run = rows.reward_BT, values_BT, rows.mask_BT
+    if estimator.cut_value == "monte-carlo":
+        advantage_BT = monte_carlo_returns(rows.reward_BT, rows.mask_BT, gamma=gamma) - values_BT
+    elif estimator.cut_value == "none":
+        advantage_BT = gae(*run, gamma=gamma, lam=lam)
+    else:
+        last_value_B = critic[rows.next_node_B] if estimator.cut_value == "critic" else None
+        advantage_BT = egae(*run, rows.cut_B, gamma=gamma, lam=lam, cut_value=estimator.cut_value, last_value_B=last_value_B)
+    train_BT = _train_mask(rows, estimator, mdp.max_tokens)
+    if estimator.importance == "none":
+        return Credit(advantage_BT, train_BT)
+    mode, cap = estimator.importance, estimator.importance_cap
+    weight_BT, _ = importance_weights(
+        rows.logprob_BT, rows.behaviour_logprob_BT, rows.mask_BT, mode="truncated" if mode == "exact" else mode,
+        cap=sys.float_info.max if mode == "exact" else cap,
+    )  # fmt: skip
+    return Credit(advantage_BT * weight_BT, train_BT)
+
+
+def _train_mask(rows: Stretches, estimator: Estimator, max_tokens: int) -> Tensor:
+    """Every row begins with the first token that the policy has not trained yet, so the window starts at column 0."""
+    skip_tail = estimator.tail_tokens if estimator.tail in ("exclude", "defer") else 0
+    train_BT = policy_token_mask(rows.mask_BT, torch.zeros_like(rows.begin_B), rows.cut_B, skip_tail=skip_tail)
+    if estimator.tail == "drop":
+        num_dropped_B = torch.where(rows.edge_B < max_tokens, estimator.tail_tokens, 0)
+        train_BT &= rows.depth_BT < (rows.edge_B - num_dropped_B)[:, None]
+    return train_BT

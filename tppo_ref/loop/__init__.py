@@ -1,0 +1,1 @@
+"""One training step after the other: rows, value targets, updates, and the ledger of what became of every token."""

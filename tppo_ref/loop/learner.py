@@ -1,0 +1,90 @@
+"""One model under training: its optimiser, its learning rate, its mini-batches, and the checks before each update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tppo_ref.loop.minibatches import pack, split_mini_batches
+from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.settings import PolicyConfig, ValueConfig
+from tppo_ref.method.errors import NonFiniteError
+
+Plan = list[list[list[int]]]  # mini-batches of micro-batches of row numbers
+
+
+class Learner:
+    """One model under training: its optimiser, its learning-rate warm-up, and the way from losses to an update."""
+
+    def __init__(self, name: str, module: torch.nn.Module, config: PolicyConfig | ValueConfig, parallel: Parallel):
+        self.name, self.config, self.parallel = name, config, parallel
+        self.module: Any = module  # a torch module with named_tensors and save_pretrained (models.py, scale's sharded ones)
+        self.optimiser = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.num_steps = 0  # training steps that updated this model: the learning rate's warm-up counts these
+        self.grad_norms: list[float] = []
+
+    def begin_step(self) -> None:
+        """A new training step: its first update, if there is one, counts for the learning rate's warm-up."""
+        self.grad_norms = []
+
+    def _warm_up(self) -> None:
+        self.num_steps += 1
+        warm = min(1.0, self.num_steps / self.config.lr_warmup_steps) if self.config.lr_warmup_steps else 1.0
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.lr * warm
+
+    @property
+    def lr(self) -> float:
+        return self.optimiser.param_groups[0]["lr"]
+
+    def plan(self, trained_tokens: Sequence[int], fed_tokens: Sequence[int], rng: np.random.Generator) -> Plan:
+        """Rows -> mini-batches -> micro-batches, as many on every rank: short ranks get empty ones."""
+        wanted = self.config.mini_batches
+        if self.config.mini_batch_tokens:
+            (tokens,) = self.parallel.sum([sum(trained_tokens)])
+            wanted = max(1, round(tokens / self.config.mini_batch_tokens))
+        mini_batches = split_mini_batches(trained_tokens, fed_tokens, wanted, rng)
+        plan = [pack(rows, fed_tokens, self.config.micro_batch_tokens) for rows in mini_batches]
+        most = self.parallel.max([len(micro_batches) for micro_batches in plan])
+        return [micro + [[]] * (int(n) - len(micro)) for micro, n in zip(plan, most, strict=True)]
+
+    def update(self, micro_batches: list[list[int]], loss: Callable[[list[int]], torch.Tensor], step: int) -> None:
+        """One optimiser step on the sum of the micro-batches' losses, each already divided by the mini-batch's token count.
+
+        Gradients are None before and after.
+        """
+        total = 0.0
+        for rows in micro_batches:
+            part = loss(rows)
+            total += float(part.detach())
+            (part * self.parallel.loss_scale).backward()
+        norm = self.parallel.grad_norm(self.module, self.config.max_grad_norm)
+        self._refuse_non_finite(total, norm, step)
+        if not self.grad_norms:
+            self._warm_up()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)  # four bytes a parameter, which decoding can use
+        self.grad_norms.append(norm)
+
+    def _refuse_non_finite(self, loss: float, norm: float, step: int) -> None:
+        (bad,) = self.parallel.max([not (math.isfinite(loss) and math.isfinite(norm))])
+        if not bad:
+            return
+        what = f"loss is {loss}"
+        if math.isfinite(loss):
+            grads = ((n, p.grad) for n, p in self.module.named_parameters() if p.grad is not None)
+            name = next((n for n, grad in grads if not bool(torch.isfinite(grad).all())), "a parameter on another rank")
+            what = f"gradient of {name} is not finite (norm {norm})"
+        self.optimiser.zero_grad(set_to_none=True)
+        raise NonFiniteError(
+            f"step {step}: the {self.name}'s {what}; stopped before the update; lower {self.name}.lr or {self.name}.max_grad_norm"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        norms = self.grad_norms
+        return {f"{self.name}/updates": len(norms), f"{self.name}/lr": self.lr,
+                f"{self.name}/grad_norm": sum(norms) / len(norms) if norms else 0.0}  # fmt: skip

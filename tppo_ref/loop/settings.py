@@ -1,0 +1,128 @@
+"""The settings of the algorithm: successive batching, advantages, policy update, value update."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Successive batching: slots and windows."""
+
+    slots: int = 32
+    """Decoding slots; under synchronous PPO also the responses per step. The port: 512 prompts x 16. [M]"""
+    window: int = 64
+    """Decode steps per window, in tokens. The paper: 8k [S]; the port: a third of the longest response. [M]"""
+    max_response_tokens: int = 320
+    """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The port: 24k. [M]"""
+    min_response_tokens: int = 0
+    """The end token is forbidden before this many tokens. [O]"""
+    refill: Literal["immediate", "step"] = "immediate"
+    """A freed slot takes the next prompt in the same window, or waits for the next. [S]"""
+    samples_per_prompt: int = 1
+    """Independent samples of each prompt. The port: 16. [O]"""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are of the sampling distribution. [I]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """Extended GAE."""
+
+    gamma: float = 1.0
+    """Discount per token. [S]"""
+    lam: float = 0.95
+    """Trace parameter of the policy's advantages; the floor of the length-adaptive one. [P]"""
+    length_adaptive_lam: bool = True
+    """lam = max(floor, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING. [P]"""
+    lam_alpha: float = 0.05
+    """alpha of the length-adaptive lam. [P]"""
+    cut_value: Literal["previous", "critic", "zero"] = "previous"
+    """V(s_l) at a cut: the paper's V(s_{l-1}), the critic's own, or 0 (treats a cut as an end). [S]"""
+    tail: Literal["exclude", "defer", "none"] = "exclude"
+    """Last tokens of a cut row: left out for good (the port), trained in the next window (theory.md P7), or trained. [P]"""
+    tail_tokens: int = 8
+    """Length of that tail, in tokens. [P]"""
+    whiten: bool = True
+    """Whiten advantages over the step's trained tokens, all ranks. [P]"""
+    clamp: float = 10.0
+    """Whitened advantages are clamped to +- this. [P]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """The policy's update."""
+
+    lr: float = 3e-4
+    """Learning rate. The port: 8e-7 at 32B. [M]"""
+    lr_warmup_steps: int = 0
+    """Training steps over which the learning rate rises linearly. The port: 20. [M]"""
+    weight_decay: float = 0.1
+    """AdamW weight decay. [P]"""
+    max_grad_norm: float = 1.0
+    """Gradient norm clip. [I]"""
+    epochs: int = 1
+    """Passes over the step's rows. [P]"""
+    mini_batches: int = 16
+    """Optimiser steps per epoch, where mini_batch_tokens is 0. [P]"""
+    mini_batch_tokens: int = 500
+    """Trained tokens per optimiser step, about (rows stay whole); 0 = use mini_batches. [M]"""
+    micro_batch_tokens: int = 4096
+    """Tokens fed per forward pass, prompts and prefixes included; one longer row goes alone. [O]"""
+    clip_low: float = 0.2
+    """Ratio clip below 1. [P]"""
+    clip_high: float = 0.28
+    """Ratio clip above 1 (clip-higher). [P]"""
+    dual_clip: float | None = 10.0
+    """Floor of the surrogate on negative advantages, in units of A; none = off. [P]"""
+    lm_loss_weight: float = 0.1
+    """Weight of the LM loss on responses that ended correct in this step. [P]"""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Clip centre for this step's tokens: recomputed before the update, or the engine's. [P]"""
+    importance: Literal["none", "truncated", "masked"] = "none"
+    """Weight pi_start/pi_behaviour per token; none: older tokens are clipped around their behaviour policy. [O]"""
+    importance_cap: float = 2.0
+    """Cap of that weight. [O]"""
+    train_on: Literal["window", "ended"] = "window"
+    """This window's tokens, ended or not (T-PPO), or whole responses once, when they end (partial rollouts). [S]"""
+    ewma_decay: float = 0.0
+    """PPO-EWMA (arXiv 2110.00641): clip around an exponential average of the weights with this decay; 0 = off. [O]"""
+    detach_prefix: bool = False
+    """Read the prompt and earlier windows as constants: no gradient through them. Biased. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueConfig:
+    """The value model's update."""
+
+    update: Literal["independent", "joint"] = "independent"
+    """independent: Monte Carlo returns of ended responses (T-PPO); joint: this step's policy tokens, target A + V. [S]"""
+    lr: float = 1e-3
+    """Learning rate. The port: 2e-6 at 32B. [M]"""
+    lr_warmup_steps: int = 0
+    """Training steps over which the learning rate rises linearly. The port: 20. [M]"""
+    weight_decay: float = 0.1
+    """AdamW weight decay. [P]"""
+    max_grad_norm: float = 1.0
+    """Gradient norm clip. [I]"""
+    epochs: int = 1
+    """Passes over the rows. [P]"""
+    mini_batches: int = 16
+    """Optimiser steps per epoch, where mini_batch_tokens is 0. [P]"""
+    mini_batch_tokens: int = 500
+    """Trained tokens per optimiser step, about (rows stay whole); 0 = use mini_batches. [M]"""
+    micro_batch_tokens: int = 4096
+    """Tokens fed per forward pass. [O]"""
+    clip_low: float | None = 0.5
+    """Values move at most this far below the stored ones; none = no clip. [P]"""
+    clip_high: float | None = 0.6
+    """Values move at most this far above the stored ones; none = no clip. [P]"""
+    batch_responses: int = 0
+    """0: train on every response that ended in this step; n: hold responses back until n are there. [O]"""
+    warmup_steps: int = 0
+    """First steps that train the value model alone; the policy's tokens of these are excluded. The port: 10. [M]"""
+    pretrain_responses: int = 1024
+    """pretrain-value: responses sampled from the frozen policy. [M]"""
+    pretrain_epochs: int = 4
+    """pretrain-value: passes over them. [M]"""

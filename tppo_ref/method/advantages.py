@@ -1,0 +1,194 @@
+"""Advantages and returns: GAE, the truncated EGAE of T-PPO, Monte Carlo returns, the length-adaptive lambda, whitening.
+
+The three estimators are one recursion. Inside a row's run, from its last token backwards,
+
+    G_t = r_t + gamma (1 - lam) V_{t+1} + gamma lam G_{t+1},        A_t = G_t - V_t,
+
+and they differ in what follows the last token (nothing, a given value, or its own value) and in lam. This is the
+recursion A_t = delta_t + gamma lam A_{t+1} with V added on both sides. Scanning G is closer to float64 near lam = 1,
+where the terms V_{t+1} nearly vanish instead of having to cancel. `_scan` computes it in chunks; the arguments are checked
+in checks.py. Suffixes: B responses, T response tokens, R rows that are worked on at a time, K chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tppo_ref.method.checks import (
+    check_finite,
+    check_float_BT,
+    check_lam,
+    check_last_value,
+    check_like,
+    check_number,
+    check_tensor,
+    check_tokens,
+    show,
+)
+from tppo_ref.method.recurrence import _at, _scan
+
+CutValue = Literal["previous", "critic", "zero"]
+WHITEN_EPS = 1e-8  # added to the standard deviation by `whiten`
+
+
+@torch.no_grad()
+def gae(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    last_value_B: Tensor | None = None,
+) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), over one run of tokens per row.
+
+        delta_t = r_t + gamma V_{t+1} - V_t,        A_t = sum_k (gamma lam)^k delta_{t+k}    to the end of the run
+
+    `values_BT[b, t]` is V before token t. What follows a row's last token is worth 0, or `last_value_B[b]` if given.
+    lam = 0 is the one-step error delta; lam = 1 is the Monte Carlo return minus V; with V = 0 as well, the return.
+
+    rewards, values  [B, T], float32 or float64, the same dtype. Not read outside the mask.
+    mask             [B, T] bool, per row one contiguous run, which may be empty and may start anywhere.
+    gamma, lam       in [0, 1]; lam a number or a float tensor [B].
+    last_value_B     [B], the dtype of rewards; read on every row whose run is not empty.
+    Returns [B, T] in the same dtype, exactly 0 outside the mask, without gradient; neither autocast nor TF32 acts here.
+    Raises ValueError for a wrong rank, shape, dtype or device, a hole in a run, gamma or lam out of range, and values
+    that are read but not finite. Departs from the paper only in that the sum is finite: a run has an end.
+    """
+    runs = check_tokens(rewards_BT, mask_BT, values_BT)
+    lam_B1 = check_lam(lam, rewards_BT)
+    end_B = rewards_BT.new_zeros(len(rewards_BT))
+    if last_value_B is not None:
+        end_B = check_last_value(last_value_B, rewards_BT, read_B=runs.stop_B > runs.first_B)
+    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, check_number("gamma", gamma, 0, 1), lam_B1)
+
+
+@torch.no_grad()
+def egae(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    cut_B: Tensor,
+    *,
+    gamma: float,
+    lam: float | Tensor,
+    cut_value: CutValue = "previous",
+    last_value_B: Tensor | None = None,
+) -> Tensor:
+    """Extended GAE of T-PPO (arXiv 2506.15050): GAE on responses of which some are cut while still running.
+
+        A_t = sum_{k < l-t} (gamma lam)^k delta_{t+k},      delta_{l-1} = r_{l-1} + gamma V(s_l) - V(s_{l-1})
+
+    for a run that was cut before token l. `cut_value` says what stands for V(s_l):
+        "previous"  V(s_{l-1}), the run's own last value: the paper's rule. The last token gets r + (gamma - 1) V.
+        "critic"    last_value_B, the critic's estimate after the cut: bootstrapped truncation. Unbiased for V exact.
+        "zero"      0: a trainer that takes the cut for an end.
+    Rows that are not cut agree with `gae`, under each rule; a cut row with an empty run gives zeros.
+
+    cut_B            [B] bool, True where the run ends at a window's edge and the response still runs.
+    last_value_B     [B], for "critic" only (required there, an error with the others); read only where cut_B is True.
+    The other arguments, the result and the errors are those of `gae`. No departure from the paper under "previous";
+    the other two rules are there to be compared with it.
+    """
+    runs = check_tokens(rewards_BT, mask_BT, values_BT)
+    lam_B1 = check_lam(lam, rewards_BT)
+    check_like("cut_B", cut_B, rewards_BT, torch.bool, ndim=1)
+    if cut_value not in ("previous", "critic", "zero"):
+        raise ValueError(f'cut_value is {cut_value!r}, expected "previous", "critic" or "zero"')
+    if (last_value_B is not None) != (cut_value == "critic"):
+        rule = "is required" if cut_value == "critic" else "must be None"
+        raise ValueError(f"last_value_B {rule} with cut_value={cut_value!r}, got {show(last_value_B)}")
+    used_B = cut_B & (runs.stop_B > runs.first_B)
+    end_B = rewards_BT.new_zeros(len(rewards_BT))
+    if last_value_B is not None:
+        end_B = check_last_value(last_value_B, rewards_BT, read_B=used_B)
+    elif cut_value == "previous" and values_BT.shape[1]:
+        end_B = torch.where(used_B, _at(values_BT, runs.stop_B - 1), end_B)
+    return _scan(rewards_BT, values_BT, mask_BT, runs, end_B, check_number("gamma", gamma, 0, 1), lam_B1)
+
+
+@torch.no_grad()
+def monte_carlo_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float) -> Tensor:
+    """Discounted sum of the rewards from each token to the end of its run: the critic's target in T-PPO.
+
+        G_t = sum_k gamma^k r_{t+k}                 (arXiv 2506.15050, value update; gamma = 1 there)
+
+    Equals `gae` with lam = 1 and V = 0. Meaningful for ended responses only: nothing is added after the last token.
+    Shapes, dtypes, masks and errors are those of `gae`.
+    """
+    runs = check_tokens(rewards_BT, mask_BT, None)
+    lam_B1 = torch.ones(1, 1, dtype=torch.float64, device=rewards_BT.device)
+    end_B = rewards_BT.new_zeros(len(rewards_BT))
+    return _scan(rewards_BT, None, mask_BT, runs, end_B, check_number("gamma", gamma, 0, 1), lam_B1)
+
+
+@torch.no_grad()
+def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: float = 0.95) -> Tensor:
+    """Trace parameter that grows with the response: max(floor, 1 - 1/(alpha L))   (VAPO, arXiv 2504.05118).
+
+    The weights of the trace then sum to about alpha L, so the end of a long response is still seen from its beginning.
+    length_B is [B], integer, float32 or float64, not negative; length 0 gives the floor. Returns [B], float32 for
+    integers, else the same dtype. Raises ValueError for lengths that are negative or not finite, alpha that is not
+    positive and finite, floor outside [0, 1]. Departs from VAPO by the floor: the formula alone is negative at
+    L < 1/alpha, and below 0.95, PPO's usual lambda, up to L = 20/alpha.
+    """
+    check_tensor("length_B", length_B, ndim=1)
+    if length_B.dtype is torch.bool or length_B.dtype.is_complex:
+        raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
+    if length_B.is_floating_point() and length_B.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
+    bad_B = (length_B < 0) | ~torch.isfinite(length_B)
+    if bad_B.any():
+        raise ValueError(f"length_B holds {length_B[bad_B][0].item()}, expected finite lengths, 0 or more")
+    check_number("alpha", alpha, 0.0, math.inf)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha!r}, expected a positive finite number")
+    check_number("floor", floor, 0.0, 1.0)
+    lam_B = (1 - 1 / (alpha * length_B.double())).clamp(min=floor)  # length 0: 1 - inf, clamped
+    return lam_B.to(length_B.dtype if length_B.is_floating_point() else torch.float32)
+
+
+@torch.no_grad()
+def whiten(x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None, std: float | Tensor | None = None) -> Tensor:
+    """(x - mean) / (std + 1e-8) on the mask, exactly 0 outside it.
+
+    Without `mean` and `std` the moments are those of the masked elements (population standard deviation, divided by
+    n, not n - 1; summed in float64); give both, as numbers or tensors of one element, for moments over a whole step
+    and all ranks, or neither. An empty mask gives zeros. So does a standard deviation of 0, and one that is computed
+    here and no larger than the rounding of the mean: equal elements carry no signal.
+
+    x_BT is [B, T], float32 or float64, not read outside the mask; mask_BT [B, T] bool, any pattern. Same dtype out,
+    no gradient. Raises ValueError for a wrong rank, shape, dtype or device, x not finite on the mask, a mean or std
+    that is not finite, a negative std, and one of the two without the other.
+    """
+    check_float_BT("x_BT", x_BT)
+    check_like("mask_BT", mask_BT, x_BT, torch.bool)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std go together, expected both or neither, got mean={mean!r}, std={std!r}")
+    zero = x_BT.new_zeros(())
+    x_BT = torch.where(mask_BT, x_BT, zero)
+    count = int(mask_BT.count_nonzero())
+    total = x_BT.sum(dtype=torch.float64).item() if count else 0.0
+    if not math.isfinite(total):
+        check_finite("x_BT", x_BT, mask_BT)
+    if mean is not None and std is not None:
+        mean, std = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (mean, std))
+        largest = torch.finfo(x_BT.dtype).max
+        mean, std = check_number("mean", mean, -largest, largest), check_number("std", std, 0, largest)
+        negligible = 0.0
+    else:
+        mean = total / max(count, 1)
+        centred_BT = torch.where(mask_BT, x_BT - mean, zero)
+        std = math.sqrt(centred_BT.square().sum(dtype=torch.float64).item() / max(count, 1))
+        negligible = 4 * torch.finfo(x_BT.dtype).eps * abs(mean)
+    if count == 0 or std <= negligible:
+        return torch.zeros_like(x_BT)
+    return torch.where(mask_BT, x_BT.sub_(mean).div_(std + WHITEN_EPS), zero)
+
+
+# The scan

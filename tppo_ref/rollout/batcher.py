@@ -1,0 +1,215 @@
+"""Successive batching: which response decodes in which slot, for how many tokens, and what that makes of it.
+
+`SlotSchedule` knows integers only and makes every decision; sim's clock drives the same object with known lengths.
+`SuccessiveBatcher` adds the records and an engine. The engine only decodes: it is told how many tokens each request may add, so
+nothing is ever aborted, and a window closes when nothing runs.
+
+    window    0        1        2              refill="immediate"           refill="step"
+    slot 0    aaaaaaaa aaaa bbb bbbbbbbb       a ends, b starts at once      aaaaaaaa aaaa.... bbbbbbbb
+    slot 1    ccc ddddd dddddddd d eeeeee      c ends, d starts at once      ccc..... dddddddd dddddd..
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tppo_ref.method.records import Prompt, Response, WindowSlice
+from tppo_ref.method.slots import Grant, Segment, SlotSchedule
+from tppo_ref.rollout.engine import Request, RolloutEngine, request_seed
+
+
+class SampleStream:
+    """Numbers the samples of a run and says which prompt each one answers.
+
+    Sample g belongs to group g // samples_per_prompt: the group's prompt comes from a permutation of the prompts, a new one per
+    epoch; nothing waits for a group. Rank r of `world` draws samples r, r + world, ... below `limit`, where one is set.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples_per_prompt: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        limit: int | None = None,
+    ):
+        if not prompts:
+            raise ValueError("prompts: expected at least one prompt, got none")
+        if samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt: expected at least 1, got {samples_per_prompt}")
+        self.prompts, self.samples_per_prompt, self.seed, self.world = prompts, samples_per_prompt, seed, world
+        self.limit, self.rank = limit, rank
+        self.next = rank
+        self.backlog: list[int] = []  # issued to nobody when the number of ranks changed; drawn first
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def draw(self) -> int | None:
+        """The id of this rank's next sample; None at the limit."""
+        if self.backlog:
+            return self.backlog.pop(0)
+        if self.limit is not None and self.next >= self.limit:
+            return None
+        sample, self.next = self.next, self.next + self.world
+        return sample
+
+    def describe(self, sample: int) -> tuple[Prompt, int]:
+        """Prompt and sample index of a sample. The pair is unique over the run, epochs included: it seeds the sampling."""
+        group, index = divmod(sample, self.samples_per_prompt)
+        epoch, place = divmod(group, len(self.prompts))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts)))
+        return self.prompts[int(self._order[1][place])], epoch * self.samples_per_prompt + index
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next, "rank": self.rank, "world": self.world, "backlog": list(self.backlog)}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """This rank's own state among `states`; from another number of ranks: all their states, what was not issued dealt anew."""
+        for state in states:
+            if (state["rank"], state["world"]) == (self.rank, self.world):
+                self.next, self.backlog = state["next"], list(state["backlog"])
+                return
+        top = max(state["next"] for state in states)
+        missed = [g for state in states for g in (*state["backlog"], *range(state["next"], top, state["world"]))]
+        missed = [g for g in missed if self.limit is None or g < self.limit]
+        self.backlog, self.next = sorted(missed)[self.rank :: self.world], top + self.rank
+
+
+class SuccessiveBatcher:
+    """SlotSchedule + Response records + an engine: `window(engine)` decodes one window and returns what it sampled.
+
+    `in_flight` holds the responses that are RUNNING at the last window's edge; `segments` the last window's slots over its decode
+    steps, `slices` their tokens in the same order, `step_ends_s` the seconds since its beginning at which each decode step ended;
+    `num_generated_tokens` counts every token ever sampled.
+
+    part, parts   where several ranks decode the same requests (a tensor-parallel group of scale/), each answers for its share of
+                  the responses, from their first window to their last: what `window` returns, `own_in_flight` holds and
+                  `num_generated_tokens` counts is the share. One rank: everything
+    """
+
+    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int, part: int = 0, parts: int = 1):
+        self.schedule, self.stream, self.run_seed, self.part, self.parts = schedule, stream, run_seed, part, parts
+        self.in_flight: dict[int, Response] = {}
+        self.segments: list[Segment] = []
+        self.slices: list[WindowSlice] = []
+        self.step_ends_s: list[float] = []
+        self.num_generated_tokens = 0
+
+    def window(
+        self, engine: RolloutEngine, *, version: int = 0, on_end: Callable[[Response], None] | None = None
+    ) -> list[WindowSlice]:
+        """Decode one window. `version` marks its tokens; `on_end` is called as each response ends, while others still decode.
+
+        Returns the slices in the order in which they stopped. A RuntimeError names the responses that an engine lost.
+        """
+        self.segments, self.slices, self.step_ends_s = [], [], []
+        begin_s = time.perf_counter()
+        self._submit(engine, self.schedule.open_window(self.stream.draw))
+        while self.schedule.running:
+            if self.num_steps == self.schedule.window:  # every grant ends within the window, so waiting longer is in vain
+                raise RuntimeError(f"the engine lost responses {sorted(self.schedule.running)}: not finished at the window's edge")
+            decoded = engine.step()
+            self.step_ends_s.append(time.perf_counter() - begin_s)
+            if not decoded:
+                continue
+            segments, grants = self.schedule.finish(
+                self.num_steps, [(d.response_id, len(d.token_ids), d.end_token) for d in decoded], self.stream.draw
+            )
+            self._submit(engine, grants)
+            for result, segment in zip(decoded, segments, strict=True):
+                response = self.in_flight[result.response_id]
+                begin = len(response)
+                response.token_ids += result.token_ids
+                response.logprobs += result.logprobs
+                response.versions += [version] * len(result.token_ids)
+                response.window_starts.append(begin)
+                response.end = segment.end
+                if response.ended:
+                    del self.in_flight[response.id]
+                if response.ended and on_end and self._owns(response.id):
+                    on_end(response)
+                self.slices.append(WindowSlice(response, begin, len(response)))
+            self.segments += segments
+        own = [s for s in self.slices if self._owns(s.response.id)]
+        self.num_generated_tokens += sum(s.stop - s.begin for s in own)
+        return own
+
+    def _owns(self, response: int) -> bool:
+        return response // self.stream.world % self.parts == self.part
+
+    @property
+    def own_in_flight(self) -> list[Response]:
+        """The responses in flight that this rank answers for."""
+        return [response for response in self.in_flight.values() if self._owns(response.id)]
+
+    @property
+    def num_steps(self) -> int:
+        """Decode steps of the last window, so far."""
+        return len(self.step_ends_s)
+
+    @property
+    def slot_steps(self) -> float:
+        """Slots x decode steps of the last window, this rank's share of its group's."""
+        return self.schedule.slots * self.num_steps / self.parts
+
+    @property
+    def occupancy(self) -> float:
+        """Busy slot-steps over slots x decode steps of the last window."""
+        busy = sum(s.stop - s.begin for s in self.segments)
+        return busy / (self.schedule.slots * self.num_steps) if self.num_steps else 0.0
+
+    def _submit(self, engine: RolloutEngine, grants: list[Grant]) -> None:
+        requests = []
+        for grant in grants:
+            if grant.response not in self.in_flight:
+                prompt, sample_index = self.stream.describe(grant.response)
+                self.in_flight[grant.response] = Response(id=grant.response, prompt=prompt, sample_index=sample_index)
+            response = self.in_flight[grant.response]
+            requests.append(
+                Request(
+                    response_id=response.id,
+                    token_ids=[*response.prompt.token_ids, *response.token_ids],
+                    max_new_tokens=grant.max_new_tokens,
+                    seed=request_seed(self.run_seed, response.prompt.id, response.sample_index, len(response)),
+                    num_response_tokens=len(response),
+                )
+            )
+        if requests:
+            engine.submit(requests)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything between two windows, in plain JSON types; of the responses, this rank's share."""
+        return {
+            "schedule": self.schedule.state_dict(),
+            "stream": self.stream.state_dict(),
+            "part": [self.part, self.parts],
+            "in_flight": [response.state_dict() for response in self.own_in_flight],
+            "num_generated_tokens": self.num_generated_tokens,
+        }
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """What all ranks saved, one state each. On as many ranks, cut into the same groups, everything is as it was; else unissued
+        samples and in-flight responses are dealt anew, each to one group."""
+        stream = self.stream
+        group = [s for s in states if (s["stream"]["rank"], s["stream"]["world"]) == (stream.rank, stream.world)]
+        same = next((s for s in group if s["part"] == [self.part, self.parts]), None)
+        if same:
+            stream.load_state_dict([same["stream"]])
+            self.schedule.load_state_dict(same["schedule"])
+            saved = [r for s in group for r in s["in_flight"]]
+            self.num_generated_tokens = same["num_generated_tokens"]
+        else:
+            stream.load_state_dict([s["stream"] for s in states if s["part"][0] == 0])
+            everything = sorted((r for s in states for r in s["in_flight"]), key=lambda r: r["id"])
+            saved = everything[stream.rank :: stream.world]
+            self.schedule.load_state_dict({"carried": [[r["id"], len(r["token_ids"])] for r in saved]})
+            # Counted once over all ranks: the sum is what the ledger holds.
+            first = stream.rank == self.part == 0
+            self.num_generated_tokens = sum(s["num_generated_tokens"] for s in states) if first else 0
+        self.in_flight = {r["id"]: Response.from_state_dict(r) for r in saved}

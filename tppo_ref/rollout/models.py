@@ -1,0 +1,300 @@
+"""The policy and the value model: transformers models behind the two calls that the Trainer makes.
+
+    PolicyModel(batch) -> logprob_BT                     log-probabilities of the response tokens
+    ValueModel(batch)  -> (value_BT, last_value_B)       V before each response token, and after the last one
+
+Both feed a `TokenBatch` packed (no padding, see attention.py) and give float32 back on response columns, T the longest
+response of the batch, 0 in padding. The wrapped transformers model is `.hf`; its parameter names are transformers' own.
+
+Both stay in eval mode while they are trained: PPO's ratio compares two evaluations of one policy, and dropout would make
+them differ before any update. (Activation checkpointing that asks for `training`, as transformers' own does, is
+therefore off; wrap the layers instead, as scale/ does.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.attention import PackedLayout, use_ragged_attention
+from tppo_ref.rollout.packing import TokenBatch, pack
+
+# A logit chunk holds at most this many numbers unless `logit_chunk_tokens` says otherwise: half a gigabyte in float32.
+LOGIT_CHUNK_NUMBERS = 2**27
+
+
+def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor | None, end_token_id: int | None) -> Tensor:
+    """The logits of the distribution that tokens are drawn from, float32 [N, V]; the only place that defines it.
+
+    logits / temperature; where `forbid_end_N` (bool) is True the end token has logit -inf.
+    """
+    logits = logits_NV.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    if forbid_end_N is not None:
+        is_end = torch.arange(logits.shape[-1], device=logits.device) == end_token_id
+        logits = logits.masked_fill(forbid_end_N[:, None] & is_end, -torch.inf)
+    return logits
+
+
+NO_ROWS = TokenBatch([[0]], [[0]])  # what an empty batch is fed instead: a model cannot read nothing
+
+
+class _Backbone(nn.Module):
+    """What policy and value model share: a transformers model that attends raggedly, always in eval mode."""
+
+    def __init__(self, hf: Any):
+        super().__init__()
+        use_ragged_attention(hf)
+        self.hf = hf
+        self.eval()
+
+    def train(self, mode: bool = True) -> _Backbone:
+        """Stays in eval mode whatever `mode` says; the module's docstring says why."""
+        return super().train(False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The input embedding's weight: where the model lives (.device) and computes (.dtype), without a walk over modules."""
+        return self.hf.get_input_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
+        """Last hidden states [N, width] of one ragged row [1, N]."""
+        out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, ragged=layout)
+        return out.last_hidden_state[0]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under transformers' names: what a rollout engine loads."""
+        return self.hf.named_parameters()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes a transformers folder (safetensors) that knows nothing of this project's attention."""
+        self.hf.save_pretrained(folder)
+
+
+class PolicyModel(_Backbone):
+    """A causal language model as the policy: `forward(batch) -> logprob_BT`.
+
+    temperature, min_response_tokens, end_token_id   define the sampling distribution (`sampling_logits`): the end token
+                         is forbidden at response columns < min_response_tokens
+    logit_chunk_tokens   response tokens whose logits exist at a time; each chunk is computed again in the backward pass
+                         unless one chunk covers the batch. None: as many as fit half a gigabyte
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        temperature: float = 1.0,
+        min_response_tokens: int = 0,
+        end_token_id: int | None = None,
+        logit_chunk_tokens: int | None = None,
+    ):
+        super().__init__(hf)
+        if not temperature > 0:
+            raise ValueError(f"temperature = {temperature}; expected > 0")
+        if min_response_tokens > 0 and end_token_id is None:
+            raise ValueError(f"min_response_tokens = {min_response_tokens} needs end_token_id")
+        self.temperature, self.min_response_tokens, self.end_token_id = temperature, min_response_tokens, end_token_id
+        self.logit_chunk_tokens = logit_chunk_tokens or max(1, LOGIT_CHUNK_NUMBERS // hf.config.vocab_size)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """The language-model head: [N, width] -> [N, V], before temperature."""
+        return self.hf.get_output_embeddings()(hidden_ND)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Log-probability of each response token under the sampling distribution, float32 [B, T]."""
+        if not len(batch):  # a spare micro-batch: weightless, but every parameter is in its graph, as sharded ones need
+            return self._forward(NO_ROWS)[:0, :0].clone()  # not self(...): the hooks of a sharded module must run once
+        return self._forward(batch)
+
+    def _forward(self, batch: TokenBatch) -> Tensor:
+        packed = pack(batch, self.device)
+        hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout).index_select(0, packed.predictor_M)
+        chunk = self.logit_chunk_tokens
+        if len(hidden) <= chunk:
+            return packed.unpack(self._token_logprobs(hidden, packed.target_M, packed.column_M))
+        parts = [
+            checkpoint(self._token_logprobs, *args, use_reentrant=False)
+            for args in zip(hidden.split(chunk), packed.target_M.split(chunk), packed.column_M.split(chunk), strict=True)
+        ]
+        return packed.unpack(torch.cat(parts))
+
+    def _token_logprobs(self, hidden_MD: Tensor, target_M: Tensor, column_M: Tensor) -> Tensor:
+        forbid = column_M < self.min_response_tokens if self.min_response_tokens > 0 else None
+        logits = sampling_logits(self.logits(hidden_MD), self.temperature, forbid, self.end_token_id)
+        return logits.gather(-1, target_M[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+class ValueModel(_Backbone):
+    """A token classifier with one label as the critic: `forward(batch) -> (value_BT, last_value_B)`, float32.
+
+    value_BT[b, t] is V before response token t, read at the token before it (t = 0: the last prompt token);
+    last_value_B is V after the last response token.
+    """
+
+    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        if not len(batch):
+            value_BT, last_value_B = self._forward(NO_ROWS)
+            return value_BT[:0, :0].clone(), last_value_B[:0].clone()
+        return self._forward(batch)
+
+    def _forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        packed = pack(batch, self.device)
+        hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout)
+        read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
+        head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
+        value = head(read)[:, 0].float()
+        num_tokens = len(packed.predictor_M)
+        return packed.unpack(value[:num_tokens]), value[num_tokens:].clone()  # no view: sharded modules must not return one
+
+
+def load_policy(
+    source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False, **options: Any
+) -> PolicyModel:
+    """The policy from `source`; `options` go to PolicyModel.
+
+    source      a checkpoint folder (config.json and safetensors), or for random weights under `seed` a transformers
+                config: a PretrainedConfig, a dict with "model_type", or the path of a config.json
+    dtype       "float32", "bfloat16"
+    device      "cpu", "cuda", "cuda:1", "auto"
+    Raises UserError, in one line: nothing at that path, no model in it, unreadable weights, no such device, an
+    architecture whose results the packed attention does not reproduce (every load compares both on a few tokens).
+    """
+    hf = _load("AutoModelForCausalLM", source, seed, dtype, device, trust_remote_code)
+    model = PolicyModel(hf, **options)
+    _check_against_plain_forward(model, hf.get_output_embeddings())
+    return model
+
+
+def load_value_model(
+    source: Any, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+) -> ValueModel:
+    """The value model; arguments and errors as for `load_policy`.
+
+    A policy's folder gives its backbone with a new head, random under `seed`; a value model's folder gives it all.
+    """
+    hf = _load("AutoModelForTokenClassification", source, seed, dtype, device, trust_remote_code)
+    model = ValueModel(hf)
+    _check_against_plain_forward(model, hf.score if hasattr(hf, "score") else hf.classifier)
+    return model
+
+
+def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype = {dtype!r}; expected float32 or bfloat16")
+    where = _device(device)
+    auto = getattr(transformers, auto_class)
+    is_value = auto_class == "AutoModelForTokenClassification"
+    is_folder = isinstance(source, (str, os.PathLike)) and not str(source).endswith(".json")
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    missing = []
+    with torch.random.fork_rng(devices=[]), _quiet(transformers):
+        torch.manual_seed(seed)
+        try:
+            config = _config(transformers, source, trust_remote_code)
+            if is_value:
+                config.num_labels, config.classifier_dropout = 1, 0.0
+            if is_folder:
+                hf, info = auto.from_pretrained(
+                    source, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+                )
+                missing = sorted(n for n in info["missing_keys"] if not (is_value and n.startswith(("score.", "classifier."))))
+            else:
+                hf = auto.from_config(config, **options)
+        except UserError:
+            raise
+        except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder or config
+            what = source if isinstance(source, (str, os.PathLike)) else "model config"
+            raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+    if missing:
+        raise UserError(f"{source}: lacks {len(missing)} of the model's weights, {missing[0]} first")
+    for parameter in hf.parameters():
+        # Weights read from a file lie at the file's alignment, and matrix kernels round differently with it: a resumed run would
+        # differ in last bits from one that never stopped. A clone is aligned like any other tensor.
+        parameter.data = parameter.data.clone()
+    return hf.to(where)
+
+
+def _config(transformers: Any, source: Any, trust_remote_code: bool) -> Any:
+    """The transformers config that `source` names; a copy, since loading writes into it."""
+    if isinstance(source, transformers.PretrainedConfig):
+        source = source.to_dict()
+    elif isinstance(source, (str, os.PathLike)):
+        if not os.path.exists(source):
+            raise UserError(f"{source}: no such file or folder; expected a model folder or a config.json")
+        if os.path.isdir(source):
+            if not os.path.isfile(os.path.join(source, "config.json")):
+                raise UserError(f"{source}: not a model folder, it has no config.json")
+            if not any(name.endswith(".safetensors") for name in os.listdir(source)):
+                raise UserError(f"{source}: holds no safetensors; for random weights give {os.path.join(source, 'config.json')}")
+            return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        with open(source) as file:
+            source = json.load(file)
+    if not isinstance(source, dict) or "model_type" not in source:
+        raise UserError("a model config needs the key 'model_type', for example 'qwen2'")
+    return transformers.AutoConfig.for_model(**source)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device = {name!r} is not there ({str(error).splitlines()[0][:200]}); give cpu, or auto") from error
+    return device
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any):
+    """transformers reports a new value head as a warning; missing weights are errors here, so the report adds nothing."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
+    """UserError unless the packed forward of two short sequences equals transformers' own forward of each.
+
+    Catches what no flag announces: attention scores with extra terms, logits scaled or capped after the head.
+    """
+    hf, lengths = model.hf, (5, 3)
+    kind, name = hf.config.model_type, hf.config._attn_implementation
+    ids = [torch.arange(n, device=model.device) % hf.config.vocab_size for n in lengths]
+    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
+    try:
+        ours = head(model.hidden(torch.cat(ids)[None], positions[None], PackedLayout(lengths, model.device)))
+        hf.set_attn_implementation("eager")
+        plain = torch.cat([hf(input_ids=x[None], use_cache=False).logits[0] for x in ids])
+    except UserError:
+        raise
+    except Exception as error:  # a config may be legal to build and still fail to run; each architecture in its own way
+        raise UserError(f"model type {kind!r} does not run: {str(error).strip().splitlines()[0][:200]}") from error
+    finally:
+        hf.set_attn_implementation(name)
+    tolerance = (1e-4 if ours.dtype == torch.float32 else 0.05) * max(1.0, plain.abs().max().item())
+    difference = (ours - plain).abs().max().item()
+    if not bool(torch.isfinite(plain).all()):
+        raise UserError(f"the weights of this {kind} give numbers that are not finite; take an earlier checkpoint")
+    if not difference <= tolerance:
+        raise UserError(f"model type {kind!r} is not supported: packed and plain forward differ by {difference:.1e}")

@@ -1,0 +1,163 @@
+"""`compare`: several methods over several seeds on one task, each run in a process of its own.
+
+All runs share the base model, the pre-trained value model, slots and engine; the value model is pre-trained once. Runs that are
+complete are kept, so that a comparison that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.build import base_model, make_task
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.pretrain import cached_value
+from tppo_ref.runs.session import versions
+from tppo_ref.runs.validation import writable_folder
+
+
+def compare(config: Config) -> Path:
+    """Run what is not there yet, then write the report; returns its folder (run.out)."""
+    from tppo_ref.runs.report import write_report
+
+    out = writable_folder(config.run.out, "run.out")
+    runs = plan_runs(prepare(config), out)
+    waiting = [run for run in runs if not (Path(run.run.out) / "finished").exists()]
+    for run in waiting:  # a run that was stopped half-way starts anew: half of its clock ran beside other work
+        folder = Path(run.run.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / "wanted.json.new"
+        beside.write_text(json.dumps(dataclasses.asdict(run), indent=1))
+        os.replace(beside, folder / "wanted.json")
+    _run_all(waiting, config)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    (out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+    write_report(out, methods=config.compare.methods, target_share=config.compare.target)
+    return out
+
+
+def prepare(config: Config) -> Config:
+    """The config with the shared base model and the shared pre-trained value model filled in."""
+    for method in config.compare.methods:  # a misspelt method is told now, not after minutes of warm start
+        apply_method(config, method, strict=False)
+    for method in config.compare.per_method:
+        if method not in config.compare.methods:
+            raise UserError(f"compare.per_method: {method!r} is not among compare.methods ({', '.join(config.compare.methods)})")
+    if len(set(config.compare.methods)) < len(config.compare.methods) or not config.compare.methods:
+        raise UserError(f"compare.methods: expected different methods, at least one, got {config.compare.methods}")
+    task = make_task(config)
+    base = base_model(config, task)
+    config = replace_fields(config, {"model.policy": base})
+    value = config.model.value
+    if value is None and config.value.pretrain_responses:
+        value = str(cached_value(config, task))
+    return replace_fields(config, {"model.value": value, "run.progress": False})
+
+
+def plan_runs(config: Config, out: Path) -> list[Config]:
+    """One config per seed and method, seeds outermost: what runs side by side differs in the method and not in the hour."""
+    runs = []
+    for seed in range(config.run.seed, config.run.seed + config.compare.seeds):
+        # In turn, so that no method is always the one that ends alone on the machine.
+        turn = (seed - config.run.seed) % len(config.compare.methods)
+        for method in [*config.compare.methods[turn:], *config.compare.methods[:turn]]:
+            run = replace_fields(apply_method(config, method, strict=False), config.compare.per_method.get(method, {}))
+            folder = out / "runs" / f"{method}-seed{seed}"
+            runs.append(replace_fields(run, {"run.seed": seed, "run.out": str(folder), "run.resume": False}))
+            _refuse_other(runs[-1], folder)
+    return runs
+
+
+def _refuse_other(run: Config, folder: Path) -> None:
+    """A folder that holds a run with other settings is neither mixed in nor overwritten."""
+    wanted = folder / "wanted.json"
+    if wanted.exists():
+        now = json.loads(json.dumps(dataclasses.asdict(run)))
+        try:
+            before = json.loads(wanted.read_text())
+            different = [(s, f) for s in now if s != "compare" for f in now[s] if before[s].get(f) != now[s][f]]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"run.out: {wanted} is not a run's config; choose another run.out, or remove {folder}") from None
+        if different:
+            section, field = different[0]
+            raise UserError(f"run.out: {folder} holds a run with {section}.{field} = {before[section].get(field)}, this one has "
+                            f"{now[section][field]}; choose another run.out, or remove it")  # fmt: skip
+
+
+def _run_all(runs: list[Config], config: Config) -> None:
+    """Run configs in processes of their own, compare.jobs at a time, with one progress bar over all of them."""
+    total = sum(run.run.train_seconds or run.run.steps for run in runs)
+    unit = "s" if config.run.train_seconds else "step"
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} trained [{elapsed}<{remaining}, {rate_fmt}]{postfix}"
+    waiting, active = list(runs), dict[str, tuple[Config, subprocess.Popen[bytes]]]()
+    done = 0.0
+    with tqdm(total=total, desc=f"{len(runs)} runs", unit=unit, bar_format=form, disable=not config.run.progress) as bar:
+        try:
+            while waiting or active:
+                while waiting and len(active) < config.compare.jobs:
+                    run = waiting.pop(0)
+                    active[run.run.out] = (run, _start(run))
+                time.sleep(0.5)
+                for folder, (run, process) in list(active.items()):
+                    if process.poll() is not None:
+                        _check(folder, process.returncode)
+                        done += run.run.train_seconds or run.run.steps
+                        del active[folder]
+                bar.n = done + sum(min(_progress(run), run.run.train_seconds or run.run.steps) for run, _ in active.values())
+                bar.set_postfix_str(", ".join(Path(folder).name for folder in active), refresh=False)
+                bar.refresh()
+        finally:
+            for _, process in active.values():
+                process.send_signal(signal.SIGINT)
+            for _, process in active.values():
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _start(run: Config) -> subprocess.Popen[bytes]:
+    folder = Path(run.run.out)
+    for stale in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(run.run.threads), "PYTHONUNBUFFERED": "1"}
+    with (folder / "log.txt").open("wb") as log:
+        command = [sys.executable, "-m", "tppo_ref", "train", "--config", str(folder / "wanted.json")]
+        # A session of its own: Ctrl-C reaches this process, which then asks each run to stop, once.
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def _check(folder: str, code: int) -> None:
+    if code == 0:
+        (Path(folder) / "finished").touch()
+        return
+    lines = (Path(folder) / "log.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
+    raise UserError(f"run {Path(folder).name} ended with exit code {code}: {lines[-1]} (its log: {Path(folder) / 'log.txt'})")
+
+
+def _progress(run: Config) -> float:
+    """Training-clock seconds or steps that a run has behind it."""
+    path = Path(run.run.out) / "metrics.jsonl"
+    if not path.exists():
+        return 0.0
+    with path.open("rb") as file:  # its end only: this runs beside the runs, on their cores
+        file.seek(max(0, path.stat().st_size - 2**14))
+        lines = file.read().splitlines()[1:]
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off by a write in progress
+            continue
+        return record["time/train_s"] if run.run.train_seconds else record["step"]
+    return 0.0

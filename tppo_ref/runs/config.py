@@ -1,0 +1,183 @@
+"""The run as data: frozen dataclasses, and the one parser that laptop and cluster share.
+
+Every field has a line of help that ends in the provenance of its default: [S] stated by the paper, [P] read in the authors'
+port, [V] another primary source, [I] inferred, [M] measured by us on the built-in tasks, [O] our choice. Models and
+learning rates of that size do not fit a laptop: where a default differs from theirs, the line gives both.
+
+Precedence, weakest first: the defaults here, `--config FILE`, `--section.field VALUE`. A named method (`run.method`) fixes its
+fields: `train` refuses another value for them, `compare` lets each method win, and `compare.per_method` has the last word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, Literal
+
+from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, RolloutConfig, ValueConfig
+from tppo_ref.method.errors import UserError, nearest
+from tppo_ref.runs.parsing import get_field, replace_fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is asked, and who checks the answers."""
+
+    name: str = "chain"
+    """Built-in task (chain, fork, length), or jsonl for a file of your own. [O]"""
+    path: str | None = None
+    """jsonl only: training prompts, one JSON object a line. [O]"""
+    eval_path: str | None = None
+    """jsonl only: evaluation prompts; none = the last tenth of the training file. [O]"""
+    tokenizer: str | None = None
+    """jsonl only: folder of a transformers tokenizer, or bytes for the built-in byte-level one; none = model.policy's. [O]"""
+    prompt_key: str = ""
+    """jsonl only: key of the prompt text; empty = 'prompt' or 'question'. [O]"""
+    answer_key: str = "answer"
+    """jsonl only: key of the answer. [O]"""
+    max_prompt_tokens: int = 1024
+    """jsonl only: a longer prompt is an error that names its line. [O]"""
+    chat_template: bool = False
+    """jsonl only: wrap prompts in the tokenizer's chat template. [O]"""
+    verifier: str | None = None
+    """Dotted name module:function of a verifier of your own; none = the task's. [O]"""
+    verifier_timeout_s: float = 5.0
+    """Wall-clock seconds after which a verification is killed, counted and scored as failed. [O]"""
+    verifier_workers: int = 1
+    """Verifier processes. [O]"""
+    failure_score: float = -1.0
+    """Score of a response whose verification timed out or raised. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Policy and value model."""
+
+    policy: str | None = None
+    """Checkpoint folder, or config.json of a fresh model; none = the task's own warm-started base model. [O]"""
+    value: str | None = None
+    """Checkpoint folder of a (pre-trained) value model; none = the policy's weights under a new scalar head. [O]"""
+    hidden_size: int = 32
+    """Width of the built-in base model. [M]"""
+    num_layers: int = 3
+    """Layers of the built-in base model. [M]"""
+    num_heads: int = 2
+    """Attention heads of the built-in base model. [M]"""
+    warm_start_steps: int = 700
+    """Supervised steps on imperfect demonstrations that make the built-in base model. [M]"""
+    warm_start_lr: float = 5e-3
+    """Peak learning rate of these steps. [M]"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations; losses and advantages are float32 always. [O]"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N or auto. [O]"""
+    trust_remote_code: bool = False
+    """Let a checkpoint folder run its own Python code. [O]"""
+    logit_chunk_tokens: int = 0
+    """Tokens whose logits exist at once; 0 = as many as fit half a gigabyte. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, where to, what is kept."""
+
+    method: str = "tppo"
+    """Named method: a set of defaults for the fields above (see METHODS). [O]"""
+    seed: int = 0
+    """Seed of sampling, prompt order and mini-batches. [O]"""
+    steps: int = 1000
+    """Stop after this many training steps; not used where train_seconds is given. [O]"""
+    train_seconds: float | None = None
+    """Stop after this many seconds on the training clock (evaluation, checkpoints excluded); none = by steps. [O]"""
+    out: str = "runs/train"
+    """Folder for checkpoints, metrics and figures. [O]"""
+    cache: str = "runs/cache"
+    """Folder for warm-started base models and pre-trained value models. [O]"""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`. [O]"""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; 0 = only at the end. [O]"""
+    checkpoints_kept: int = 2
+    """Older ones are removed. [O]"""
+    eval_every_s: float = 5.0
+    """Training-clock seconds between evaluations; 0 = only at start and end. [O]"""
+    eval_prompts: int = 256
+    """Prompts of the fixed evaluation set. [O]"""
+    eval_samples: int = 1
+    """Sampled full-length answers per evaluation prompt. [O]"""
+    progress: bool = True
+    """Show progress bars. [O]"""
+    timeline: bool = True
+    """Write the decoding slots of each window to timeline.csv, the load of each decode step to decode.csv. [O]"""
+    threads: int = 1
+    """CPU threads of torch; more do not help models this small. [M]"""
+    staleness_warning: int = 8
+    """Warn when a trained token was sampled more than this many weight versions ago. [O]"""
+    wandb_project: str = ""
+    """Weights & Biases: log to this project, too; empty = do not. Needs `pip install wandb`. [O]"""
+    cut_warning: float = 0.9
+    """Warn when more than this share of a step's rows is cut or capped. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """`compare`: several methods over several seeds on one task."""
+
+    methods: list[str] = dataclasses.field(default_factory=lambda: ["ppo", "tppo"])
+    """Named methods, in the order of the table. [O]"""
+    seeds: int = 3
+    """Seeds per method: run.seed, run.seed + 1, ... [O]"""
+    jobs: int = 2
+    """Runs at a time, each with run.threads threads. [O]"""
+    target: float = 0.95
+    """Target accuracy, as a share of the first method's best mean evaluation. [O]"""
+    per_method: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Fields for one method only, for example {ppo: {policy.lr: 4e-4}}. [O]"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run of tppo_ref."""
+
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    value: ValueConfig = dataclasses.field(default_factory=ValueConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+
+
+WHOLE = "rollout.max_response_tokens"  # stands for that field's value where a method needs a window as long as a response
+
+METHODS: dict[str, dict[str, Any]] = {
+    "tppo": {},
+    "tppo-critic-cut": {"advantage.cut_value": "critic"},
+    "tppo-zero-cut": {"advantage.cut_value": "zero"},
+    "tppo-defer": {"advantage.tail": "defer"},
+    "tppo-ewma": {"policy.ewma_decay": 0.9},
+    "ppo": {"rollout.window": WHOLE, "rollout.refill": "step", "value.update": "joint"},
+    "ppo-dual": {"rollout.window": WHOLE, "rollout.refill": "step"},
+    "partial-is": {"policy.train_on": "ended", "policy.importance": "truncated"},
+}
+"""Named methods, as overrides of the defaults. None is another code path: the loop is one."""
+
+
+def apply_method(config: Config, method: str, *, strict: bool = True, given: Collection[str] = ()) -> Config:
+    """`config` with the fields that a named method fixes.
+
+    strict: a field that the user set to something else is a UserError (train); else the method wins (compare, where one command
+    line serves several methods). given: names of the fields that the user gave (`given_fields`), where that is known; a value that
+    is not the default was given in any case.
+    """
+    if method not in METHODS:
+        raise UserError(
+            f"run.method: unknown method {method!r}, expected one of {', '.join(METHODS)}{nearest(method, list(METHODS))}"
+        )
+    overrides = {path: get_field(config, value) if value == WHOLE else value for path, value in METHODS[method].items()}
+    for path, value in overrides.items():
+        current = get_field(config, path)
+        if strict and current != value and (path in given or current != get_field(Config(), path)):
+            raise UserError(f"{path}: method {method} fixes it at {value}, got {current}; drop it or choose another run.method")
+    return replace_fields(config, {**overrides, "run.method": method})

@@ -1,0 +1,99 @@
+"""The glossary of metrics: name, formula, what it is reduced over, unit, and the range in which a run is well."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """formula; what it is reduced over; unit; the range in which a run is well."""
+
+    formula: str
+    over: str
+    unit: str
+    healthy: str
+
+
+GLOSSARY: dict[str, Metric] = {
+    "time/train_s": Metric("sum of time/step_s: the training clock", "run", "s", "rises"),
+    "time/step_s": Metric("wall-clock of the step, evaluation and checkpoints excluded", "step", "s", "steady"),
+    "time/rollout_s": Metric("decoding one window, prefill included", "step", "s", "steady"),
+    "time/verify_s": Metric("waiting for scores once decoding is done", "step", "s", "near 0: it overlaps decoding"),
+    "time/forward_s": Metric("values and old log-probabilities", "step", "s", "below time/policy_s"),
+    "time/policy_s": Metric("policy updates", "step", "s", "steady"),
+    "time/value_s": Metric("value updates", "step", "s", "steady"),
+    "time/sync_s": Metric("weights to the engine", "step", "s", "small"),
+    "time/other_s": Metric("time/step_s less the phases above", "step", "s", "at most 5 % of time/step_s"),
+    "rollout/decode_steps": Metric("decode steps of the window", "step", "steps", "T-PPO: the window; PPO: the longest response"),
+    "rollout/tokens": Metric("response tokens sampled", "step", "tokens", "steady"),
+    "rollout/tokens_per_s": Metric("rollout/tokens / time/rollout_s", "step", "tokens/s", "steady"),
+    "rollout/occupancy": Metric("busy slot-steps / (slots x decode steps)", "step", "share", "T-PPO, immediate refill: 1"),
+    "rollout/idle_s": Metric("(1 - rollout/occupancy) x time/rollout_s", "step", "s", "T-PPO: near 0"),
+    "response/rows": Metric("responses that sampled at least a token", "step", "responses", "at least the slots"),
+    "response/ended": Metric("responses that ended", "step", "responses", "above 0"),
+    "response/cut_share": Metric("rows RUNNING at the window's edge / rows", "step", "share", "below run.cut_warning"),
+    "response/capped_share": Metric("LENGTH_CAP / ended", "step", "share", "near 0"),
+    "response/length_mean": Metric("tokens of ended responses, mean", "step", "tokens", "no run-away"),
+    "response/length_max": Metric("tokens of ended responses, maximum", "step", "tokens", "below the cap"),
+    "response/score_mean": Metric("score of ended responses, mean", "step", "score", "rises"),
+    "response/accuracy": Metric(
+        "share of ended responses with a score above 0", "step", "share", "rises; favours short ones early on"
+    ),
+    "verify/timeouts": Metric("verifications killed after task.verifier_timeout_s", "run", "responses", "0"),
+    "verify/errors": Metric("verifications that raised, died or gave no finite number", "run", "responses", "0"),
+    "ledger/generated": Metric("response tokens sampled", "run", "tokens", "sum of the next four"),
+    "ledger/trained": Metric("tokens that the policy trained on, once per epoch", "run", "tokens", "most of ledger/generated"),
+    "ledger/excluded_tail": Metric("tail tokens left out for good", "run", "tokens", "tail tokens x cut rows"),
+    "ledger/excluded_warmup": Metric("tokens sampled while the critic trained alone", "run", "tokens", "stops after the warm-up"),
+    "ledger/pending": Metric(
+        "deferred tokens, and tokens of running responses that train at their end", "now", "tokens", "bounded"
+    ),
+    "ledger/in_flight": Metric("responses RUNNING at the window's edge", "now", "responses", "at most the slots"),
+    "advantage/mean": Metric("raw advantages over trained tokens, mean", "step", "score", "around 0"),
+    "advantage/std": Metric("raw advantages over trained tokens, population standard deviation", "step", "score", "above 0"),
+    "advantage/clamped_share": Metric("whitened advantages beyond advantage.clamp / trained tokens", "step", "share", "below 0.01"),
+    "advantage/lam_mean": Metric("lambda, mean over rows", "step", "1", "0.95 to 1"),
+    "policy/tokens": Metric("trained tokens", "step", "tokens", "near rollout/tokens"),
+    "policy/prefix_tokens": Metric("prompt and earlier response tokens fed again", "step", "tokens", "grows with length/window"),
+    "policy/staleness": Metric(
+        "weight versions between sampling and training, mean over trained tokens", "step", "versions", "T-PPO: 0"
+    ),
+    "policy/staleness_max": Metric("the same, the largest", "step", "versions", "below run.staleness_warning"),
+    "policy/updates": Metric("optimiser steps", "step", "updates", "steady"),
+    "policy/loss": Metric("clipped surrogate, token mean", "step", "1", "around 0"),
+    "policy/lm_loss": Metric("positive-example LM loss, token mean, before its weight", "step", "nats", "falls"),
+    "policy/clipped_share": Metric("tokens at which the clip binds / trained tokens", "step", "share", "below 0.2"),
+    "policy/dual_clipped_share": Metric("tokens at which the dual clip binds / trained tokens", "step", "share", "near 0"),
+    "policy/kl": Metric("KL of new from old policy, k3 estimate, mean over trained tokens", "step", "nats", "below 0.05"),
+    "policy/ratio_max": Metric("largest probability ratio", "step", "1", "below 10"),
+    "policy/weight_clipped_share": Metric("importance weights capped or zeroed / trained tokens", "step", "share", "below 0.05"),
+    "policy/logprob_gap": Metric(
+        "absolute difference of recomputed and engine log-probability over this step's tokens, mean",
+        "step",
+        "nats",
+        "fp32: below 1e-5",
+    ),
+    "policy/grad_norm": Metric("gradient norm before clipping, mean over updates", "step", "1", "steady"),
+    "policy/lr": Metric("learning rate", "now", "1", "as set"),
+    "value/responses": Metric("ended responses trained on (joint: policy rows)", "step", "responses", "above 0"),
+    "value/held": Metric("ended responses held back", "now", "responses", "below value.batch_responses"),
+    "value/tokens": Metric("trained tokens", "step", "tokens", "steady"),
+    "value/updates": Metric("optimiser steps", "step", "updates", "steady"),
+    "value/loss": Metric("clipped squared error / 2, token mean", "step", "score^2", "falls"),
+    "value/clipped_share": Metric("tokens at which the value clip binds / trained tokens", "step", "share", "below 0.2"),
+    "value/explained_variance": Metric("1 - Var(target - V) / Var(target), V before each update", "step", "1", "above 0"),
+    "value/grad_norm": Metric("gradient norm before clipping, mean over updates", "step", "1", "steady"),
+    "value/lr": Metric("learning rate", "now", "1", "as set"),
+    "eval/accuracy": Metric("share of sampled full-length answers with a score above 0", "evaluation set", "share", "rises"),
+    "eval/length_mean": Metric("tokens of these answers, mean", "evaluation set", "tokens", "no run-away"),
+    "eval/length_p99": Metric("tokens of these answers, 99th percentile", "evaluation set", "tokens", "the tail stays"),
+    "eval/capped_share": Metric("LENGTH_CAP / answers", "evaluation set", "share", "near 0"),
+    "eval/verify_failures": Metric("verifications that failed (as verify/)", "evaluation set", "answers", "0"),
+    "eval/time_s": Metric("wall-clock of the evaluation, outside of the training clock", "evaluation set", "s", "small"),
+}
+
+
+def glossary_markdown() -> str:
+    """The glossary as the Markdown table of docs/metrics.md."""
+    head = "| metric | what it is | over | unit | healthy |\n| --- | --- | --- | --- | --- |\n"
+    return head + "".join(f"| `{name}` | {m.formula} | {m.over} | {m.unit} | {m.healthy} |\n" for name, m in GLOSSARY.items())

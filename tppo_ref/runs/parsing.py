@@ -1,0 +1,119 @@
+"""Nested frozen dataclasses from a file and a command line: the one parser that laptop and cluster share."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tppo_ref.method.errors import UserError, nearest
+
+ConfigT = TypeVar("ConfigT")
+
+
+def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
+    """A copy of a nested config with dotted fields replaced, as `{"rollout.window": 64}`. Unknown names are UserErrors."""
+    for path, value in overrides.items():
+        head, _, rest = path.partition(".")
+        known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+        if head not in known or (rest and path not in field_paths(type(config))):
+            raise UserError(f"{path}: no such field{nearest(path, field_paths(type(config)))}")
+        value = replace_fields(getattr(config, head), {rest: value}) if rest else _number(path, value, getattr(config, head))
+        config = dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+    return config
+
+
+def _number(path: str, value: Any, current: Any) -> Any:
+    """YAML 1.1 reads 6e-4 as a text: a text where a number stands is read as one, or refused."""
+    if not isinstance(value, str) or isinstance(current, bool) or not isinstance(current, int | float):
+        return value
+    try:
+        return type(current)(value)
+    except ValueError:
+        raise UserError(f"{path}: expected {type(current).__name__}, got {value!r}") from None
+
+
+def field_paths(config_class: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all leaf fields of a nested config class, in order."""
+    paths: list[str] = []
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        inner = hints[field.name]
+        paths += field_paths(inner, f"{prefix}{field.name}.") if dataclasses.is_dataclass(inner) else [prefix + field.name]
+    return paths
+
+
+def get_field(config: Any, path: str) -> Any:
+    """The value of a dotted field."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, description: str = "") -> ConfigT:
+    """`--config FILE --section.field VALUE` into a nested frozen dataclass: the one parser of laptop and cluster.
+
+    Unknown keys, wrong types and unreadable files raise UserError, in one line, with the nearest right name.
+    `--help` and `--print_config` print and leave with exit code 0.
+    """
+    import jsonargparse  # slow to import, and nothing else of the library needs it
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML or JSON file with any of the fields below.")
+    parser.add_class_arguments(config_class, None)
+    names = field_paths(config_class)
+    given_fields(argv)
+    try:
+        parsed = parser.parse_args(list(argv))
+        values = parser.instantiate(parsed).as_dict()
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_one_line(str(error), names)) from None
+    return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def given_fields(argv: Sequence[str]) -> set[str]:
+    """Dotted names of the fields that a command line gives, those of its `--config` files included.
+
+    A file that is no mapping of sections is a UserError with the file's name, which jsonargparse leaves out.
+    """
+    import yaml
+
+    given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    pairs = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
+    pairs += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
+    for name in pairs:
+        try:
+            content = yaml.safe_load(Path(name).read_text())
+        except OSError as error:
+            raise UserError(f"config: cannot read {name} ({error.strerror}); give an existing file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"config: {name} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from None
+        sections = content if isinstance(content, dict) else {"the file": content}
+        for section, fields in sections.items():
+            if not isinstance(fields, dict):
+                raise UserError(
+                    f"config: {name}: expected `section:` with `field: value` lines under it, got {section}: {fields!r}"
+                )
+            given |= {f"{section}.{field}" for field in fields}
+    return given
+
+
+def _one_line(message: str, names: Sequence[str]) -> str:
+    """jsonargparse's error in one line, with the nearest right name where a name is the error."""
+    message = " ".join(message.split())
+    if match := re.search(r"unrecognized arguments: (\S+)", message):
+        name = match.group(1).lstrip("-").partition("=")[0]
+        return f"--{name}: no such option{nearest(name, names)}"
+    if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        name = f"{match.group(1)}.{match.group(2)}"
+        return f"{name}: no such field{nearest(name, names)}"
+    if match := re.search(r"(?:Option|Key) '(\S+?)' is not accepted|does not accept option '(\S+)'", message):
+        name = match.group(1) or match.group(2)
+        return f"{name}: no such field{nearest(name, [*names, *{n.partition('.')[0] for n in names}])}"
+    message = re.sub(r"Parser key \"(\S+?)\": ", r"\1: ", message)
+    return re.sub(r"Expected a (?:<class '(\w+)'>|typing\.)", r"expected \1", message).replace(" Got value:", " got")
