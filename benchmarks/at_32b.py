@@ -102,7 +102,7 @@ def own_seconds(config: ScaleConfig, natural: Sequence[int]) -> dict[str, Any]:
     trainer = Trainer(algo, policy=policy, value=value, engine=engine, scorer=Scores(),
                       batcher=SuccessiveBatcher(schedule, stream, run_seed=0, part=0, parts=split))  # fmt: skip
     free, engine_watch = Stopwatch(), Stopwatch()
-    for trained in (trainer.policy, trainer.value):
+    for trained in (trainer.policy_learner, trainer.value_learner):
         free.wrap(trained.optimiser, "step")
     engine_watch.wrap(engine, "step")
     engine_watch.wrap(engine, "submit")
@@ -190,9 +190,9 @@ def balance(config: ScaleConfig, ranks: Sequence[Sequence[Row]], shape: ModelSha
     trainer = Trainer(config.algo, policy=Free(value=False), value=Free(value=True), engine=None, batcher=None, scorer=None)  # type: ignore[arg-type]
 
     def plan(rank: int, most: Sequence[float]) -> Plan:
-        trainer.policy.parallel = Agreed(most)
+        trainer.policy_learner.parallel = Agreed(most)
         fed, trained, _ = zip(*ranks[rank], strict=True)
-        return trainer.policy.plan(trained, fed, np.random.default_rng((0, rank)))
+        return trainer.policy_learner.plan(trained, fed, np.random.default_rng((0, rank)))
 
     alone = [[len(mini) for mini in plan(rank, [])] for rank in range(len(ranks))]
     plans = [plan(rank, np.max(alone, axis=0)) for rank in range(len(ranks))]

@@ -85,7 +85,7 @@ class ReplayEngine:
         self.now += 1
         return self.calendar.pop(self.now, [])
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         pass
 
     def load_weights(self, named_tensors: object, version: int) -> None:

@@ -119,7 +119,7 @@ def reason(error: BaseException) -> str:
 def model_state(trainer: Trainer) -> dict[str, Any]:
     """Sharded states of both models and optimisers (and of PPO-EWMA's average)."""
     state: dict[str, Any] = {}
-    for learner in (trainer.policy, trainer.value):
+    for learner in (trainer.policy_learner, trainer.value_learner):
         fresh = not learner.optimiser.state
         model, optimiser = get_state_dict(learner.module, learner.optimiser)
         state[learner.name] = {"model": model, "optimiser": optimiser}
@@ -136,7 +136,7 @@ def rank_state_of(trainer: Trainer, world: World) -> dict[str, Any]:
         "rank": world.rank, "world": world.world, "tensor_parallel": world.tensor_parallel,
         "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s,
         "ledger": dict(trainer.ledger), "verdicts": dict(trainer.verdicts),
-        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy, trainer.value)},
+        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy_learner, trainer.value_learner)},
         "ewma_weight": trainer.ewma.weight if trainer.ewma else None,
         "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(),
         "torch_rng": torch.get_rng_state().tolist(),
@@ -191,7 +191,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
     state = model_state(trainer)
     try:
         dcp.load(state, checkpoint_id=str(folder / "shards"))
-        for learner in (trainer.policy, trainer.value):
+        for learner in (trainer.policy_learner, trainer.value_learner):
             saved = state[learner.name]
             set_state_dict(learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"])
             learner.num_steps = states[0]["learner_steps"][learner.name]

@@ -71,7 +71,7 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
         )  # fmt: skip
     finally:
         scorer.close()
-    engine.rest()
+    engine.sleep()
     held_out = max(1, len(responses) // 10)
     fit_value(algo, value, responses[held_out:], parallel, device=world.device)
     # Every rank reports on as many responses: the value model's forward is a collective operation.

@@ -91,7 +91,7 @@ class Collective:
         dist.all_gather_object(gathered, thing)
         return gathered
 
-    def level(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
+    def rebalance(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
         transfers = moves(self.gather_objects(list(zip(tokens, movable, strict=True))))
         leaving, arrived = set(), list[Thing]()
         for source, target in sorted(

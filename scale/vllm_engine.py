@@ -69,7 +69,7 @@ class VLLMEngine:
     max_context_tokens   longest prompt plus response; a longer request is a ValueError (vLLM would cut it without a word)
     temperature, min_response_tokens, end_token_id   the sampling distribution, as in tppo_ref's PolicyModel; log-probabilities are
                          of that distribution ("processed"). Filters that renormalise (top-p, top-k) are not offered
-    sleep_level          GPU only, from `rest` to the next `load_weights`. 0: stay; 1: weights to the host; 2: weights dropped
+    sleep_level          GPU only, from `sleep` to the next `load_weights`. 0: stay; 1: weights to the host; 2: weights dropped
     options              further arguments of vllm.LLM
     """
 
@@ -153,7 +153,7 @@ class VLLMEngine:
             for r in done
         ]
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Sleep. Not by itself when nothing runs: in mid-window the batcher refills the slot that just became free."""
         if self._sleep_level and not self._asleep:
             self._llm.sleep(level=self._sleep_level)

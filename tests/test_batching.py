@@ -382,7 +382,7 @@ def test_a_seed_is_the_same_in_every_process_and_version():
 def test_groups_are_n_samples_of_each_prompt_each_with_its_own_seed(num_prompts, n, epochs):
     plan = Plan(lengths=(1,), samples_per_prompt=n, num_prompts=num_prompts)
     stream = plan.stream(limit=n * num_prompts * epochs)
-    drawn = [stream.describe(sample) for sample in iter(stream.draw, None)]
+    drawn = [stream.prompt_of(sample) for sample in iter(stream.draw, None)]
     groups = [drawn[i : i + n] for i in range(0, len(drawn), n)]
     assert all(len({prompt.id for prompt, _ in group}) == 1 for group in groups)
     firsts = [group[0][0].id for group in groups]
@@ -396,7 +396,7 @@ def test_the_order_of_prompts_is_new_in_each_epoch_and_for_each_seed():
     orders = []
     for seed in (0, 1):
         stream = SampleStream(prompts, samples_per_prompt=1, seed=seed)
-        ids = [stream.describe(sample)[0].id for sample in range(100)]
+        ids = [stream.prompt_of(sample)[0].id for sample in range(100)]
         orders += [tuple(ids[:50]), tuple(ids[50:])]
     assert len({*orders, tuple(range(50))}) == 5
 

@@ -238,7 +238,7 @@ def gradient_z(made: instances.Instance, setting: Setting) -> tuple[np.ndarray, 
     """One Trainer step on many responses: (sum over tokens of its policy gradient per response - exact) / standard error, [N, A],
     and the exact one, of the depths below the window."""
     mdp, trainer, grads = made.mdp, build(made, setting), []
-    trainer.policy.module.logits.row.register_hook(lambda grad: grads.append(grad.double().numpy().copy()))
+    trainer.policy_learner.module.logits.row.register_hook(lambda grad: grads.append(grad.double().numpy().copy()))
     trainer.step()
     (grad_NA,) = grads
     rows = trainer.rows
@@ -423,8 +423,8 @@ def test_every_record_agrees_with_a_recomputation_from_lists(every_token, held):
     counted, expected, sampled_by, checked = np.zeros(mdp.num_nodes), np.zeros(mdp.num_nodes), [made.policy_NA], []
 
     def check(trainer, record: Record) -> None:
-        exact = enumerated(mdp, trainer.policy.module.table())
-        weight, error = exact["visits"], trainer.value.module.values.row.detach().double().numpy() - exact["true"]
+        exact = enumerated(mdp, trainer.policy_learner.module.table())
+        weight, error = exact["visits"], trainer.value_learner.module.values.row.detach().double().numpy() - exact["true"]
         by_third = [math.sqrt(np.average(error[m] ** 2, weights=weight[m])) for m in (thirds[mdp.depth_N] == i for i in range(3))]
         assert record.mean_return == pytest.approx(exact["return"], abs=1e-9)
         assert record.mean_length == pytest.approx(exact["length"], abs=1e-9)
@@ -435,7 +435,7 @@ def test_every_record_agrees_with_a_recomputation_from_lists(every_token, held):
         assert [record.critic_rms_early, record.critic_rms_middle, record.critic_rms_late] == pytest.approx(by_third, abs=1e-9)
         assert record.explained_variance == pytest.approx(explained_by_hand(weight, exact["true"], error), abs=1e-6)
         batch(trainer, record)
-        sampled_by.append(trainer.policy.module.table())
+        sampled_by.append(trainer.policy_learner.module.table())
 
     def batch(trainer, record: Record) -> None:
         nonlocal counted, expected

@@ -362,7 +362,7 @@ def test_a_number_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tm
     def step():
         if session.trainer.num_steps == 2:
             with torch.no_grad():
-                next(session.trainer.value.module.parameters())[:] = math.nan
+                next(session.trainer.value_learner.module.parameters())[:] = math.nan
         return real()
 
     session.trainer.step = step
@@ -383,7 +383,7 @@ def test_weights_that_an_update_spoilt_are_not_saved_and_the_checkpoint_before_s
         session.trainer.step()
         good = session.save()
         with torch.no_grad():
-            next(session.trainer.policy.module.parameters())[0, 0] = math.inf
+            next(session.trainer.policy_learner.module.parameters())[0, 0] = math.inf
         session.trainer.num_steps += 1
         with pytest.raises(UserError) as error:
             session.save()
@@ -401,7 +401,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_and_no_remains
         session.trainer.step()
         good = session.save()
         session.trainer.step()
-        monkeypatch.setattr(session.trainer.value.module, "save_pretrained", lambda folder: (_ for _ in ()).throw(failure))
+        monkeypatch.setattr(session.trainer.value_learner.module, "save_pretrained", lambda folder: (_ for _ in ()).throw(failure))
         with pytest.raises(UserError) as error:
             session.save()
     finally:

@@ -244,14 +244,14 @@ def test_F2_each_ended_token_reaches_the_critic_once_per_epoch_and_no_running_on
 
 def test_a_critic_that_waits_for_a_full_batch_is_left_as_it_is_until_then():
     trainer = make_trainer("tppo", value__batch_responses=1000)
-    before = weights_of(trainer.value.module)
+    before = weights_of(trainer.value_learner.module)
     ended = 0
     for _ in range(4):
         metrics = trainer.step()
         ended += int(metrics["response/ended"])
         assert metrics["value/held"] == ended
     assert ended > 0
-    assert same(before, weights_of(trainer.value.module))
+    assert same(before, weights_of(trainer.value_learner.module))
 
 
 def test_the_joint_critic_trains_on_the_policys_tokens_towards_advantage_plus_value():
@@ -312,7 +312,7 @@ def test_F3_prompt_and_padding_tokens_reach_no_loss():
     for number in (0.0, 5.0, -3e4):
         trainer = make_trainer("tppo", policy_spy=garbage(number), value_spy=garbage(number), advantage__gamma=0.9)
         metrics = [trainer.step() for _ in range(4)]
-        runs.append((weights_of(trainer.policy.module) + weights_of(trainer.value.module), metrics))
+        runs.append((weights_of(trainer.policy_learner.module) + weights_of(trainer.value_learner.module), metrics))
     for weights, metrics in runs[1:]:
         assert same(weights, runs[0][0])
         for one, two in zip(metrics, runs[0][1], strict=True):
@@ -455,7 +455,7 @@ def test_a_mini_batch_in_micro_batches_has_the_gradient_of_one_batch(method):
                                value__micro_batch_tokens=budget, rollout__slots=12, rollout__window=12)  # fmt: skip
         trainer.step()
         num_forward.append(count["training"])
-        gradients.append((parallel.of(trainer.policy.module), parallel.of(trainer.value.module)))
+        gradients.append((parallel.of(trainer.policy_learner.module), parallel.of(trainer.value_learner.module)))
     assert num_forward[0] == 1
     assert num_forward[0] < num_forward[1] < num_forward[2]
     for pair in gradients[1:]:
@@ -495,19 +495,19 @@ def test_prefix_tokens_are_counted_as_fed_less_sampled():
 
 def test_warm_up_steps_train_the_critic_alone_and_exclude_their_tokens():
     trainer = make_trainer("tppo", value__warmup_steps=3)
-    policy = weights_of(trainer.policy.module)
+    policy = weights_of(trainer.policy_learner.module)
     for step in range(1, 6):
-        value = weights_of(trainer.value.module)
+        value = weights_of(trainer.value_learner.module)
         metrics = trainer.step()
         if step <= 3:
-            assert same(policy, weights_of(trainer.policy.module))
+            assert same(policy, weights_of(trainer.policy_learner.module))
             assert metrics["ledger/excluded_warmup"] == metrics["ledger/generated"]
             assert metrics["ledger/trained"] == metrics["policy/tokens"] == metrics["ledger/pending"] == 0
             excluded = metrics["ledger/excluded_warmup"]
         else:
-            assert not same(policy, weights_of(trainer.policy.module))
+            assert not same(policy, weights_of(trainer.policy_learner.module))
             assert metrics["ledger/excluded_warmup"] == excluded
-        assert same(value, weights_of(trainer.value.module)) == (metrics["response/ended"] == 0)
+        assert same(value, weights_of(trainer.value_learner.module)) == (metrics["response/ended"] == 0)
 
 
 def test_the_learning_rate_rises_linearly_over_its_warm_up():
@@ -520,19 +520,19 @@ def test_the_learning_rate_rises_linearly_over_its_warm_up():
 def test_ppo_ewma_the_average_is_of_all_weights_so_far_each_older_one_counting_decay_times_less():
     parallel, decay = RecordingParallel(), 0.75
     trainer = make_trainer("tppo", parallel=parallel, policy__ewma_decay=decay, policy__mini_batches=3, policy__lr=3e-3)
-    history = [weights_of(trainer.policy.module)]
+    history = [weights_of(trainer.policy_learner.module)]
     assert same(history[0], weights_of(trainer.ewma.module)), "it starts as the policy"
     for _ in range(3):
         parallel.weights.clear()
         trainer.step()
-        before_each = [w for module, w in parallel.weights if module is trainer.policy.module]
-        history += [*before_each[1:], weights_of(trainer.policy.module)]
+        before_each = [w for module, w in parallel.weights if module is trainer.policy_learner.module]
+        history += [*before_each[1:], weights_of(trainer.policy_learner.module)]
     assert len(history) == 10
     share = [decay ** (len(history) - 1 - i) for i in range(len(history))]
     for i, averaged in enumerate(weights_of(trainer.ewma.module)):
         expected = sum(s * weights[i] for s, weights in zip(share, history, strict=True)) / sum(share)
         torch.testing.assert_close(averaged, expected, rtol=0, atol=1e-6)
-    assert not same(weights_of(trainer.ewma.module), weights_of(trainer.policy.module))
+    assert not same(weights_of(trainer.ewma.module), weights_of(trainer.policy_learner.module))
 
 
 def test_ppo_ewma_clips_around_the_average_and_weighs_by_average_over_behaviour(monkeypatch):
@@ -584,7 +584,7 @@ def poison(at: str, when):
 @pytest.mark.parametrize("model", ["policy", "value"])
 def test_what_is_not_finite_stops_before_the_update_and_is_named(model, at):
     trainer = make_trainer("tppo", **{f"{model}_spy": poison(at, when=2)})
-    step, learner, message = 0, getattr(trainer, model), ""
+    step, learner, message = 0, getattr(trainer, f"{model}_learner"), ""
     while not message and step < 20:
         step += 1
         before = weights_of(learner.module)
@@ -602,19 +602,19 @@ def test_what_is_not_finite_stops_before_the_update_and_is_named(model, at):
 
 def test_the_tensor_whose_gradient_is_not_finite_is_the_one_that_is_named():
     trainer = make_trainer("tppo")
-    name, parameter = list(trainer.policy.module.named_parameters())[5]
+    name, parameter = list(trainer.policy_learner.module.named_parameters())[5]
     parameter.register_hook(lambda g: g * math.nan)
-    before = weights_of(trainer.policy.module)
+    before = weights_of(trainer.policy_learner.module)
     with pytest.raises(NonFiniteError, match=rf"gradient of {name} is not finite"):
         trainer.step()
-    assert same(before, weights_of(trainer.policy.module))
+    assert same(before, weights_of(trainer.policy_learner.module))
 
 
 def test_a_policy_with_a_weight_that_is_not_finite_stops_in_the_rollout_and_says_where():
     trainer = make_trainer("tppo")
     trainer.step()
     with torch.no_grad():
-        next(trainer.policy.module.parameters())[:] = math.nan
+        next(trainer.policy_learner.module.parameters())[:] = math.nan
     with pytest.raises((FloatingPointError, NonFiniteError), match=r"response \d+.*position \d+"):
         trainer.step()
 
@@ -646,7 +646,7 @@ def test_two_runs_of_one_seed_are_the_same_bit_for_bit_and_another_seed_differs(
         trainer = make_trainer("tppo", run__seed=seed, policy__mini_batches=3)
         for _ in range(3):
             trainer.step()
-        outcomes.append(weights_of(trainer.policy.module) + weights_of(trainer.value.module))
+        outcomes.append(weights_of(trainer.policy_learner.module) + weights_of(trainer.value_learner.module))
     assert same(outcomes[0], outcomes[1])
     assert not same(outcomes[0], outcomes[2])
 
@@ -662,7 +662,7 @@ def logged() -> dict[str, set[str]]:
     for method in METHODS:
         trainer = make_trainer(method)
         names[method] = set().union(*(trainer.step() for _ in range(2)))
-    engine = TorchEngine(trainer.policy.module, slots=4, max_context_tokens=24, end_token_id=END_ID)
+    engine = TorchEngine(trainer.policy_learner.module, slots=4, max_context_tokens=24, end_token_id=END_ID)
     metrics, _ = evaluate(engine, ToyScorer(), make_prompts(6), samples_per_prompt=1, slots=4, max_response_tokens=20)
     return names | {"evaluation": set(metrics)}
 
@@ -678,8 +678,8 @@ def test_every_method_logs_the_same_names(logged, method):
 
 def test_an_evaluation_answers_each_prompt_and_sample_whole_and_always_the_same():
     trainer = make_trainer("tppo")
-    engine = TorchEngine(trainer.policy.module, slots=3, max_context_tokens=24, end_token_id=END_ID)
-    other = TorchEngine(trainer.policy.module, slots=7, max_context_tokens=24, end_token_id=END_ID)
+    engine = TorchEngine(trainer.policy_learner.module, slots=3, max_context_tokens=24, end_token_id=END_ID)
+    other = TorchEngine(trainer.policy_learner.module, slots=7, max_context_tokens=24, end_token_id=END_ID)
     prompts = make_prompts(7)
     results = [
         evaluate(e, ToyScorer(), prompts, samples_per_prompt=3, slots=e.slots, max_response_tokens=20)

@@ -295,7 +295,7 @@ class MDPEngine:
         self._state = state[:, ~finished_n]
         return decoded
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing to give up."""
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:

@@ -260,12 +260,12 @@ class Recorder:
         if metrics is not None:
             self.decode_steps += self.trainer.batcher.num_steps
             fields |= self._step(metrics) | self._survivors() | _staleness(self.trainer.value_batch(), self.trainer.version - 1)
-        policy_NA = self.trainer.policy.module.table()
+        policy_NA = self.trainer.policy_learner.module.table()
         self.solution = self.mdp.solve(policy_NA)
         true_N = true_value(self.mdp, policy_NA, self.solution)
         if set_critic:
-            self.trainer.value.module.begin_at(true_N)
-        fields |= _critic_error(self.mdp, self.trainer.value.module.table(), true_N, self.solution.visits_N)
+            self.trainer.value_learner.module.begin_at(true_N)
+        fields |= _critic_error(self.mdp, self.trainer.value_learner.module.table(), true_N, self.solution.visits_N)
         return Record(
             decode_steps=self.decode_steps,
             mean_return=self.solution.mean_return,

@@ -51,7 +51,7 @@ class Replay:
     def collect(self):
         return {s.response.id: (s.response.score, "ok") for s in self.recorded if s.response.ended}
 
-    def rest(self):
+    def sleep(self):
         pass
 
     def load_weights(self, tensors, version):
@@ -83,7 +83,7 @@ def step(case, folder, out, world, how, config=FULL32, algo=CONFIG):
     trainer = Trainer(algo, policy=policy, value=value, engine=replay, batcher=replay, scorer=replay, parallel=Collective(world))
     tensors, dtypes = {}, set()
 
-    for learner in (trainer.policy, trainer.value):
+    for learner in (trainer.policy_learner, trainer.value_learner):
         for group in learner.optimiser.param_groups:
             group["eps"] = 1e-3  # the update becomes a smooth function of the gradient; at 1e-8 it is its sign, rounding included
 
@@ -97,7 +97,7 @@ def step(case, folder, out, world, how, config=FULL32, algo=CONFIG):
         learner.parallel = type("Recording", (), {"grad_norm": staticmethod(grad_norm), "loss_scale": trainer.parallel.loss_scale,
             "sum": trainer.parallel.sum, "max": trainer.parallel.max, "rank": world.rank, "world": world.world})()  # fmt: skip
     metrics = trainer.step()
-    for learner in (trainer.policy, trainer.value):
+    for learner in (trainer.policy_learner, trainer.value_learner):
         for key, tensor in gathered(learner.module):
             tensors[f"new.{learner.name}.{key}"] = tensor.clone()
     if world.rank == 0:

@@ -70,7 +70,7 @@ parallel = Collective(world)
 mine = {0: [("a", i) for i in range(9)], 1: [], 2: [("c", 0)], 3: [("d", 0), ("d", 1)]}[world.rank]
 tokens = [10] * len(mine)
 movable = [thing != ("a", 8) for thing in mine]
-kept = parallel.level(mine, tokens, movable)
+kept = parallel.rebalance(mine, tokens, movable)
 print("FOUND " + json.dumps(parallel.gather_objects(kept)), flush=True)
 last_barrier()
 os._exit(0)

@@ -138,20 +138,20 @@ def test_an_engine_whose_one_slot_is_refilled_in_mid_window_does_not_sleep_in_be
     assert [s.stop - s.begin for s in batcher.segments] == [3, 2, 4, 3]
     assert llm.events.count("add") == 4
     assert set(llm.events) == {"add", "decode"}
-    engine.rest()
+    engine.sleep()
     assert llm.events[-1] == "sleep 2"
 
 
 def test_resting_twice_is_resting_once(engine_of):
     engine, llm = engine_of()
-    engine.rest()
-    engine.rest()
+    engine.sleep()
+    engine.sleep()
     assert llm.events == ["sleep 2"]
 
 
 def test_an_engine_at_rest_takes_no_requests_and_has_no_weights_to_keep(engine_of):
     engine, llm = engine_of()
-    engine.rest()
+    engine.sleep()
     with pytest.raises(RuntimeError, match="load_weights before submit"):
         engine.submit([REQUEST])
     with pytest.raises(RuntimeError, match="no weights to keep"):
@@ -162,7 +162,7 @@ def test_an_engine_at_rest_takes_no_requests_and_has_no_weights_to_keep(engine_o
 
 def test_new_weights_wake_it_first_their_memory_then_the_caches(engine_of):
     engine, llm = engine_of()
-    engine.rest()
+    engine.sleep()
     engine.load_weights(WEIGHTS, 1)
     assert llm.events == ["sleep 2", "wake weights", "reload", "wake kv_cache", "reset"]
     assert engine.version == 1
@@ -173,7 +173,7 @@ def test_new_weights_wake_it_first_their_memory_then_the_caches(engine_of):
 
 def test_weights_that_slept_on_the_host_may_be_kept(engine_of):
     engine, llm = engine_of(sleep_level=1)
-    engine.rest()
+    engine.sleep()
     engine.load_weights(None, 1)
     assert llm.events == ["sleep 1", "wake all", "reset"]
     engine.submit([REQUEST])
@@ -181,7 +181,7 @@ def test_weights_that_slept_on_the_host_may_be_kept(engine_of):
 
 def test_sleep_level_0_stays_awake(engine_of):
     engine, llm = engine_of(sleep_level=0)
-    engine.rest()
+    engine.sleep()
     engine.submit([REQUEST])
     assert llm.events == ["add"]
 
@@ -204,8 +204,8 @@ def test_a_training_step_lets_the_engine_rest_once_between_its_window_and_its_fo
     policy, value = load_policy(str(model)), load_value_model(str(model))
     for name, module in (("policy", policy), ("value", value)):
         module.register_forward_pre_hook(lambda *_, name=name: llm.events.append(f"{name} forward"))
-    rest = engine.rest
-    monkeypatch.setattr(engine, "rest", lambda: (llm.events.append("rest"), rest()))
+    sleep = engine.sleep
+    monkeypatch.setattr(engine, "sleep", lambda: (llm.events.append("told to sleep"), sleep()))
     config = replace_fields(Config(), {
         "rollout.slots": 2, "rollout.window": WINDOW, "rollout.max_response_tokens": 40, "advantage.tail_tokens": 2,
         "policy.mini_batches": 1, "policy.mini_batch_tokens": 0, "value.mini_batches": 1, "value.mini_batch_tokens": 0,
@@ -215,11 +215,11 @@ def test_a_training_step_lets_the_engine_rest_once_between_its_window_and_its_fo
         llm.events.clear()
         metrics = trainer.step()
         phases = [name for name, _ in itertools.groupby(e.replace("add", "decode") for e in llm.events)]
-        assert phases[:3] == ["decode", "rest", "sleep 2"], llm.events
+        assert phases[:3] == ["decode", "told to sleep", "sleep 2"], llm.events
         forward, sync = phases[3:-4], phases[-4:]
         assert set(forward) == {"policy forward", "value forward"}
         assert sync == ["wake weights", "reload", "wake kv_cache", "reset"]
-        assert llm.events.count("rest") == 1
+        assert llm.events.count("told to sleep") == 1
         assert metrics["policy/updates"] == 1
         assert engine.version == step
 

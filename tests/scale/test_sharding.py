@@ -76,7 +76,7 @@ def plain(folder):
     replay = Replay(recorded_rows())
     trainer = Trainer(CONFIG, policy=policy, value=value, engine=replay, batcher=replay, scorer=replay)
     tensors = {}
-    for learner in (trainer.policy, trainer.value):
+    for learner in (trainer.policy_learner, trainer.value_learner):
         for group in learner.optimiser.param_groups:
             group["eps"] = 1e-3
     real = trainer.parallel.grad_norm

@@ -26,7 +26,7 @@ class Parallel(Protocol):
     def gather_objects(self, thing: Any) -> list[Any]:
         """`thing` of every rank, in rank order, on every rank."""
 
-    def level(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
+    def rebalance(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
         """This rank's things once some have moved to ranks with fewer tokens: its own that stayed, in order, then what came.
 
         tokens    work that each thing of this rank is; movable    whether it may leave
@@ -55,7 +55,7 @@ class SingleProcess:
     def gather_objects(self, thing: Any) -> list[Any]:
         return [thing]
 
-    def level(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
+    def rebalance(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
         return things
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:

@@ -62,8 +62,8 @@ class Trainer:
     ):
         self.config, self.engine, self.batcher, self.scorer, self.device = config, engine, batcher, scorer, device
         self.parallel: Parallel = parallel or SingleProcess()
-        self.policy = Learner("policy", policy, config.policy, self.parallel)
-        self.value = Learner("value", value, config.value, self.parallel)
+        self.policy_learner = Learner("policy", policy, config.policy, self.parallel)
+        self.value_learner = Learner("value", value, config.value, self.parallel)
         self.ewma: Ewma | None = None
         if config.policy.ewma_decay:
             self.ewma = Ewma(averaged if averaged is not None else copy.deepcopy(policy), config.policy.ewma_decay)
@@ -84,24 +84,24 @@ class Trainer:
         clock = PhaseClock()
         with clock("rollout"):
             self.slices = self.batcher.window(self.engine, version=self.version, on_end=self.scorer.submit)
-            self.engine.rest()
+            self.engine.sleep()
         with clock("verify"):
             self._collect_scores()
         warming_up = self.num_steps <= self.config.value.warmup_steps
         with clock("forward"):
             rows = self._policy_rows()
             epochs = range(self.config.policy.epochs)
-            plans = [self._plan(self.policy, rows.responses, rows.train_BT, epoch) for epoch in epochs]
+            plans = [self._plan(self.policy_learner, rows.responses, rows.train_BT, epoch) for epoch in epochs]
             self._forward(rows, plans[0])
             metrics = rows.estimate_advantages(self.config.advantage, self.config.rollout.window, self.parallel)
         with clock("policy"):
             if not warming_up:
-                metrics |= update_policy(self.policy, rows, plans, step=self.num_steps, ewma=self.ewma)
+                metrics |= update_policy(self.policy_learner, rows, plans, step=self.num_steps, ewma=self.ewma)
         with clock("value"):
             metrics |= self._update_value(rows, plans)
         with clock("sync"):
             self.version += 1
-            self.engine.load_weights(self.policy.module.named_tensors(), self.version)
+            self.engine.load_weights(self.policy_learner.module.named_tensors(), self.version)
         metrics |= self._settle(rows, warming_up)
         metrics |= self._window_metrics(clock.seconds["rollout"])
         metrics |= clock.metrics()
@@ -121,7 +121,7 @@ class Trainer:
         ended = [s.response.ended for s in self.slices]
         trains = [e or self.config.policy.train_on == "window" for e in ended]
         work = [s.response.num_fed if t else 0 for s, t in zip(self.slices, trains, strict=True)]
-        self.slices = self.parallel.level(self.slices, work, ended)
+        self.slices = self.parallel.rebalance(self.slices, work, ended)
         chosen = [s for s in self.slices if self.config.policy.train_on == "window" or s.response.ended]
         return PolicyRows.build([s.response for s in chosen], [s.begin for s in chosen], self.config.advantage, self.device)
 
@@ -130,10 +130,10 @@ class Trainer:
         """Values and old log-probabilities, in the micro-batches of the first epoch: its first ratio is then exactly 1."""
         for micro_batch in (micro for mini in plan for micro in mini):
             batch = rows.batch(micro_batch)
-            value_BT, last_value_B = self.value.module(batch)
+            value_BT, last_value_B = self.value_learner.module(batch)
             rows.put(micro_batch, values_BT=value_BT, last_value_B=last_value_B)
             if self._recomputes:
-                rows.put(micro_batch, logprob_BT=self.policy.module(batch))
+                rows.put(micro_batch, logprob_BT=self.policy_learner.module(batch))
         outputs = (("log-probability", rows.logprob_BT), ("value", rows.values_BT), ("value", rows.last_value_B))
         bad = self.parallel.max([not bool(torch.isfinite(tensor).all()) for _, tensor in outputs])  # all ranks stop, or none
         for (name, _), is_bad in zip(outputs, bad, strict=True):
@@ -157,8 +157,8 @@ class Trainer:
             gamma = self.config.advantage.gamma
             targets_BT = monte_carlo_returns(terminal_rewards(responses, self.device), mask_BT, gamma=gamma)
             stored_BT = pad([r.values for r in responses], torch.float32, self.device)
-            plans = [self._plan(self.value, responses, mask_BT, epoch) for epoch in range(config.epochs)]
-        metrics = update_value(self.value, responses, targets_BT, mask_BT, stored_BT, plans, step=self.num_steps)
+            plans = [self._plan(self.value_learner, responses, mask_BT, epoch) for epoch in range(config.epochs)]
+        metrics = update_value(self.value_learner, responses, targets_BT, mask_BT, stored_BT, plans, step=self.num_steps)
         num_responses, num_held = self.parallel.sum([len(responses), len(self.held)])
         return metrics | {"value/responses": num_responses, "value/held": num_held}
 
@@ -170,11 +170,11 @@ class Trainer:
             full_batches = min(self.parallel.gather_objects(len(self.held) // size))  # the rank with fewest sets the pace
             taken = full_batches * size
         responses, self.held = self.held[:taken], self.held[taken:]
-        return self.parallel.level(responses, [r.num_fed for r in responses], [True] * len(responses))
+        return self.parallel.rebalance(responses, [r.num_fed for r in responses], [True] * len(responses))
 
     def _plan(self, learner: Learner, responses: Sequence[Response], mask_BT: torch.Tensor, epoch: int) -> Plan:
         fed = [r.num_fed for r in responses]
-        key = (self.config.run.seed, self.num_steps, epoch, self.parallel.rank, learner is self.value)
+        key = (self.config.run.seed, self.num_steps, epoch, self.parallel.rank, learner is self.value_learner)
         return learner.plan(mask_BT.sum(1).tolist(), fed, np.random.default_rng(key))
 
     # ---------------------------------------------------------------------------------------------------- what became of tokens

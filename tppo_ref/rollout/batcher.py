@@ -58,7 +58,7 @@ class SampleStream:
         sample, self.next = self.next, self.next + self.world
         return sample
 
-    def describe(self, sample: int) -> tuple[Prompt, int]:
+    def prompt_of(self, sample: int) -> tuple[Prompt, int]:
         """Prompt and sample index of a sample. The pair is unique over the run, epochs included: it seeds the sampling."""
         group, index = divmod(sample, self.samples_per_prompt)
         epoch, place = divmod(group, len(self.prompts))
@@ -168,7 +168,7 @@ class SuccessiveBatcher:
         requests = []
         for grant in grants:
             if grant.response not in self.in_flight:
-                prompt, sample_index = self.stream.describe(grant.response)
+                prompt, sample_index = self.stream.prompt_of(grant.response)
                 self.in_flight[grant.response] = Response(id=grant.response, prompt=prompt, sample_index=sample_index)
             response = self.in_flight[grant.response]
             requests.append(

@@ -72,8 +72,8 @@ class ObservedEngine:
         self._context_tokens += active - sum(self._held.pop(d.response_id) + len(d.token_ids) for d in decoded)
         return decoded
 
-    def rest(self) -> None:
-        self.engine.rest()
+    def sleep(self) -> None:
+        self.engine.sleep()
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
         self.engine.load_weights(named_tensors, version)

@@ -48,7 +48,7 @@ class RolloutEngine(Protocol):
     def step(self) -> list[Decoded]:
         """One more token for every running request; returns those that finished with it (end token or max_new_tokens)."""
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """No request comes before the next `load_weights`: an engine that shares its device with the trainer may give up memory."""
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:

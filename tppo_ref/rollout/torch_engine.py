@@ -105,7 +105,7 @@ class TorchEngine:
             raise ValueError(f"{self.num_running} requests run and {len(requests)} more came; at most slots = {self.slots} can")
         self._pending.extend(requests)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """It decodes with the trainer's own weights, or a small copy: it keeps what it has."""
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:

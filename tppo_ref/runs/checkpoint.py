@@ -39,7 +39,7 @@ def save_checkpoint(trainer: Trainer, folder: Path, *, keep: int, config: dict[s
     """
     final = folder / f"step-{trainer.num_steps:08d}"
     beside = folder / f".unfinished-{final.name}-{os.getpid()}"
-    for learner in (trainer.policy, trainer.value):
+    for learner in (trainer.policy_learner, trainer.value_learner):
         if not math.isfinite(float(torch.nn.utils.get_total_norm(list(learner.module.parameters())))):
             raise NonFiniteError(f"step {trainer.num_steps}: the {learner.name}'s weights are not finite; they were not saved")
     if (final / MANIFEST).exists():  # the same step again: a stop right after a periodic one
@@ -63,18 +63,18 @@ def save_checkpoint(trainer: Trainer, folder: Path, *, keep: int, config: dict[s
 
 
 def _write(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
-    trainer.policy.module.save_pretrained(folder / "policy")
-    trainer.value.module.save_pretrained(folder / "value")
+    trainer.policy_learner.module.save_pretrained(folder / "policy")
+    trainer.value_learner.module.save_pretrained(folder / "value")
     if trainer.ewma is not None:
         # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
         save_file({name: p.detach().clone() for name, p in trainer.ewma.module.named_parameters()}, folder / "ewma.safetensors")
-    optimisers = {learner.name: learner.optimiser.state_dict() for learner in (trainer.policy, trainer.value)}
+    optimisers = {learner.name: learner.optimiser.state_dict() for learner in (trainer.policy_learner, trainer.value_learner)}
     torch.save(optimisers | {"torch_rng": torch.get_rng_state()}, folder / "optimisers.pt")
     (folder / "state.json").write_text(json.dumps({
         "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s, "ledger": dict(trainer.ledger),
         "verdicts": dict(trainer.verdicts),
         "ewma_weight": trainer.ewma.weight if trainer.ewma else None,
-        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy, trainer.value)},
+        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy_learner, trainer.value_learner)},
         "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(), "config": config,
     }))  # fmt: skip
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -112,7 +112,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     state = read_state(folder)
     try:
         optimisers = torch.load(folder / "optimisers.pt", weights_only=True)
-        for learner in (trainer.policy, trainer.value):
+        for learner in (trainer.policy_learner, trainer.value_learner):
             learner.optimiser.load_state_dict(optimisers[learner.name])
             learner.num_steps = state["learner_steps"][learner.name]
         if trainer.ewma is not None:
@@ -131,7 +131,7 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     trainer.verdicts.update(state["verdicts"])
     trainer.held = [Response.from_state_dict(response) for response in state["held"]]
     trainer.batcher.load_state_dict([state["batcher"]])
-    trainer.engine.load_weights(trainer.policy.module.named_tensors(), trainer.version)
+    trainer.engine.load_weights(trainer.policy_learner.module.named_tensors(), trainer.version)
 
 
 def file_digest(path: Path) -> str:
