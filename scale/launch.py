@@ -120,14 +120,14 @@ def work(command: str, config: object) -> int:
 
     from tqdm import tqdm
 
-    from scale import commands, leaving
+    from scale import commands, shutdown
     from scale.config import ScaleConfig
     from scale.distributed import Collective, start
     from scale.run import with_base_model
     from tppo_ref.method.errors import UserError
 
     assert isinstance(config, ScaleConfig)
-    leaving.leave_with_the_others()
+    shutdown.leave_with_the_others()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, and these processes leave without giving it back
     code, message = 0, ""
@@ -142,18 +142,18 @@ def work(command: str, config: object) -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except Exception as error:
-        code, message = 1, leaving.word_of_a_lost_rank(error)
-        if message and not leaving.under_torchrun():
-            time.sleep(leaving.ECHO_S)  # the launcher says which one, and ends the rest
+        code, message = 1, shutdown.word_of_a_lost_rank(error)
+        if message and not shutdown.under_torchrun():
+            time.sleep(shutdown.ECHO_S)  # the launcher says which one, and ends the rest
         elif not message:
             message = f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             traceback.print_exc()
-    alone = bool(message) and world is None and leaving.may_tell_alone()
-    with leaving.telling:
-        if message and (alone or (world and leaving.report_once())):
+    alone = bool(message) and world is None and shutdown.may_tell_alone()
+    with shutdown.telling:
+        if message and (alone or (world and shutdown.report_once())):
             print(message, file=sys.stderr, flush=True)
     if code in (0, 130):
-        leaving.last_barrier()
+        shutdown.last_barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no orderly end: vLLM and torch each take the process groups down, and the second one fails

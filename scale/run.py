@@ -80,7 +80,7 @@ class ScaleSession(Session):
     def __init__(self, config: ScaleConfig, world: World):
         self.scale, self.world = config, world
         self.parallel = Collective(world)
-        if under_torchrun():  # there SIGTERM means that a rank is gone: leaving.py ends this one at once
+        if under_torchrun():  # there SIGTERM means that a rank is gone: shutdown.py ends this one at once
             self.stop_signals = (signal.SIGINT,)
         super().__init__(config.algo)
         self.checkpointer = Checkpointer(self.checkpoints, world, config, newest=self.start)
