@@ -36,9 +36,11 @@ def response_mask(lengths: Sequence[int], device: torch.device | str = "cpu") ->
     return column_T < torch.tensor(lengths, device=device, dtype=torch.long)[:, None]
 
 
-def terminal_rewards(responses: Sequence[Response], device: torch.device | str = "cpu") -> torch.Tensor:
+def terminal_rewards(
+    responses: Sequence[Response], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """[B, T], the score on the last token of each ended response, LENGTH_CAP included; a RUNNING response's rewards are 0."""
-    rewards_BT = torch.zeros(len(responses), max(map(len, responses), default=0), device=device)
+    rewards_BT = torch.zeros(len(responses), max(map(len, responses), default=0), dtype=dtype, device=device)
     for row, response in enumerate(responses):
         if response.ended:
             assert response.score is not None, f"response {response.id} ended without a score"
@@ -48,7 +50,7 @@ def terminal_rewards(responses: Sequence[Response], device: torch.device | str =
 
 @dataclasses.dataclass
 class PolicyRows:
-    """The policy's rows of one step. Tensors are float32 or bool, [B, T] or [B]."""
+    """The policy's rows of one step. Tensors are bool or `dtype` (float32, or the models' float64), [B, T] or [B]."""
 
     responses: list[Response]
     window_begin_B: torch.Tensor  # column of the first token sampled in this step
@@ -63,7 +65,14 @@ class PolicyRows:
     advantages_BT: torch.Tensor | None = None
 
     @classmethod
-    def build(cls, responses: Sequence[Response], begins: Sequence[int], config: AdvantageConfig, device: Any) -> PolicyRows:
+    def build(
+        cls,
+        responses: Sequence[Response],
+        begins: Sequence[int],
+        config: AdvantageConfig,
+        device: Any,
+        dtype: torch.dtype = torch.float32,
+    ) -> PolicyRows:
         mask_BT = response_mask([len(r) for r in responses], device)
         # The one place where "cut" is derived: a row is cut when its response is RUNNING at the window's edge.
         cut_B = torch.tensor([not r.ended for r in responses], dtype=torch.bool, device=device)
@@ -75,10 +84,10 @@ class PolicyRows:
             run_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=0),
             train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=skip_tail),
             cut_B=cut_B,
-            logprob_BT=torch.zeros(mask_BT.shape, device=device),
-            behaviour_BT=pad([r.logprobs for r in responses], torch.float32, device),
-            values_BT=torch.zeros(mask_BT.shape, device=device),
-            last_value_B=torch.zeros(len(responses), device=device),
+            logprob_BT=torch.zeros(mask_BT.shape, dtype=dtype, device=device),
+            behaviour_BT=pad([r.logprobs for r in responses], dtype, device),
+            values_BT=torch.zeros(mask_BT.shape, dtype=dtype, device=device),
+            last_value_B=torch.zeros(len(responses), dtype=dtype, device=device),
         )
 
     @property
@@ -106,12 +115,13 @@ class PolicyRows:
 
         Fills raw_advantages_BT and advantages_BT. T-PPO (arXiv 2506.15050); P6 of theory.md says why the prefix is not needed.
         """
-        length_B = torch.tensor([len(r) for r in self.responses], dtype=torch.float32, device=self.cut_B.device)
+        dtype, device = self.values_BT.dtype, self.cut_B.device
+        length_B = torch.tensor([len(r) for r in self.responses], dtype=dtype, device=device)
         lam: float | torch.Tensor = config.lam
         if config.length_adaptive_lam:  # a RUNNING response will be longer than it is: half a window is added
             lam = length_adaptive_lambda(length_B + self.cut_B * (window / 2), alpha=config.lam_alpha, floor=config.lam)
         self.raw_advantages_BT = egae(
-            terminal_rewards(self.responses, self.cut_B.device), self.values_BT, self.run_BT, self.cut_B,
+            terminal_rewards(self.responses, device, dtype), self.values_BT, self.run_BT, self.cut_B,
             gamma=config.gamma, lam=lam, cut_value=config.cut_value,
             last_value_B=self.last_value_B if config.cut_value == "critic" else None,
         )  # fmt: skip

@@ -41,8 +41,9 @@ class Scorer(Protocol):
 class Trainer:
     """Policy, value model, batcher, engine and scorer, stepped together.
 
-    policy(TokenBatch) -> logprob_BT and value(TokenBatch) -> (value_BT, last_value_B), both float32 on response tokens:
-    packing, logit chunks, checkpointing and sharding live behind them. `step()` returns metrics (metrics.GLOSSARY).
+    policy(TokenBatch) -> logprob_BT and value(TokenBatch) -> (value_BT, last_value_B), both float32 on response tokens
+    (float64 of float64 models): packing, logit chunks, checkpointing and sharding live behind them. `step()` returns metrics
+    (metrics.GLOSSARY).
 
     averaged   for policy.ewma_decay: a second copy of the policy, where it cannot be deep-copied (sharded ones)
     """
@@ -67,6 +68,8 @@ class Trainer:
         self.ewma: Ewma | None = None
         if config.policy.ewma_decay:
             self.ewma = Ewma(averaged if averaged is not None else copy.deepcopy(policy), config.policy.ewma_decay)
+        # Log-probabilities, values and advantages: never below float32, and float64 where the models are.
+        self.dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
         self._recomputes = config.policy.old_logprobs == "recompute"
         self.num_steps = 0
         self.version = 0  # of the policy's weights: one more per sync
@@ -123,7 +126,9 @@ class Trainer:
         work = [s.response.num_fed if t else 0 for s, t in zip(self.slices, trains, strict=True)]
         self.slices = self.parallel.rebalance(self.slices, work, ended)
         chosen = [s for s in self.slices if self.config.policy.train_on == "window" or s.response.ended]
-        return PolicyRows.build([s.response for s in chosen], [s.begin for s in chosen], self.config.advantage, self.device)
+        return PolicyRows.build(
+            [s.response for s in chosen], [s.begin for s in chosen], self.config.advantage, self.device, self.dtype
+        )
 
     @torch.no_grad()
     def _forward(self, rows: PolicyRows, plan: Plan) -> None:
@@ -155,8 +160,8 @@ class Trainer:
             ended_B = torch.tensor([r.ended for r in responses], dtype=torch.bool, device=self.device)
             mask_BT = value_token_mask(response_mask([len(r) for r in responses], self.device), ended_B)
             gamma = self.config.advantage.gamma
-            targets_BT = monte_carlo_returns(terminal_rewards(responses, self.device), mask_BT, gamma=gamma)
-            stored_BT = pad([r.values for r in responses], torch.float32, self.device)
+            targets_BT = monte_carlo_returns(terminal_rewards(responses, self.device, self.dtype), mask_BT, gamma=gamma)
+            stored_BT = pad([r.values for r in responses], self.dtype, self.device)
             plans = [self._plan(self.value_learner, responses, mask_BT, epoch) for epoch in range(config.epochs)]
         metrics = update_value(self.value_learner, responses, targets_BT, mask_BT, stored_BT, plans, step=self.num_steps)
         num_responses, num_held = self.parallel.sum([len(responses), len(self.held)])

@@ -3,8 +3,9 @@
     PolicyModel(batch) -> logprob_BT                     log-probabilities of the response tokens
     ValueModel(batch)  -> (value_BT, last_value_B)       V before each response token, and after the last one
 
-Both feed a `TokenBatch` packed (no padding, see attention.py) and give float32 back on response columns, T the longest
-response of the batch, 0 in padding. The wrapped transformers model is `.hf`; its parameter names are transformers' own.
+Both feed a `TokenBatch` packed (no padding, see attention.py) and give float32 back (float64 of a float64 model) on response
+columns, T the longest response of the batch, 0 in padding. The wrapped transformers model is `.hf`; its parameter names are
+transformers' own.
 
 Both stay in eval mode while they are trained: PPO's ratio compares two evaluations of one policy, and dropout would make
 them differ before any update. (Activation checkpointing that asks for `training`, as transformers' own does, is
@@ -31,12 +32,17 @@ from tppo_ref.rollout.packing import TokenBatch, pack
 LOGIT_CHUNK_NUMBERS = 2**27
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 as float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor | None, end_token_id: int | None) -> Tensor:
-    """The logits of the distribution that tokens are drawn from, float32 [N, V]; the only place that defines it.
+    """The logits of the distribution that tokens are drawn from, at least float32 [N, V]; the only place that defines it.
 
     logits / temperature; where `forbid_end_N` (bool) is True the end token has logit -inf.
     """
-    logits = logits_NV.float()
+    logits = at_least_float32(logits_NV)
     if temperature != 1.0:
         logits = logits / temperature
     if forbid_end_N is not None:
@@ -115,7 +121,7 @@ class PolicyModel(_Backbone):
         return self.hf.get_output_embeddings()(hidden_ND)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Log-probability of each response token under the sampling distribution, float32 [B, T]."""
+        """Log-probability of each response token under the sampling distribution, at least float32 [B, T]."""
         if not len(batch):  # a spare micro-batch: weightless, but every parameter is in its graph, as sharded ones need
             return self._forward(NO_ROWS)[:0, :0].clone()  # not self(...): the hooks of a sharded module must run once
         return self._forward(batch)
@@ -156,7 +162,7 @@ class ValueModel(_Backbone):
         hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout)
         read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
         head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
-        value = head(read)[:, 0].float()
+        value = at_least_float32(head(read)[:, 0])
         num_tokens = len(packed.predictor_M)
         return packed.unpack(value[:num_tokens]), value[num_tokens:].clone()  # no view: sharded modules must not return one
 
