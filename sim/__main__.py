@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 
+from tppo_ref import __version__
 from tppo_ref.method.errors import UserError, nearest
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -23,20 +25,26 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def usage() -> str:
+    """What `python -m sim` prints without a command."""
     lines = [f"  {name:12} {line}" for name, (_, line) in COMMANDS.items()]
     return "\n".join(["usage: python -m sim COMMAND [--option VALUE ...]", "", *lines, "", "COMMAND --help lists its options."])
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 Ctrl-C."""
+    """Exit codes: 0 done, 2 a user's mistake, 130 Ctrl-C. A mistake is one line on stderr; with --json also {"error": the line}."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if argv[0] == "--version":
+        print(f"tppo-ref {__version__}")
+        return 0
     try:
         if argv[0] not in COMMANDS:
-            raise UserError(f"unknown command {argv[0]!r}, expected one of {', '.join(COMMANDS)}{nearest(argv[0], list(COMMANDS))}")
+            raise UserError(f"command: got {argv[0]!r}; expected one of {', '.join(COMMANDS)}{nearest(argv[0], list(COMMANDS))}")
         importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except UserError as error:
+        if "--json" in argv:
+            print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,12 +18,14 @@ import pytest
 import torch
 
 from sim.__main__ import COMMANDS, main
+from sim.command import parse
 from sim.lab import instances
 from sim.lab.bias import by_distance, conditional_moments, every_offset
-from sim.lab.bias_command import BiasConfig, examine, knee_sentence, parse
+from sim.lab.bias_report import knee_sentence
 from sim.lab.bounds import cut_bound, surprise_bound
 from sim.lab.critics import CRITICS, check_critic, critic
 from sim.lab.estimators import ESTIMATORS, Estimator, named
+from sim.lab.examination import BiasConfig, examine
 from sim.lab.gradients import GradientError, expected_gradient, gradient_errors, knee
 from sim.lab.rollouts import Rollouts, older_policy
 
@@ -418,7 +420,7 @@ def test_figures_come_with_their_numbers(capsys, tmp_path):
         assert (tmp_path / "new" / name).read_bytes()[:4] == b"\x89PNG"
     with (tmp_path / "new" / "gradient_by_window.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["estimator"] == "egae"]
-    examination = examine(parse([*SMALL, "--critic", "exact"]))
+    examination = examine(parse(BiasConfig, [*SMALL, "--critic", "exact"], command="bias", description=""))
     finding = examination.findings["egae"]
     assert [float(row["relative"]) for row in rows] == [error.relative for error in finding.errors.values()]
     assert [int(row["window"]) for row in rows if row["knee"] == "1"] == [finding.knee]
@@ -464,15 +466,15 @@ def test_the_length_adaptive_lambda_is_drawn_like_any_other(capsys, tmp_path):
         (("--set", "gamma=1"), ("gamma has its own option",)),
         (("--critic", "oracle"), ("critic is 'oracle'", "exact")),
         (("--gamma", "2"), ("gamma is 2.0", "[0, 1]")),
-        (("--lam", "x"), ("--lam", "'x'")),
+        (("--lam", "x"), ("lam: got 'x'; expected a number",)),
         (("--lam", "-1"), ("lam is -1.0", "[0, 1]")),
         (("--window", "0"), ("window is 0",)),
-        (("--window", "4.5"), ("--window", "'4.5'")),
+        (("--window", "4.5"), ("window: got '4.5'; expected an integer",)),
         (("--tail", "0"), ("tail_tokens is 0",)),
         (("--estimators", "egae", "egae"), ("estimators", "egae egae")),
         (("--estimators", "vtrace"), ("estimator is 'vtrace'",)),
         (("--tolerance", "-1"), ("tolerance is -1.0",)),
-        (("--offsets", "some"), ("--offsets", "'some'")),
+        (("--offsets", "some"), ("offsets: got 'some'; expected one of first, all",)),
         (("--windows", "4"), ("--windows: no such option", "window")),
         (("stray",), ("stray",)),
         (("--instance", "noisy-reward", "--set", "length=14"), ("more than 2000000", "trajectories")),

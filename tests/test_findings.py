@@ -16,7 +16,10 @@ from scipy import stats
 from benchmarks import ablations, early_decision, findings
 from benchmarks.early_decision import METHODS, World
 from sim.__main__ import COMMANDS
-from sim.lab import bias_command, instances
+from sim.command import parse as parse_options
+from sim.lab import instances
+from sim.lab.estimators import named
+from sim.lab.examination import BiasConfig
 from sim.lab.learning import write_csv
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import parse
@@ -220,8 +223,8 @@ def test_every_command_exists_and_parses(command, capsys):
     if module == "sim":
         assert words[0] in COMMANDS
         if words[0] == "bias":
-            config = bias_command.parse(words[1:])
-            assert {bias_command.named(name) for name in config.estimators}
+            config = parse_options(BiasConfig, words[1:], command="bias", description="")
+            assert {named(name) for name in config.estimators}
             instances.load(config.instance)
         else:
             assert words == ["throughput"]

@@ -18,10 +18,11 @@ from sim.clock.footprint import GIB, PHASES, TERMS, Budget, bytes_per_phase, sta
 from sim.clock.hardware import Layout, Roofline, accelerator, model
 from sim.clock.lengths import load_lengths
 from sim.clock.plan import PlanConfig, cut_weight, make, problems
-from sim.clock.plan_command import as_json, report
+from sim.clock.plan_report import TOY_KNEES, as_json, report
 from sim.clock.schedule import ppo, tppo
 from sim.clock.steady import gain, sampled, steady
 from sim.clock.trace import PHASES as STEP_PHASES
+from sim.lab.examination import BiasConfig, examine
 
 QWEN32, H800 = model("Qwen2.5-32B"), accelerator("H800")
 SMALL = ["plan", "--model", "Qwen2.5-0.5B", "--gpus", "4xH100", "--lengths", "twopoint:short=100,share=0.1", "--cap", "1024",
@@ -133,7 +134,7 @@ def test_what_does_not_fit_gets_remedies_that_do():
     assert make(dataclasses.replace(config, offload=True)).fits  # a remedy, taken
     assert make(dataclasses.replace(config, gpus="32xA100")).fits
     assert not make(dataclasses.replace(config, gpus="16xA100")).fits  # not among them
-    assert "DOES NOT FIT" in report(plan, "")
+    assert "DOES NOT FIT" in report(plan)
 
 
 def test_the_engine_may_not_take_what_the_trainer_holds():
@@ -163,7 +164,7 @@ def small_plan():
 
 
 def test_phases_sum_to_the_step_and_gain_is_a_ratio_of_tokens_per_second(small_plan):
-    found = as_json(small_plan, "")
+    found = as_json(small_plan)
     json.dumps(found, allow_nan=False)
     assert [row["system"] for row in found["seconds"]] == ["tppo"] * 3 + ["ppo"]
     last = found["seconds"][-1]
@@ -248,6 +249,14 @@ def test_the_window_is_the_fastest_within_the_tolerance(small_plan):
     strict = make(dataclasses.replace(small_plan.config, tolerance=0.0))
     assert strict.choice.window == 512
     assert "no window examined" in strict.choice.reason
+
+
+def test_the_toys_knees_are_the_laboratorys():
+    for lam, knee in TOY_KNEES.items():
+        toy = BiasConfig(
+            instance="calm-chain", critic="exact", lam=lam, estimators=("egae",), window=(2, 3, 4, 6, 8), tolerance=0.05
+        )
+        assert examine(toy).findings["egae"].knee == knee
 
 
 # ---------------------------------------------------------------------------------------------------------------- the command

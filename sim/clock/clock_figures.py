@@ -19,7 +19,7 @@ from sim.clock.cluster import Setup
 from sim.clock.decoding import Ints, Rollout, Stints, clock, load
 from sim.clock.footprint import PHASES, TERMS
 from sim.clock.plan import Plan
-from sim.clock.plan_command import COLUMNS, by_column
+from sim.clock.plan_report import COLUMNS, by_column
 from sim.clock.schedule import Windowed
 from sim.clock.throughput import CLAIM, PPO_INTENSITY, TPPO_INTENSITY, Case, setup_of
 from tppo_ref.method.records import End

@@ -26,47 +26,42 @@ from sim.clock.footprint import Budget, bytes_per_phase, kv_cache_bytes, state_b
 from sim.clock.hardware import Accelerator, Layout, ModelShape, Roofline, cluster, model
 from sim.clock.lengths import load_lengths, prompt_lengths
 from sim.clock.steady import Steady, few, in_routine, sampled, synchronous
+from sim.command import option
 
 __all__ = ["Plan", "PlanConfig", "Remedy", "bytes_per_phase", "cut_weight", "make"]
-
-
-def _option(default: Any, help: str, **options: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """What is asked for."""
 
-    model: str = _option("Qwen/Qwen2.5-32B", "a built-in name, or a config.json or its folder [S]", metavar="NAME")
-    gpus: str = _option("64xH800", "devices that train and, in turn, decode [V]", metavar="NxNAME")
-    lengths: str = _option("math-mixture", "response lengths: a published name, a short form, or a file [O]", metavar="SPEC")
-    field: str | None = _option(None, "column or key of the lengths in a file", metavar="NAME")
-    cap: int | None = _option(24_576, "longest response, in tokens; 0: the distribution's own, a file's longest [P]", type=int)
-    train_step: int = _option(0, "training step whose lengths are planned for, where they grow [O]", type=int)
-    prompt_tokens: int = _option(200, "length of a prompt [O]", type=int)
-    window: tuple[int, ...] = _option((), "windows of T-PPO; none: a sixth, a third, a half of the cap [O]", nargs="+", type=int)
-    refill: Literal["immediate", "step"] = _option("immediate", "of slots that become free [S]", choices=("immediate", "step"))
-    prompts: int = _option(512, "prompts per step; with samples, the decoding slots [P]", type=int)
-    samples: int = _option(16, "responses per prompt [P]", type=int)
-    updates: int = _option(16, "policy updates per PPO step; T-PPO makes as many per trained token [P]", type=int)
-    tp: int = _option(0, "devices of an engine replica; 0: the fastest that fits [O]", type=int)
-    micro_batch: int = _option(0, "tokens per device and pass; 0: the longest sequence [O]", type=int)
-    memory_utilisation: float = _option(0.0, "engine's share of a device; 0: what the trainer leaves, at most 0.9 [O]", type=float)
-    logit_chunk: int = _option(0, "tokens whose logits exist at a time; 0: tppo_ref's half a gigabyte [O]", type=int)
-    offload: bool = _option(False, "shards, gradients and moments in host memory [O]", action="store_true")
-    no_checkpointing: bool = _option(False, "keep all activations [O]", action="store_true")
-    sleep_level: int = _option(2, "of the engine while training: 0, 1, 2 as vLLM's [O]", type=int)
-    gamma: float = _option(1.0, "discount [S]", type=float)
-    lam: float = _option(0.95, "trace parameter; the floor of the adaptive one [P]", type=float)
-    alpha: float = _option(0.05, "lambda = max(lam, 1 - 1/(alpha L)) [P]; 0: lam at every length", type=float)
-    tolerance: float = _option(0.1, "largest weight of the cut (see below) of a window to choose [O]", type=float)
-    replicas: int = _option(
-        0, "engine replicas that are simulated for all; 0: 2, or 1 where 2 have more than 1,024 slots [O]", type=int
-    )
-    seed: int = _option(0, "of the lengths [O]", type=int)
-    out: str | None = _option(None, "folder for the figure and its CSV; none: not drawn", metavar="FOLDER")
-    json: bool = _option(False, "print JSON and nothing else", action="store_true")
+    model: str = option("Qwen/Qwen2.5-32B", "a built-in name, or a config.json or its folder [S]", metavar="NAME")
+    gpus: str = option("64xH800", "devices that train and, in turn, decode [V]", metavar="NxNAME")
+    lengths: str = option("math-mixture", "response lengths: a published name, a short form, or a file [O]", metavar="SPEC")
+    field: str | None = option(None, "column or key of the lengths in a file", metavar="NAME")
+    cap: int | None = option(24_576, "longest response, in tokens; 0: the distribution's own, a file's longest [P]")
+    train_step: int = option(0, "training step whose lengths are planned for, where they grow [O]")
+    prompt_tokens: int = option(200, "length of a prompt [O]")
+    window: tuple[int, ...] = option((), "windows of T-PPO; none: a sixth, a third, a half of the cap [O]")
+    refill: Literal["immediate", "step"] = option("immediate", "of slots that become free [S]")
+    prompts: int = option(512, "prompts per step; with samples, the decoding slots [P]")
+    samples: int = option(16, "responses per prompt [P]")
+    updates: int = option(16, "policy updates per PPO step; T-PPO makes as many per trained token [P]")
+    tp: int = option(0, "devices of an engine replica; 0: the fastest that fits [O]")
+    micro_batch: int = option(0, "tokens per device and pass; 0: the longest sequence [O]")
+    memory_utilisation: float = option(0.0, "engine's share of a device; 0: what the trainer leaves, at most 0.9 [O]")
+    logit_chunk: int = option(0, "tokens whose logits exist at a time; 0: tppo_ref's half a gigabyte [O]")
+    offload: bool = option(False, "shards, gradients and moments in host memory [O]")
+    no_checkpointing: bool = option(False, "keep all activations [O]")
+    sleep_level: int = option(2, "of the engine while training: 0, 1, 2 as vLLM's [O]")
+    gamma: float = option(1.0, "discount [S]")
+    lam: float = option(0.95, "trace parameter; the floor of the adaptive one [P]")
+    alpha: float = option(0.05, "lambda = max(lam, 1 - 1/(alpha L)) [P]; 0: lam at every length")
+    tolerance: float = option(0.1, "largest weight of the cut (see below) of a window to choose [O]")
+    replicas: int = option(0, "engine replicas that are simulated for all; 0: 2, or 1 where 2 have more than 1,024 slots [O]")
+    seed: int = option(0, "of the lengths [O]")
+    out: str | None = option(None, "folder for the figure and its CSV; none: not drawn", metavar="FOLDER")
+    json: bool = option(False, "print JSON and nothing else")
 
 
 @dataclasses.dataclass(frozen=True)

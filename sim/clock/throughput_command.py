@@ -2,20 +2,21 @@
 
     python -m sim throughput --out benchmarks/results        what docs/throughput.md cites; about two minutes
 
-Writes throughput_NAME.csv for each table of sim/throughput.py, and throughput_NAME.png for the figures.
+Writes throughput_NAME.csv for each table of sim/clock/throughput.py, and throughput_NAME.png for the figures.
 The JSON is {table: [rows]}; a mistake prints {"error": "..."} instead, and the exit code is 2.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sim.clock.throughput import PUBLISHED, TABLES, evaluate, system_cases, systems
+from sim.command import option, parse
 from tppo_ref.method.errors import UserError, nearest
 from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.figures import Rows
@@ -26,38 +27,32 @@ COLUMNS = ("mean_tokens", "longest_over_mean", "ppo_ops_per_byte", "ops_per_byte
            "ppo_rollout_share", "fed_again", "preemptions")  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThroughputConfig:
+    """What is computed. Each field is an option of the command line, its help is the field's."""
+
+    tables: tuple[str, ...] = option(NAMES, f"of {', '.join(NAMES)}; all by default", metavar="NAME")
+    out: str | None = option(None, "folder for CSV and figures; none given: none are written", metavar="FOLDER")
+    json: bool = option(False, "print JSON and nothing else")
 
 
 def main(argv: Sequence[str]) -> None:
     """Prints tables or JSON, and writes CSV and figures where --out is given. UserError for a user's mistake."""
-    parser = _Parser(prog="python -m sim throughput", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--tables", nargs="+", default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}; all by default")
-    parser.add_argument("--out", metavar="FOLDER", help="folder for CSV and figures; none given: none are written")
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    try:
-        options = parser.parse_args(list(argv))
-        for name in options.tables:
-            if name not in NAMES:
-                raise UserError(f"--tables {name}: expected some of {', '.join(NAMES)}{nearest(name, list(NAMES))}")
-        folder = None if options.out is None else writable_folder(options.out, "out")
-    except UserError as error:
-        if "--json" in argv:
-            print(json.dumps({"error": str(error)}))
-        raise
-    found: dict[str, Rows] = {}
-    for name in options.tables:
+    config = parse(ThroughputConfig, argv, command="throughput", description=__doc__)
+    for name in config.tables:
+        if name not in NAMES:
+            raise UserError(f"tables: got {name}; expected some of {', '.join(NAMES)}{nearest(name, list(NAMES))}")
+    folder = None if config.out is None else writable_folder(config.out, "out")
+    tables: dict[str, Rows] = {}
+    for name in config.tables:
         begin_s = time.perf_counter()
-        found[name] = table(name)
-        if not options.json:
-            print(text(name, found[name]) + f"\n({time.perf_counter() - begin_s:.0f} s)\n", flush=True)
+        tables[name] = table(name)
+        if not config.json:
+            print(text(name, tables[name]) + f"\n({time.perf_counter() - begin_s:.0f} s)\n", flush=True)
         if folder:
-            write(folder, name, found[name])
-    if options.json:
-        print(json.dumps(found, indent=1, allow_nan=False))
+            write(folder, name, tables[name])
+    if config.json:
+        print(json.dumps(tables, indent=1, allow_nan=False))
 
 
 def table(name: str) -> Rows:

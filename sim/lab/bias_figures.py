@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sim.lab.bias_command import Examination, knee_sentence
+from sim.lab.bias_report import knee_sentence
+from sim.lab.examination import Examination
 from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.figures import COLOURS, DPI, FONT, LINES, MARKERS, Rows, below, select, tidy, values
 from tppo_ref.runs.validation import writable_folder
