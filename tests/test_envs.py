@@ -22,7 +22,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.lab.envs import ENV_IDS, TokenEnv, TokenVectorEnv, WindowCut, sample_tokens
+from sim import ENV_IDS
+from sim.lab.envs import TokenEnv, TokenVectorEnv, WindowCut, sample_tokens
 from sim.lab.instances import INSTANCES, load
 from sim.lab.token_mdp import ENDED, Edges, TokenMDP
 from tppo_ref.method.records import End
@@ -77,11 +78,14 @@ import json, sys, warnings
 warnings.simplefilter("error")
 import gymnasium, numpy as np
 before, state, filters = set(gymnasium.registry), np.random.get_state()[1].tolist(), list(warnings.filters)
-import sim.lab.envs, importlib
-importlib.reload(sim.lab.envs)
+import sim, importlib
+importlib.reload(sim)
 new = set(gymnasium.registry) - before
 kept = np.random.get_state()[1].tolist() == state and list(warnings.filters) == filters and before < set(gymnasium.registry)
-print(json.dumps({"new": sorted(new), "kept": kept, "matplotlib": "matplotlib" in sys.modules}))
+slow = sorted({"matplotlib", "torch", "scipy", "tppo_ref"} & set(sys.modules))
+inside = [name for name in sys.modules if name.startswith("sim.")]
+made = [gymnasium.make("TokenMDP/Cliff-v0", length=12).reset(seed=0)[1]["end"], gymnasium.make_vec("TokenMDP/Cliff-v0", num_envs=2).num_envs]
+print(json.dumps({"new": sorted(new), "kept": kept, "slow": slow, "sim": inside, "made": made}))
 """
 
 
@@ -92,8 +96,9 @@ def test_importing_registers_one_id_per_instance_and_changes_nothing_else():
         "TokenMDP/CalmChain-v0", "TokenMDP/Cliff-v0", "TokenMDP/EarlyDecision-v0", "TokenMDP/LateDecision-v0",
         "TokenMDP/NoisyReward-v0", "TokenMDP/Random-v0", "TokenMDP/Thinking-v0",
     ]  # fmt: skip
-    assert json.loads(run.stdout) == {"new": expected, "kept": True, "matplotlib": False}
+    assert json.loads(run.stdout) == {"new": expected, "kept": True, "slow": [], "sim": [], "made": ["RUNNING", 2]}
     assert sorted(ENV_IDS.values()) == expected
+    assert list(ENV_IDS) == list(INSTANCES)
 
 
 @pytest.mark.parametrize("name", INSTANCES)

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from sim.lab.token_mdp import ENDED, Floats, TokenMDP
+from sim.lab.token_mdp import TokenMDP
+from sim.lab.unrolled import ENDED, Floats
 from tppo_ref.loop.rows import pad
 from tppo_ref.method.records import End, Prompt, Response
 from tppo_ref.rollout.engine import Decoded, Request

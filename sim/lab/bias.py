@@ -20,7 +20,7 @@ from sim.lab.bounds import cut_bound, surprise_bound
 from sim.lab.critics import check_critic
 from sim.lab.estimators import Estimator, estimate
 from sim.lab.rollouts import Rollouts, Stretches
-from sim.lab.token_mdp import Floats, Ints
+from sim.lab.unrolled import Floats, Ints
 
 
 @dataclasses.dataclass(frozen=True)

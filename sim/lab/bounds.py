@@ -17,7 +17,7 @@ import numpy as np
 
 from sim.lab.critics import check_critic
 from sim.lab.rollouts import Rollouts
-from sim.lab.token_mdp import ENDED, Floats, Ints
+from sim.lab.unrolled import ENDED, Floats, Ints
 from tppo_ref.method.advantages import CutValue
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sim.lab.token_mdp import Floats, Solution, TokenMDP
+from sim.lab.token_mdp import Solution, TokenMDP
+from sim.lab.unrolled import Floats
 
 
 def exact(mdp: TokenMDP, solution: Solution, size: float, seed: int) -> Floats:

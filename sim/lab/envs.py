@@ -16,11 +16,9 @@ An illegal token is drawn anew, uniformly among the legal ones: an agent that kn
 draws uniformly among all tokens plays exactly `mdp.uniform()`. info["token"] says what was taken. With illegal="error" it is
 a ValueError instead. `sample_tokens` draws from a policy [N, A] and never picks an illegal token.
 
-Importing this file registers `TokenMDP/CalmChain-v0` and so on (ENV_IDS), single and vector, and does nothing else:
+`import sim` registers them as `TokenMDP/CalmChain-v0` and so on (sim.ENV_IDS).
 
-    gymnasium.make("TokenMDP/Cliff-v0", length=12)          gymnasium.make_vec("TokenMDP/Cliff-v0", num_envs=64)
-
-Suffixes: B environments, R some of them, and those of token_mdp.py.
+Suffixes: B environments, R some of them, and those of unrolled.py.
 """
 
 from __future__ import annotations
@@ -38,11 +36,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from sim.lab.instances import INSTANCES, Instance, load
+from sim.lab.instances import Instance, load
 from sim.lab.stepping import RENDER_MODES, Illegal, Slots, frames, sample_tokens
-from sim.lab.token_mdp import ENDED, Floats, Ints, TokenMDP
+from sim.lab.token_mdp import TokenMDP
+from sim.lab.unrolled import ENDED, Floats, Ints
 
-__all__ = ["ENV_IDS", "TokenEnv", "TokenVectorEnv", "WindowCut", "sample_tokens"]
+__all__ = ["TokenEnv", "TokenVectorEnv", "WindowCut", "sample_tokens"]
 Observation = dict[str, Any]
 METADATA = {"render_modes": RENDER_MODES, "render_fps": 4}
 BLOCK = 64  # uniforms that the vector environment draws ahead per row
@@ -309,18 +308,3 @@ class WindowCut(gymnasium.Wrapper, RecordConstructorArgs):
         edge = ", cut here" if self._cut is not None else ""
         line = f"\n  window: {self._window_index}, {self._num_tokens} of {self.window} tokens{edge}"
         return frame + line if isinstance(frame, str) else frame
-
-
-# -------------------------------------------------------------------------------------------------------------- registration
-
-ENV_IDS = {name: f"TokenMDP/{name.title().replace('-', '')}-v0" for name in INSTANCES}
-"""Instance name -> id of its environment."""
-
-for _name, _id in ENV_IDS.items():
-    if _id not in gymnasium.registry:  # a reloaded module finds its own entries
-        gymnasium.register(
-            id=_id,
-            entry_point="sim.lab.envs:TokenEnv",
-            vector_entry_point="sim.lab.envs:TokenVectorEnv",
-            kwargs={"instance": _name},
-        )

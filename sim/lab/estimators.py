@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sim.lab.rollouts import Rollouts, Stretches
-from sim.lab.token_mdp import Floats, TokenMDP
+from sim.lab.token_mdp import TokenMDP
+from sim.lab.unrolled import Floats
 from tppo_ref.method.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns
 from tppo_ref.method.losses import importance_weights
 from tppo_ref.method.masks import policy_token_mask

@@ -16,7 +16,7 @@ from sim.lab.critics import CRITICS, critic
 from sim.lab.estimators import ESTIMATORS, Estimator, named
 from sim.lab.gradients import GradientError, gradient_errors, knee
 from sim.lab.rollouts import Rollouts, older_policy
-from sim.lab.token_mdp import Floats
+from sim.lab.unrolled import Floats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

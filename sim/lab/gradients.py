@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from sim.lab.bias import conditional_moments, every_offset
 from sim.lab.estimators import Estimator
 from sim.lab.rollouts import Rollouts
-from sim.lab.token_mdp import Floats
+from sim.lab.unrolled import Floats
 
 Measure = Literal["relative", "rescaled"]
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from sim.lab.token_mdp import TokenMDP
+from sim.lab.unrolled import ENDED, Edges
 
 ON, END = 0, 1  # tokens of the chains: one more thought, or the answer
 

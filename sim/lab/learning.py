@@ -26,7 +26,8 @@ from numpy.typing import ArrayLike
 
 from sim.lab.agents import PROMPT, MDPEngine, MDPScorer, NetworkPolicy, NetworkValue, TabularPolicy, TabularValue, terminal_only
 from sim.lab.instances import Instance
-from sim.lab.token_mdp import ENDED, Floats, Ints, Solution, TokenMDP
+from sim.lab.token_mdp import Solution, TokenMDP
+from sim.lab.unrolled import ENDED, Floats, Ints
 from tppo_ref.loop.rows import PolicyRows
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.loop.updates import explained_variance

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from sim.lab.token_mdp import ENDED, Floats, Ints, Solution, TokenMDP, Trajectories
+from sim.lab.token_mdp import Solution, TokenMDP
+from sim.lab.trajectories import Trajectories
+from sim.lab.unrolled import ENDED, Floats, Ints
 
 
 @dataclasses.dataclass(frozen=True)

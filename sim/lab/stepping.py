@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sim.lab.token_mdp import ENDED, Floats, Ints, TokenMDP
+from sim.lab.token_mdp import TokenMDP
+from sim.lab.unrolled import ENDED, Floats, Ints
 from tppo_ref.method.records import End
 
 Illegal = Literal["redraw", "error"]
