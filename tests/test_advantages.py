@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import random
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -618,6 +617,11 @@ def test_views_with_strides_give_what_copies_give():
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
+def refusal_of(argument: str) -> str:
+    """The one dialect of messages: `name: got VALUE; expected ...`, a place in a tensor as `name[b, t]`."""
+    return rf"^{argument}(\[[\d, ]+\])?: got .+; expected .+"
+
+
 def good(function: Callable) -> dict:
     """Arguments that work, for two rows of four columns."""
     arguments = {
@@ -713,25 +717,25 @@ def test_a_bad_argument_is_named(function, argument, value):
     arguments = good(function) | {argument: value}
     if function is egae and argument == "last_value_B":
         arguments["cut_value"] = "critic"
-    with pytest.raises(ValueError, match=rf"\b{re.escape(argument)}\b"):
+    with pytest.raises(ValueError, match=refusal_of(argument)):
         function(**arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 4), (1, 4)], ids=["wider", "more rows", "one row, to be broadcast"])
 @pytest.mark.parametrize("function", [gae, egae, monte_carlo_returns])
 def test_rewards_of_another_shape_than_the_rest_are_an_error_that_names_one_of_them(function, shape):
-    with pytest.raises(ValueError, match=r"\b(rewards|values|mask)_BT\b"):
+    with pytest.raises(ValueError, match=refusal_of("(rewards|values|mask)_BT")):
         function(**good(function) | {"rewards_BT": torch.ones(shape)})
 
 
 @pytest.mark.parametrize("rule", ["previous", "zero"])
 def test_a_last_value_that_the_rule_would_ignore_is_an_error(rule):
-    with pytest.raises(ValueError, match=r"\blast_value_B\b"):
+    with pytest.raises(ValueError, match=refusal_of("last_value_B")):
         egae(**good(egae), cut_value=rule, last_value_B=torch.ones(2))
 
 
 def test_the_critic_rule_without_a_last_value_is_an_error():
-    with pytest.raises(ValueError, match=r"\blast_value_B\b"):
+    with pytest.raises(ValueError, match=refusal_of("last_value_B")):
         egae(**good(egae), cut_value="critic")
 
 
@@ -861,7 +865,7 @@ def test_whitening_nothing_gives_zeros():
     ids=["rank 1", "bfloat16", "integers", "NaN inside the mask", "float mask", "mask wider"],
 )
 def test_whiten_names_a_bad_argument(argument, x, mask):
-    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+    with pytest.raises(ValueError, match=refusal_of(argument)):
         whiten(x, mask)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tppo_ref.method.masks import policy_token_mask, value_token_mask
+from tppo_ref.method.masks import num_settled, policy_token_mask, value_token_mask
 
 LAW = settings(max_examples=50, deadline=None)
 
@@ -95,20 +95,44 @@ def trained_over_windows(edges: list[int], ended: bool, tail: int, defer: bool) 
     for stop in edges:
         cut = not (ended and stop == length)
         mask = run_mask([(0, stop)], length)
-        skip = min(tail, stop - begin)
-        times += policy_token_mask(mask, torch.tensor([begin]), torch.tensor([cut]), skip_tail=tail).long()
-        begin = stop - skip if defer and cut else stop
+        begin_B, cut_B = torch.tensor([begin]), torch.tensor([cut])
+        times += policy_token_mask(mask, begin_B, cut_B, skip_tail=tail).long()
+        begin = num_settled(torch.tensor([stop]), begin_B, cut_B, skip_tail=tail, tail="defer" if defer else "exclude").item()
     return times[0], length - begin
 
 
 WINDOWS = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(lambda sizes: [*itertools.accumulate(sizes)])
 
 
+def test_num_settled_by_hand():
+    """Rows of 9 tokens, the first 6 seen before; a tail of 2, and one that is longer than the window."""
+    length, start, cut = torch.tensor([9, 9]), torch.tensor([6, 6]), torch.tensor([True, False])
+    assert num_settled(length, start, cut, skip_tail=2, tail="exclude").tolist() == [9, 9]
+    assert num_settled(length, start, cut, skip_tail=2, tail="defer").tolist() == [7, 9]
+    assert num_settled(length, start, cut, skip_tail=5, tail="defer").tolist() == [6, 9]
+    assert num_settled(length, start, cut, skip_tail=0, tail="defer").tolist() == [9, 9]
+
+
+@LAW
+@given(rows(), st.sampled_from(["exclude", "defer"]))
+def test_f1_what_is_settled_is_trained_or_lost_and_only_a_deferred_tail_waits(case, tail):
+    """Rows that begin at column 0, as responses do: trained + lost = settled now - settled before."""
+    mask, window_start, cut, skip_tail = case
+    length = mask.sum(1)
+    mask, window_start = torch.arange(mask.shape[1]) < length[:, None], torch.minimum(window_start, length)
+    trained = policy_token_mask(mask, window_start, cut, skip_tail=skip_tail).sum(1)
+    settled = num_settled(length, window_start, cut, skip_tail=skip_tail, tail=tail)
+    lost = settled - window_start - trained
+    skipped = length - window_start - trained
+    assert (lost == (skipped if tail == "exclude" else 0)).all()
+    assert (settled == length)[~cut].all()
+
+
 @LAW
 @given(WINDOWS, st.booleans(), st.integers(0, 8))
 @example([4, 8, 12], True, 3)
 def test_f1_deferral_trains_every_token_once_and_holds_back_the_tail_of_a_running_response(edges, ended, tail):
-    """window_start_B k columns before the window picks up the k tokens that the window before deferred."""
+    """`num_settled` puts the next window_start_B before the window: it picks up the tokens that the window before deferred."""
     times, held = trained_over_windows(edges, ended, tail, defer=True)
     assert held == (0 if ended else min(tail, edges[-1]))
     assert times.tolist() == [1] * (edges[-1] - held) + [0] * held
@@ -149,6 +173,11 @@ def test_the_masks_are_new_tensors():
     assert mask.tolist() == [[True, True, True, False]]
 
 
+def refusal_of(argument: str) -> str:
+    """The one dialect of messages: `name: got VALUE; expected ...`, a place in a tensor as `name[b, t]`."""
+    return rf"^{argument}(\[[\d, ]+\])?: got .+; expected .+"
+
+
 GOOD = {
     "response_mask_BT": run_mask([(0, 3), (1, 4)], 4),
     "window_start_B": torch.tensor([0, 2]),
@@ -183,17 +212,29 @@ def test_the_good_arguments_are_good():
 
 @pytest.mark.parametrize(("argument", "value"), [pytest.param(a, v, id=f"{a}, {what}") for a, v, what in BAD])
 def test_policy_token_mask_names_a_bad_argument(argument, value):
-    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+    with pytest.raises(ValueError, match=refusal_of(argument)):
         policy_token_mask(**GOOD | {argument: value})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("tail", "none"), ("tail", None), ("skip_tail", -1), ("skip_tail", True), ("cut_B", torch.tensor([1, 0])),
+     ("window_start_B", torch.tensor([0.0, 2.0])), ("window_start_B", torch.tensor([0, -1]))],
+)  # fmt: skip
+def test_num_settled_names_a_bad_argument(argument, value):
+    good = {"window_start_B": GOOD["window_start_B"], "cut_B": GOOD["cut_B"], "skip_tail": 1, "tail": "defer"}
+    assert num_settled(torch.tensor([3, 4]), **good).tolist() == [2, 4]
+    with pytest.raises(ValueError, match=refusal_of(argument)):
+        num_settled(torch.tensor([3, 4]), **good | {argument: value})
 
 
 @pytest.mark.parametrize(("argument", "value"), [pytest.param(a, v, id=f"{a}, {what}") for a, v, what in BAD_MASKS])
 def test_value_token_mask_names_a_bad_mask(argument, value):
-    with pytest.raises(ValueError, match=rf"\b{argument}\b"):
+    with pytest.raises(ValueError, match=refusal_of(argument)):
         value_token_mask(value, torch.tensor([True, False]))
 
 
 @pytest.mark.parametrize("ended", [torch.tensor([True]), torch.tensor([1, 0]), torch.tensor([[True], [False]])])
 def test_value_token_mask_names_a_bad_ended(ended):
-    with pytest.raises(ValueError, match=r"\bended_B\b"):
+    with pytest.raises(ValueError, match=refusal_of("ended_B")):
         value_token_mask(GOOD["response_mask_BT"], ended)

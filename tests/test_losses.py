@@ -336,7 +336,7 @@ def test_the_denominator_is_the_argument_not_a_count(name):
 @pytest.mark.parametrize("denominator", [0, 0.0, -1, NAN, float("inf"), -float("inf")])
 def test_a_denominator_that_is_not_a_positive_number_is_an_error(name, denominator):
     loss_of, make = LOSSES[name]
-    with pytest.raises(ValueError, match=r"\bdenominator\b"):
+    with pytest.raises(ValueError, match=r"^denominator: got .+; expected .+"):
         loss_of(**make(3), denominator=denominator)
 
 
@@ -347,9 +347,9 @@ def test_a_tensor_of_another_shape_or_a_mask_that_is_no_bool_is_named(name):
     good = make(3)
     for argument in good:
         wrong = good[argument][:1]  # [1, T], which would broadcast
-        with pytest.raises(ValueError, match=r"_BT\b"):
+        with pytest.raises(ValueError, match=r"^\w+_BT: got .+; expected .+"):
             loss_of(**good | {argument: wrong}, denominator=3)
-    with pytest.raises(ValueError, match=r"\bmask_BT\b"):
+    with pytest.raises(ValueError, match=r"^mask_BT: got .+; expected .+"):
         loss_of(**good | {"mask_BT": good["mask_BT"].double()}, denominator=3)
 
 
@@ -387,10 +387,9 @@ def weights_of(ratio: torch.Tensor = RATIOS, mask: torch.Tensor = INSIDE, **how)
         ({"mode": "none"}, [1, 1, 1, 1, 1, 0], 0 / 5),
         ({"mode": "truncated", "cap": 2.5}, [0.1, 0.5, 1, 2, 2.5, 0], 1 / 5),
         ({"mode": "truncated", "cap": 1.5}, [0.1, 0.5, 1, 1.5, 1.5, 0], 2 / 5),
-        ({"mode": "truncated", "cap": 1.5, "floor": 0.3}, [0.1, 0.5, 1, 1.5, 1.5, 0], 2 / 5),
         ({"mode": "masked", "cap": 2.5}, [0.1, 0.5, 1, 2, 0, 0], 1 / 5),
-        ({"mode": "masked", "cap": 1.5, "floor": 0.3}, [0, 0.5, 1, 0, 0, 0], 3 / 5),
-        ({"mode": "masked", "cap": 100.0, "floor": 0.0}, [0.1, 0.5, 1, 2, 3, 0], 0 / 5),
+        ({"mode": "masked", "cap": 1.5}, [0.1, 0.5, 1, 0, 0, 0], 2 / 5),
+        ({"mode": "masked", "cap": 100.0}, [0.1, 0.5, 1, 2, 3, 0], 0 / 5),
     ],
 )
 def test_importance_weights_by_hand(how, weights, clipped):
@@ -400,16 +399,16 @@ def test_importance_weights_by_hand(how, weights, clipped):
 
 
 @pytest.mark.parametrize("mode", ["truncated", "masked"])
-def test_the_default_cap_is_2_and_there_is_no_floor(mode):
+def test_the_default_cap_is_2_and_small_ratios_stay(mode):
     actual, share = weights_of(torch.tensor([[1.99, 2.01, 1e-9]], dtype=F64), torch.ones(1, 3, dtype=torch.bool), mode=mode)
     assert actual == pytest.approx([1.99, 2.0 if mode == "truncated" else 0.0, 1e-9], abs=1e-12)
     assert share == pytest.approx(1 / 3, abs=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["truncated", "masked"])
-def test_a_ratio_exactly_at_a_bound_is_not_clipped(mode):
+def test_a_ratio_exactly_at_the_cap_is_not_clipped(mode):
     """exp(0) is exactly 1: equal policies and a cap of 1 leave everything as it is."""
-    weights, share = weights_of(torch.ones(1, 3, dtype=F64), torch.ones(1, 3, dtype=torch.bool), mode=mode, cap=1.0, floor=1.0)
+    weights, share = weights_of(torch.ones(1, 3, dtype=F64), torch.ones(1, 3, dtype=torch.bool), mode=mode, cap=1.0)
     assert weights == [1.0, 1.0, 1.0]
     assert share == 0.0
 
@@ -419,14 +418,14 @@ def test_importance_weights_are_detached_and_read_nothing_outside_the_mask(mode)
     g = torch.Generator().manual_seed(0)
     logprob, behaviour = (-3 * torch.rand(3, 5, generator=g, dtype=F64) for _ in range(2))
     mask = torch.rand(3, 5, generator=g) < 0.6
-    clean, share = importance_weights(logprob.clone().requires_grad_(), behaviour, mask, mode=mode, cap=1.5, floor=0.5)
+    clean, share = importance_weights(logprob.clone().requires_grad_(), behaviour, mask, mode=mode, cap=1.5)
     assert not clean.requires_grad
     assert not getattr(share, "requires_grad", False)
     assert (clean[~mask] == 0).all()
     assert clean[mask].any()
     for garbage in (NAN, float("inf"), -float("inf")):
         spoilt = (x.where(mask, garbage) for x in (logprob, behaviour))
-        dirty, dirty_share = importance_weights(*spoilt, mask, mode=mode, cap=1.5, floor=0.5)
+        dirty, dirty_share = importance_weights(*spoilt, mask, mode=mode, cap=1.5)
         assert torch.equal(dirty, clean)
         assert float(dirty_share) == float(share)
 
@@ -446,16 +445,16 @@ def test_a_ratio_beyond_the_floats_is_clipped(mode, weight):
 
 
 @LAW
-@given(st.integers(0, 2**31), st.sampled_from(["truncated", "masked"]), st.floats(0.2, 4.0), st.floats(0.0, 0.19))
-def test_importance_weights_are_their_definition_token_by_token(seed, mode, cap, floor):
+@given(st.integers(0, 2**31), st.sampled_from(["truncated", "masked"]), st.floats(0.2, 4.0))
+def test_importance_weights_are_their_definition_token_by_token(seed, mode, cap):
     g = torch.Generator().manual_seed(seed)
     logprob, behaviour = (torch.randn(3, 4, generator=g, dtype=F64) for _ in range(2))
     mask = torch.rand(3, 4, generator=g) < 0.8
-    weights, share = importance_weights(logprob, behaviour, mask, mode=mode, cap=cap, floor=floor)
+    weights, share = importance_weights(logprob, behaviour, mask, mode=mode, cap=cap)
     expected, clipped = torch.zeros(3, 4, dtype=F64), 0
     for b, t in mask.nonzero().tolist():
         ratio = math.exp(logprob[b, t].item() - behaviour[b, t].item())
-        outside = ratio > cap or (mode == "masked" and ratio < floor)
+        outside = ratio > cap
         expected[b, t] = ratio if not outside else cap if mode == "truncated" else 0.0
         clipped += outside
     close(weights, expected)
@@ -463,7 +462,7 @@ def test_importance_weights_are_their_definition_token_by_token(seed, mode, cap,
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(ValueError, match=r"\bmode\b"):
+    with pytest.raises(ValueError, match=r"^mode: got 'clipped'; expected one of none, truncated, masked"):
         importance_weights(RATIOS.log(), RATIOS.log(), INSIDE, mode="clipped")
 
 

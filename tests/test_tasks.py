@@ -280,8 +280,10 @@ def test_built_in_tasks_keep_the_protocol(name):
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("chian", {}, "'chian' is not known. Did you mean 'chain'?"), ("xyz", {}, "chain, fork, jsonl, length"),
-     ("chain", {"num_tran": 3}, "no option 'num_tran'. Did you mean 'num_train'?"),
+    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, jsonl; did you mean chain?"),
+     ("xyz", {}, "chain, fork, length, jsonl"),
+     ("chain", {"num_tran": 3}, "task: got the option 'num_tran'; expected one of the options of chain: "),
+     ("chain", {"num_tran": 3}, "; did you mean num_train?"),
      ("fork", {"num_test": 0}, "num_test is 0"), ("length", {"long_share": 1.5}, "long_share is 1.5")],
 )  # fmt: skip
 def test_a_mistake_in_a_name_or_an_option_is_named(name, options, message):

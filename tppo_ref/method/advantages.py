@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from tppo_ref.method.checks import (
+    check_choice,
     check_finite,
     check_float_BT,
     check_lam,
     check_last_value,
     check_like,
     check_number,
+    check_positive,
     check_tensor,
     check_tokens,
-    show,
+    refused,
 )
 from tppo_ref.method.recurrence import _at, _scan
 
@@ -98,11 +100,10 @@ def egae(
     runs = check_tokens(rewards_BT, mask_BT, values_BT)
     lam_B1 = check_lam(lam, rewards_BT)
     check_like("cut_B", cut_B, rewards_BT, torch.bool, ndim=1)
-    if cut_value not in ("previous", "critic", "zero"):
-        raise ValueError(f'cut_value is {cut_value!r}, expected "previous", "critic" or "zero"')
+    check_choice("cut_value", cut_value, ("previous", "critic", "zero"))
     if (last_value_B is not None) != (cut_value == "critic"):
-        rule = "is required" if cut_value == "critic" else "must be None"
-        raise ValueError(f"last_value_B {rule} with cut_value={cut_value!r}, got {show(last_value_B)}")
+        wanted = "V after the cut, [B]," if cut_value == "critic" else "None"
+        raise refused("last_value_B", last_value_B, f"{wanted} with cut_value={cut_value!r}")
     used_B = cut_B & (runs.stop_B > runs.first_B)
     end_B = rewards_BT.new_zeros(len(rewards_BT))
     if last_value_B is not None:
@@ -138,16 +139,13 @@ def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: floa
     L < 1/alpha, and below 0.95, PPO's usual lambda, up to L = 20/alpha.
     """
     check_tensor("length_B", length_B, ndim=1)
-    if length_B.dtype is torch.bool or length_B.dtype.is_complex:
-        raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
-    if length_B.is_floating_point() and length_B.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"length_B has dtype {length_B.dtype}, expected integers, float32 or float64")
+    if length_B.dtype in (torch.bool, torch.float16, torch.bfloat16) or length_B.is_complex():
+        raise refused("length_B", length_B, "integers, torch.float32 or torch.float64")
     bad_B = (length_B < 0) | ~torch.isfinite(length_B)
     if bad_B.any():
-        raise ValueError(f"length_B holds {length_B[bad_B][0].item()}, expected finite lengths, 0 or more")
-    check_number("alpha", alpha, 0.0, math.inf)
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha!r}, expected a positive finite number")
+        b = int(bad_B.nonzero()[0])
+        raise refused(f"length_B[{b}]", length_B[b].item(), "a finite length, 0 or more")
+    check_positive("alpha", alpha)
     check_number("floor", floor, 0.0, 1.0)
     lam_B = (1 - 1 / (alpha * length_B.double())).clamp(min=floor)  # length 0: 1 - inf, clamped
     return lam_B.to(length_B.dtype if length_B.is_floating_point() else torch.float32)
@@ -169,7 +167,8 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None,
     check_float_BT("x_BT", x_BT)
     check_like("mask_BT", mask_BT, x_BT, torch.bool)
     if (mean is None) != (std is None):
-        raise ValueError(f"mean and std go together, expected both or neither, got mean={mean!r}, std={std!r}")
+        missing, given = ("mean", "std") if mean is None else ("std", "mean")
+        raise refused(missing, None, f"both moments or neither, and {given} was given")
     zero = x_BT.new_zeros(())
     x_BT = torch.where(mask_BT, x_BT, zero)
     count = int(mask_BT.count_nonzero())

@@ -1,9 +1,9 @@
-"""What goes wrong, as exceptions: a user's mistake, and a number that is not finite."""
+"""What goes wrong, as exceptions, and the one dialect in which it is said: `name: got VALUE; expected ...; remedy`."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -14,9 +14,14 @@ class NonFiniteError(UserError):
     """A loss, gradient or log-probability that is not finite: the run stops before the update that it would have spoilt."""
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
+def refusal(name: str, got: str, expected: str, remedy: str = "") -> str:
+    """The text of a refusal: `name: got VALUE; expected ...; remedy`."""
+    return f"{name}: got {got}; expected {expected}" + (f"; {remedy}" if remedy else "")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
     """'; did you mean X?' for the closest known name, or nothing when none is close."""
-    tail = name.rpartition(".")[2]
-    misplaced = [n for n in names if n.rpartition(".")[2] == tail]  # a right field under the wrong section
+    names, last = list(names), name.rpartition(".")[2]
+    misplaced = [known for known in names if known.rpartition(".")[2] == last]  # a right field under the wrong section
     close = misplaced or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

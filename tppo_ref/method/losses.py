@@ -2,33 +2,37 @@
 
 Every denominator is an argument: the caller passes the number of trained tokens of the whole mini-batch, over all micro-batches
 and ranks, so that k micro-batches add up to the gradient of one batch, however unequal their lengths. Entries outside the mask
-are never read: NaN there changes neither loss nor gradient.
+are never read: NaN there changes neither loss nor gradient. Suffixes: B responses, T response tokens.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from tppo_ref.method.checks import check_choice, check_mask, check_positive, refused
 
 Stats = dict[str, float]
+Importance = Literal["none", "truncated", "masked"]
 
 MAX_LOG_RATIO = 60.0  # e^60 is far beyond every clip, and finite in float32: an infinite ratio times an advantage of 0 would be NaN
 
 
 def policy_loss(
-    logprob_BT: torch.Tensor,
-    old_logprob_BT: torch.Tensor,
-    advantages_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
+    logprob_BT: Tensor,
+    old_logprob_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
     *,
     denominator: float,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float | None = 10.0,
-    weight_BT: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Stats]:
+    weight_BT: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
     """Clipped surrogate with clip-higher and dual clip, a token mean over the global count.
 
         ratio = exp(logprob - old_logprob)
@@ -36,17 +40,22 @@ def policy_loss(
         S     = max(S, dual_clip A)  where A < 0 only                            dual clip, arXiv 1912.09729
         loss  = - sum over mask of weight S / denominator
 
-    clip_high > clip_low is DAPO's clip-higher (arXiv 2503.14476). Everything is [B, T]; mask_BT is bool; weight_BT is
-    a detached importance weight (`importance_weights`). Gradients flow into logprob_BT alone.
-    Reduces to the plain policy gradient -A/denominator per token where ratio = 1.
+    clip_high > clip_low is clip-higher (DAPO, arXiv 2503.14476); 0.2 / 0.28 and the dual clip of 10 are read in the authors' port
+    [P]. Where ratio = 1 the gradient is the policy gradient, -A/denominator per token; with clip_low = clip_high and dual_clip =
+    None the loss is PPO's.
+
+    logprob, old_logprob, advantages  [B, T] floats, nats for the first two; gradients flow into logprob alone
+    mask_BT                           [B, T] bool, the trained tokens
+    denominator                       their number over all micro-batches and ranks, in tokens
+    weight_BT                         detached importance weights (`importance_weights`), outside of the clip; None: 1
 
     Returns the scalar loss and sums over the mask, to be divided by a token count once all micro-batches and ranks are added:
     `clipped_tokens` (the clip binds), `dual_clipped_tokens`, `kl_sum` (k3 estimate of KL(old || new), in nats) and
-    `ratio_max`. Raises ValueError for shapes or a denominator that is not positive and finite.
+    `ratio_max`. Raises ValueError for shapes, dtypes, a denominator that is not positive and finite, dual_clip of 1 or less.
     """
     _check(denominator, mask_BT, logprob_BT=logprob_BT, old_logprob_BT=old_logprob_BT, advantages_BT=advantages_BT)
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip: expected a number above 1, or None, got {dual_clip}")
+    if dual_clip is not None and not dual_clip > 1:
+        raise refused("dual_clip", dual_clip, "a number above 1, or None")
     logprob = _inside(logprob_BT, mask_BT)
     old_logprob = _inside(old_logprob_BT, mask_BT).detach()
     advantages = _inside(advantages_BT, mask_BT).detach()
@@ -72,23 +81,29 @@ def policy_loss(
 
 
 def value_loss(
-    values_BT: torch.Tensor,
-    old_values_BT: torch.Tensor | None,
-    returns_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
+    values_BT: Tensor,
+    old_values_BT: Tensor | None,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
     *,
     denominator: float,
     clip_low: float | None = 0.5,
     clip_high: float | None = 0.6,
-) -> tuple[torch.Tensor, Stats]:
+) -> tuple[Tensor, Stats]:
     """Clipped squared error of the value model, a token mean over the global count.
 
         v_clip = clip(v, old - clip_low, old + clip_high)
         loss   = sum over mask of 0.5 max((v - R)^2, (v_clip - R)^2) / denominator
 
-    The clip range (0.5 down, 0.6 up) and the max are the authors' port's [P]. Without old_values_BT, or with both clips None,
-    it is half the mean squared error. Gradients flow into values_BT alone. Returns the loss and `value_clipped_tokens`, a sum
-    over the mask. Raises ValueError as `policy_loss`.
+    PPO's value clip, with unequal sides: the range (0.5 down, 0.6 up) and the max are the authors' port's [P]; T-PPO (arXiv
+    2506.15050) states the target R alone, the Monte Carlo return. The anchor `old` is what V said when the token was first fed to
+    it. Without old_values_BT, or with both clips None, it is half the mean squared error.
+
+    values, old_values, returns  [B, T] floats, in units of reward; gradients flow into values alone
+    mask_BT, denominator         as in `policy_loss`
+    clip_low, clip_high          in units of reward; None: no bound on that side
+    Returns the loss and `value_clipped_tokens`, a sum over the mask: tokens whose gradient the clip took. Raises ValueError as
+    `policy_loss`.
     """
     _check(denominator, mask_BT, values_BT=values_BT, returns_BT=returns_BT)
     values = _inside(values_BT, mask_BT)
@@ -106,62 +121,57 @@ def value_loss(
     return 0.5 * error.sum() / denominator, stats
 
 
-def positive_lm_loss(logprob_BT: torch.Tensor, mask_BT: torch.Tensor, *, denominator: float) -> torch.Tensor:
-    """Negative log-likelihood of good responses' tokens: -sum over mask of logprob / denominator.
+def positive_lm_loss(logprob_BT: Tensor, mask_BT: Tensor, *, denominator: float) -> Tensor:
+    """Negative log-likelihood of good responses' tokens: -sum over mask of logprob / denominator, in nats.
 
-    VAPO's positive-example language-model loss (arXiv 2504.05118). Ours: the mask holds this step's policy tokens of
-    responses that ended correct in this step. Raises ValueError as `policy_loss`.
+    VAPO's positive-example language-model loss (arXiv 2504.05118), weighted by 0.1 in the authors' port [P]. Our departure lies in
+    the mask that the loop passes: this step's policy tokens of responses that ended correct in this step. Shapes, dtypes and errors
+    as in `policy_loss`.
     """
     _check(denominator, mask_BT, logprob_BT=logprob_BT)
     return -_inside(logprob_BT, mask_BT).sum() / denominator
 
 
 def importance_weights(
-    logprob_BT: torch.Tensor,
-    behaviour_logprob_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
-    *,
-    mode: Literal["none", "truncated", "masked"],
-    cap: float = 2.0,
-    floor: float = 0.0,
-) -> tuple[torch.Tensor, float]:
+    logprob_BT: Tensor, behaviour_logprob_BT: Tensor, mask_BT: Tensor, *, mode: Importance, cap: float = 2.0
+) -> tuple[Tensor, float]:
     """Per-token weights exp(logprob - behaviour_logprob) for tokens that another policy sampled, detached and bounded.
 
         none       1
         truncated  min(ratio, cap)
-        masked     ratio where floor <= ratio <= cap, else 0
+        masked     ratio where ratio <= cap, else 0
 
-    One function for engine mismatch, deferred tokens and partial rollouts: what differs is who sampled. logprob_BT is the
-    policy at the start of the update, behaviour_logprob_BT the sampler's. Weights outside mask_BT are 0.
-    Returns weights [B, T] and the share of the masked tokens that were truncated or zeroed (0 for an empty mask).
+    One function for engine mismatch, deferred tokens and partial rollouts: what differs is who sampled. It is the behaviour weight
+    of the decoupled objective (PPO-EWMA, arXiv 2110.00641; AReaL, arXiv 2505.24298), per token: how a token's prefix was reached
+    gets no weight.
+
+    logprob_BT is the policy at the start of the update, behaviour_logprob_BT the sampler's, both [B, T] in nats; cap is positive
+    and finite. Returns weights [B, T], 0 outside mask_BT, and the share of the masked tokens that were truncated or zeroed (0 for
+    an empty mask). Raises ValueError that names the argument.
     """
-    if mode not in ("none", "truncated", "masked"):
-        raise ValueError(f"mode: expected none, truncated or masked, got {mode!r}")
-    if not 0 <= floor <= cap or not math.isfinite(cap) or cap <= 0:
-        raise ValueError(f"cap, floor: expected 0 <= floor <= cap, cap positive and finite, got floor={floor}, cap={cap}")
+    check_choice("mode", mode, ("none", "truncated", "masked"))
+    check_positive("cap", cap)
     _check(1.0, mask_BT, logprob_BT=logprob_BT, behaviour_logprob_BT=behaviour_logprob_BT)
     inside = mask_BT.to(logprob_BT.dtype)
     if mode == "none":
         return inside, 0.0
     with torch.no_grad():
         ratio = (_inside(logprob_BT, mask_BT) - _inside(behaviour_logprob_BT, mask_BT)).exp()
-        outliers = (ratio > cap) | ((ratio < floor) if mode == "masked" else False)
+        outliers = ratio > cap
         weight = ratio.clamp(max=cap) if mode == "truncated" else ratio.masked_fill(outliers, 0.0)
         num_tokens = int(mask_BT.sum())
         share = float((outliers & mask_BT).sum()) / num_tokens if num_tokens else 0.0
         return weight * inside, share
 
 
-def _inside(x_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+def _inside(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     # where, not multiplication: 0 * NaN is NaN, and so is its gradient.
     return torch.where(mask_BT, x_BT, torch.zeros((), dtype=x_BT.dtype, device=x_BT.device))
 
 
-def _check(denominator: float, mask_BT: torch.Tensor, **tensors: torch.Tensor) -> None:
-    if not (math.isfinite(denominator) and denominator > 0):
-        raise ValueError(f"denominator: expected a positive finite number of tokens, got {denominator}")
-    if mask_BT.dtype != torch.bool or mask_BT.ndim != 2:
-        raise ValueError(f"mask_BT: expected bool [B, T], got {mask_BT.dtype} {list(mask_BT.shape)}")
+def _check(denominator: Any, mask_BT: Any, **tensors: Tensor) -> None:
+    check_positive("denominator", denominator)
+    check_mask("mask_BT", mask_BT)
     for name, tensor in tensors.items():
         if tensor.shape != mask_BT.shape or not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected floats {list(mask_BT.shape)}, got {tensor.dtype} {list(tensor.shape)}")
+            raise refused(name, tensor, f"a tensor of floats {list(mask_BT.shape)}")

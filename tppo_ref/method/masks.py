@@ -1,41 +1,41 @@
-"""Who trains on which token: T-PPO's token filter as two masks.
+"""Who trains on which token: T-PPO's token filter (arXiv 2506.15050) as two masks, and what becomes of the tail of a cut row.
 
-Source: T-PPO (arXiv 2506.15050), section on token filtering: the policy learns from the tokens of the current window, whether
-or not the response ended; the value model learns from finished responses only.
+The policy learns from the tokens of the current window, whether or not the response ended; the value model learns from finished
+responses only. The tail is decided here and nowhere else: `policy_token_mask` leaves it out, `num_settled` says whether it comes
+back. Suffixes: B responses, T response tokens, right-padded.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch import Tensor
 
-from tppo_ref.method.checks import runs_of
+from tppo_ref.method.checks import check_choice, check_count, check_like, check_mask, refused, runs_of
+
+Tail = Literal["exclude", "defer"]
 
 
-def policy_token_mask(
-    response_mask_BT: torch.Tensor, window_start_B: torch.Tensor, cut_B: torch.Tensor, *, skip_tail: int = 0
-) -> torch.Tensor:
-    """Tokens that the policy trains on in this step.
+def policy_token_mask(response_mask_BT: Tensor, window_start_B: Tensor, cut_B: Tensor, *, skip_tail: int = 0) -> Tensor:
+    """Tokens that the policy trains on in this step: those it has not seen yet, less the last ones of a cut row.
 
         mask[b, t] = response_mask[b, t]  and  t >= window_start[b]  and  not (cut[b] and t is one of the row's last skip_tail)
 
-    response_mask_BT: bool, True on the response's tokens so far. window_start_B: integer, column of the first token that the
-    policy has not trained yet; with a deferred tail of k tokens that is k columns before the window. cut_B: bool, the response
-    is RUNNING at the window's edge. Returns bool [B, T].
+    Source: T-PPO (arXiv 2506.15050), token filtering. That the last 8 tokens of a cut row are left out is read in the authors' port
+    [P]; docs/theory.md, P7, says what it costs.
 
-    With skip_tail=0 it is the run on which `egae` is computed, tail included. With skip_tail=k it is the mask of the loss and of
-    whitening. The authors' port leaves out the last 8 tokens of unfinished responses and never trains them [P]; theory.md P7
-    says what that costs. Raises ValueError that names the argument.
+    response_mask_BT  [B, T] bool, True on the response's tokens so far: per row one run, which may be empty
+    window_start_B    [B] integers, column of the first token that the policy has yet to see; a tail that was deferred lies before
+                      the window
+    cut_B             [B] bool, the response is RUNNING at the window's edge
+    skip_tail         tokens, at least 0. With 0 it is the run on which `egae` is computed, tail included; with k the mask of the
+                      loss and of whitening. A tail longer than the run leaves nothing of a cut row, and touches no other.
+    Returns bool [B, T], a new tensor. Raises ValueError that names the argument.
     """
-    _check_mask("response_mask_BT", response_mask_BT)
-    _check_rows("window_start_B", window_start_B, response_mask_BT)
-    _check_rows("cut_B", cut_B, response_mask_BT)
-    if window_start_B.is_floating_point() or window_start_B.dtype == torch.bool or bool((window_start_B < 0).any()):
-        raise ValueError(f"window_start_B: columns are integers of at least 0, got {window_start_B}")
-    if cut_B.dtype != torch.bool:
-        raise ValueError(f"cut_B: expected bool, got {cut_B.dtype}")
-    if isinstance(skip_tail, bool) or not isinstance(skip_tail, int) or skip_tail < 0:
-        raise ValueError(f"skip_tail: expected an integer of at least 0, got {skip_tail!r}")
-
+    check_mask("response_mask_BT", response_mask_BT)
+    _check_rows(response_mask_BT, window_start_B, cut_B)
+    check_count("skip_tail", skip_tail, least=0)
     column_T = torch.arange(response_mask_BT.shape[1], device=response_mask_BT.device)
     stop_B = runs_of("response_mask_BT", response_mask_BT).stop_B
     # An arithmetic bound, not a slice: [-0:] would select the whole row when the tail is 0.
@@ -43,25 +43,42 @@ def policy_token_mask(
     return response_mask_BT & (column_T >= window_start_B[:, None]) & (column_T < last_B[:, None])
 
 
-def value_token_mask(response_mask_BT: torch.Tensor, ended_B: torch.Tensor) -> torch.Tensor:
+def num_settled(length_B: Tensor, window_start_B: Tensor, cut_B: Tensor, *, skip_tail: int, tail: Tail) -> Tensor:
+    """How many tokens the policy is done with after this step, trained or lost: `window_start_B` of the next one.
+
+        length                                      a row that is not cut; with tail="exclude" every row: what was skipped is lost
+        max(window_start, length - skip_tail)       a cut row with tail="defer": what was skipped waits for the next window
+
+    Excluding is the authors' port's [P], deferring is ours. length_B is [B], tokens of the response so far; the rest as in
+    `policy_token_mask`. Returns integers [B]. Raises ValueError that names the argument.
+    """
+    check_choice("tail", tail, ("exclude", "defer"))
+    check_count("skip_tail", skip_tail, least=0)
+    _check_rows(length_B, window_start_B, cut_B)
+    if tail == "exclude":
+        return length_B.clone()
+    return torch.where(cut_B, torch.maximum(window_start_B, length_B - skip_tail), length_B)
+
+
+def value_token_mask(response_mask_BT: Tensor, ended_B: Tensor) -> Tensor:
     """Tokens that the value model trains on: all of a response that ended, none of one that is RUNNING.
 
-    response_mask_BT: bool [B, T]. ended_B: bool [B], the complement of `cut_B`. Returns bool [B, T].
-    Raises ValueError that names the argument.
+        mask[b, t] = response_mask[b, t]  and  ended[b]            T-PPO (arXiv 2506.15050), token filtering
+
+    A RUNNING response has no Monte Carlo return yet. response_mask_BT is bool [B, T], per row one run; ended_B bool [B], the
+    complement of `cut_B`. Returns bool [B, T], a new tensor. Raises ValueError that names the argument.
     """
-    _check_mask("response_mask_BT", response_mask_BT)
+    check_mask("response_mask_BT", response_mask_BT)
     runs_of("response_mask_BT", response_mask_BT)
-    _check_rows("ended_B", ended_B, response_mask_BT)
-    if ended_B.dtype != torch.bool:
-        raise ValueError(f"ended_B: expected bool, got {ended_B.dtype}")
+    check_like("ended_B", ended_B, response_mask_BT, torch.bool, ndim=1)
     return response_mask_BT & ended_B[:, None]
 
 
-def _check_mask(name: str, mask: torch.Tensor) -> None:
-    if mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"{name}: expected bool [B, T], got {mask.dtype} {list(mask.shape)}")
-
-
-def _check_rows(name: str, rows: torch.Tensor, mask: torch.Tensor) -> None:
-    if rows.shape != mask.shape[:1]:
-        raise ValueError(f"{name}: expected shape [{mask.shape[0]}], one entry per response, got {list(rows.shape)}")
+def _check_rows(like: Tensor, window_start_B: Tensor, cut_B: Tensor) -> None:
+    start_dtype = window_start_B.dtype
+    if start_dtype.is_floating_point or start_dtype.is_complex or start_dtype == torch.bool:
+        raise refused("window_start_B", window_start_B, "integers")
+    check_like("window_start_B", window_start_B, like, start_dtype, ndim=1)
+    if bool((window_start_B < 0).any()):
+        raise refused("window_start_B", window_start_B.min().item(), "columns of at least 0")
+    check_like("cut_B", cut_B, like, torch.bool, ndim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
+from tppo_ref.method.errors import refusal
 from tppo_ref.method.records import End
 
 Refill = Literal["immediate", "step"]
@@ -47,10 +48,10 @@ class SlotSchedule:
 
     def __init__(self, *, slots: int, window: int, max_response_tokens: int, refill: Refill = "immediate"):
         for name, number in (("slots", slots), ("window", window), ("max_response_tokens", max_response_tokens)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {number!r}")
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(refusal(name, repr(number), "an integer of at least 1"))
         if refill not in ("immediate", "step"):
-            raise ValueError(f"refill: expected 'immediate' or 'step', got {refill!r}")
+            raise ValueError(refusal("refill", repr(refill), "one of immediate, step"))
         self.slots, self.window, self.max_response_tokens, self.refill = slots, window, max_response_tokens, refill
         self.carried: list[tuple[int, int] | None] = [None] * slots  # per slot: (response, tokens so far), RUNNING at the edge
         self.running: dict[int, tuple[int, int, int, int]] = {}  # response -> (slot, tokens so far, granted, begin step)
@@ -111,6 +112,6 @@ class SlotSchedule:
         if len(carried) != self.slots:
             seated = [c for c in carried if c]
             if len(seated) > self.slots:
-                raise ValueError(f"slots: {len(seated)} responses are in flight, expected at least as many slots, got {self.slots}")
+                raise ValueError(refusal("slots", str(self.slots), f"one for each of the {len(seated)} responses in flight"))
             carried = seated + [None] * (self.slots - len(seated))
         self.carried = carried

@@ -5,13 +5,12 @@ Importing this package imports neither torch nor transformers: the verifier proc
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.method.records import Prompt
 
 
@@ -71,28 +70,21 @@ TASKS: dict[str, str] = {
 """Name -> "module:class"; a module is imported when its task is asked for."""
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of an error message: "Did you mean ...?" with the closest of `names`, or nothing."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def load_task(name: str, **options: Any) -> Task:
     """The task `name` of `TASKS`, made with `options` (the keyword arguments of its class).
 
     Raises UserError for a name or an option that does not exist, with the nearest one that does.
     """
     if name not in TASKS:
-        known = ", ".join(sorted(TASKS))
-        raise UserError(f"task {name!r} is not known.{nearest(name, sorted(TASKS))} The tasks are: {known}.")
+        raise UserError(refusal("task.name", repr(name), f"one of {', '.join(TASKS)}") + nearest(name, TASKS))
     module, _, attribute = TASKS[name].partition(":")
     task_class = getattr(importlib.import_module(module), attribute)
-    allowed = [p for p in inspect.signature(task_class).parameters]
+    allowed = list(inspect.signature(task_class).parameters)
     for option in options:
         if option not in allowed:
-            hint = nearest(option, allowed)
-            raise UserError(f"task {name!r} has no option {option!r}.{hint} Its options are: {', '.join(allowed)}.")
+            expected = f"one of the options of {name}: {', '.join(allowed)}"
+            raise UserError(refusal("task", f"the option {option!r}", expected) + nearest(option, allowed))
     return task_class(**options)
 
 
-__all__ = ["TASKS", "DemonstratedTask", "Task", "load_task", "nearest"]
+__all__ = ["TASKS", "DemonstratedTask", "Task", "load_task"]
