@@ -170,7 +170,7 @@ def run_one(job: Job) -> list[Row]:
             if failures := evaluation["eval/verify_failures"] + metrics["verify/timeouts"] + metrics["verify/errors"]:
                 raise RuntimeError(f"{failures:.0f} verifications failed: the run would depend on the machine, not on the arm")
             rows.append(job.row(
-                mark, generated_tokens=trainer.batcher.num_generated_tokens, trained_tokens=trainer.ledger["trained"],
+                mark, generated_tokens=trainer.batcher.num_generated_tokens, trained_tokens=trainer.ledger.tokens["trained"],
                 steps=trainer.num_steps, accuracy=evaluation["eval/accuracy"], length_mean=evaluation["eval/length_mean"],
                 explained_variance=mean(explained), cut_share=mean(cut), cpu_s=round(time.process_time() - begin_s, 1), **totals,
             ))  # fmt: skip

@@ -26,7 +26,6 @@ from scale.distributed import World
 from scale.sharding import gathered
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import UserError
-from tppo_ref.method.records import Response
 from tppo_ref.rollout.models import PolicyModel, ValueModel
 from tppo_ref.runs.checkpoint import MANIFEST, complete_checkpoints, file_digest
 
@@ -134,12 +133,7 @@ def rank_state_of(trainer: Trainer, world: World) -> dict[str, Any]:
     """What this rank alone knows, in plain JSON types."""
     return {
         "rank": world.rank, "world": world.world, "tensor_parallel": world.tensor_parallel,
-        "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s,
-        "ledger": dict(trainer.ledger), "verdicts": dict(trainer.verdicts),
-        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy_learner, trainer.value_learner)},
-        "ewma_weight": trainer.ewma.weight if trainer.ewma else None,
-        "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(),
-        "torch_rng": torch.get_rng_state().tolist(),
+        "trainer": trainer.state_dict(),
     }  # fmt: skip
 
 
@@ -194,27 +188,13 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
         for learner in (trainer.policy_learner, trainer.value_learner):
             saved = state[learner.name]
             set_state_dict(learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"])
-            learner.num_steps = states[0]["learner_steps"][learner.name]
-            if not learner.num_steps:  # never updated: what was saved is the filling
+            if not states[0]["trainer"]["updated_steps"][learner.name]:  # never updated: what was saved is the filling
                 learner.optimiser.state.clear()
         if trainer.ewma is not None:
             set_model_state_dict(trainer.ewma.module, state["ewma"])
-            trainer.ewma.weight = states[0]["ewma_weight"]
     except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
         raise UserError(f"checkpoint {folder}: does not fit this run ({reason(error)})") from None
-    trainer.num_steps, trainer.version = states[0]["num_steps"], states[0]["version"]
-    trainer.train_s = max(s["train_s"] for s in states)
-    mine = [states[world.part]] if same else states if world.rank == 0 else []
-    for counter, name in ((trainer.ledger, "ledger"), (trainer.verdicts, "verdicts")):
-        counter.clear()
-        for s in mine:
-            counter.update(s[name])
-    held = [r for s in states for r in s["held"]]
-    held = states[world.part]["held"] if same else sorted(held, key=lambda r: r["id"])[world.rank :: world.world]
-    trainer.held = [Response.from_state_dict(r) for r in held]
-    trainer.batcher.load_state_dict([s["batcher"] for s in states])
-    if same:
-        torch.set_rng_state(torch.tensor(states[world.part]["torch_rng"], dtype=torch.uint8))
+    trainer.load_state_dict([s["trainer"] for s in states], own=world.part if same else None)
 
 
 def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:

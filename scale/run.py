@@ -151,7 +151,7 @@ class ScaleSession(Session):
         found, answers = evaluate(engine, self.scorer, self.eval_prompts, self.scale, self.world, self.parallel)
         self.scorer.shaping = True
         self.engine.load_weights(self.policy.named_tensors(), self.trainer.version)
-        (trained,) = self.parallel.sum([self.trainer.ledger["trained"]])
+        (trained,) = self.parallel.sum([self.trainer.ledger.tokens["trained"]])
         if self.is_main:  # the first rank's engine, as for the windows
             self._write_decode(self.eval_decode, engine.steps)
             self.log.log(self.trainer.num_steps, found | {"time/train_s": self.trainer.train_s, "ledger/trained": trained})

@@ -459,7 +459,7 @@ def test_ctrl_c_ends_at_a_steps_edge_with_a_checkpoint_and_exit_code_130(tmp_pat
     assert "Traceback" not in stdout + stderr
     (checkpoint,) = complete_checkpoints(out / "checkpoints")
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert read_state(checkpoint)["num_steps"] == steps[-1] >= 3
+    assert read_state(checkpoint)["trainer"]["num_steps"] == steps[-1] >= 3
 
 
 def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_path, run_folder, cache):
@@ -470,7 +470,7 @@ def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_
     shutil.copytree(run_folder, out)
     (newest,) = complete_checkpoints(out / "checkpoints")
     state = json.loads((newest / "state.json").read_text())
-    del state["ledger"]
+    del state["trainer"]
     (newest / "state.json").write_text(json.dumps(state))
     (newest / "manifest.json").write_text("{}")
     process = start("train", *options(run__resume="true", run__steps=3), "--run.out", str(out), "--run.cache", str(cache))

@@ -247,7 +247,7 @@ def gradient_z(made: instances.Instance, setting: Setting) -> tuple[np.ndarray, 
     seen_N = mdp.depth_N < trainer.config.rollout.window
     exact_NA = mdp.policy_gradient(made.policy_NA) * seen_N[:, None]
     squares_NA = np.zeros(exact_NA.shape)  # a response passes a node once: its share there is A (1[a] - pi)
-    for response, raw_T in zip(rows.responses, rows.raw_advantages_BT.double().numpy(), strict=True):
+    for response, raw_T in zip(rows.responses, trainer.advantages.raw_BT.double().numpy(), strict=True):
         edges = np.array(response.token_ids)
         node = mdp.node_E[edges]
         share = raw_T[: len(edges), None] * (np.eye(mdp.num_tokens)[mdp.token_E[edges]] - made.policy_NA[node])
@@ -486,10 +486,10 @@ def test_a_cut_response_under_an_untrained_critic_gives_no_signal_and_moves_noth
     assert warm.no_signal_share < 1
 
     rows = []
-    learn(instances.early_decision(), steps=1, window=4, watch=lambda trainer, _: rows.append(trainer.rows))
-    raw = rows[0].raw_advantages_BT
-    assert not raw[rows[0].cut_B].any()
-    assert raw[~rows[0].cut_B].any()
+    learn(instances.early_decision(), steps=1, window=4, watch=lambda trainer, _: rows.append((trainer.rows, trainer.advantages)))
+    step, advantages = rows[0]
+    assert not advantages.raw_BT[step.cut_B].any()
+    assert advantages.raw_BT[~step.cut_B].any()
 
 
 def test_critics_begin_as_their_name_says():

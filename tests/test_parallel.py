@@ -12,12 +12,15 @@ import pytest
 import torch
 from helpers import make_policy, make_value
 
+from tppo_ref.loop.estimates import estimate_advantages
+from tppo_ref.loop.forward import clip_centre, forward
 from tppo_ref.loop.learner import Learner
 from tppo_ref.loop.parallel import SingleProcess
-from tppo_ref.loop.rows import PolicyRows, response_mask
+from tppo_ref.loop.rows import Rows, response_mask
 from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, ValueConfig
 from tppo_ref.loop.updates import update_policy, update_value
-from tppo_ref.method.records import End, Prompt, Response
+from tppo_ref.loop.value_targets import ValueBatch
+from tppo_ref.method.records import End, Prompt, Response, WindowSlice
 from tppo_ref.rollout.packing import TokenBatch
 
 MODELS = (make_policy(), make_value())  # made here: loading draws from torch's global generator, which threads would share
@@ -130,16 +133,14 @@ def policy_update(rows: list[int], parallel: Any) -> tuple[list[torch.Tensor], d
     responses, begins = make_rows()
     config = PolicyConfig(lr=1e-2, mini_batch_tokens=0, mini_batches=1, micro_batch_tokens=24, max_grad_norm=0.5)
     learner = Learner("policy", policy, config, parallel)
-    step = PolicyRows.build([responses[i] for i in rows], [begins[i] for i in rows], ADVANTAGE, "cpu")
+    step = Rows.of([WindowSlice(responses[i], begins[i], len(responses[i])) for i in rows], ADVANTAGE)
     fed = [len(r.prompt.token_ids) + len(r) for r in step.responses]
     plan = learner.plan(step.train_BT.sum(1).tolist(), fed, np.random.default_rng(0))
-    with torch.no_grad():
-        for micro in plan[0]:
-            values, last = value(step.batch(micro))
-            step.put(micro, values_BT=values, last_value_B=last, logprob_BT=policy(step.batch(micro)))
-    step.estimate_advantages(ADVANTAGE, window=6, parallel=parallel)
+    before = forward(step, plan, policy=policy, value=value, parallel=parallel, step=1)
+    advantages, _ = estimate_advantages(step, before, ADVANTAGE, window=6, parallel=parallel)
     gradients = watched_gradients(learner)
-    metrics = update_policy(learner, step, [plan], step=1)
+    centre = clip_centre(step, before.logprob_BT, config)
+    metrics = update_policy(learner, step, advantages.scaled_BT, centre, [plan], step=1)
     return gradients, metrics
 
 
@@ -162,7 +163,7 @@ def value_update(rows: list[int], parallel: Any) -> tuple[list[torch.Tensor], di
     targets_BT = torch.where(mask_BT, 0.3, 0.0)
     plan = learner.plan([len(r) for r in responses], [len(r) + 3 for r in responses], np.random.default_rng(0))
     gradients = watched_gradients(learner)
-    metrics = update_value(learner, responses, targets_BT, mask_BT, None, [plan], step=1)
+    metrics = update_value(learner, ValueBatch(responses, targets_BT, mask_BT, None), [plan], step=1)
     return gradients, metrics
 
 

@@ -140,12 +140,12 @@ def test_N_steps_a_restart_and_the_rest_are_bit_for_bit_one_run(case, tmp_path, 
     whole = train(config_of(case, tmp_path / "whole", cache, steps=total))
     half = train(config_of(case, tmp_path / "parts", cache, steps=at))
     state = json.loads((half / "state.json").read_text())
-    in_flight = state["batcher"]["in_flight"]
+    in_flight = state["trainer"]["batcher"]["in_flight"]
     if case != "ppo":
         assert in_flight
         assert any(r["logprobs"] and r["versions"] for r in in_flight)
     if case == "held back":
-        assert state["held"], "nothing was held back at this step: choose another"
+        assert state["trainer"]["held"], "nothing was held back at this step: choose another"
     if case == "tppo-defer":
         assert any(0 < r["num_settled"] < len(r["token_ids"]) for r in in_flight)
     parts = train(config_of(case, tmp_path / "parts", cache, steps=total, resume=True))

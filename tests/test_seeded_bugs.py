@@ -77,9 +77,9 @@ BUGS = [
     Bug("the score lands one token early", "loop/rows.py", "rewards_BT[row, len(response) - 1] = response.score",
         "rewards_BT[row, max(len(response) - 2, 0)] = response.score",
         "test_trainer.py::test_F2_each_ended_token_reaches_the_critic_once_per_epoch_and_no_running_one_ever"),
-    Bug("deferred tokens are clipped around the new policy", "loop/rows.py", "torch.where(self.new_BT, start_BT, self.behaviour_BT)", "torch.where(self.run_BT, start_BT, self.behaviour_BT)",
+    Bug("deferred tokens are clipped around the new policy", "loop/forward.py", "torch.where(rows.new_BT, start_BT, rows.behaviour_BT)", "torch.where(rows.run_BT, start_BT, rows.behaviour_BT)",
         "test_trainer.py::test_F4_a_deferred_token_is_trained_against_its_own_older_policy"),
-    Bug("a deferred tail is never trained", "loop/trainer.py", "response.num_settled += trained",
+    Bug("a deferred tail is never trained", "loop/ledger.py", "response.num_settled += trained",
         "response.num_settled = len(response)",
         "test_trainer.py::test_a_tail_that_is_deferred_is_trained_exactly_once_and_nothing_is_excluded"),
     Bug("the tail is trained although it is excluded", "loop/rows.py",
@@ -90,8 +90,8 @@ BUGS = [
         "test_models.py::test_values_equal_plain_unpadded_forward"),
     Bug("all tokens of a request are drawn with one number", "rollout/torch_engine.py", "uniform(state[SEED] + state[DONE])",
         "uniform(state[SEED])", "test_engines.py::test_tokens_and_logprobs_equal_a_naive_loop"),
-    Bug("held-back responses are lost at a restart", "runs/checkpoint.py",
-        'trainer.held = [Response.from_state_dict(response) for response in state["held"]]', "trainer.held = []",
+    Bug("held-back responses are lost at a restart", "loop/trainer.py",
+        'self.held = [Response.from_state_dict(response) for response in held]', "self.held = []",
         "test_resume.py::test_N_steps_a_restart_and_the_rest_are_bit_for_bit_one_run"),
 ]  # fmt: skip
 

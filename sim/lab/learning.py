@@ -28,11 +28,13 @@ from sim.lab.agents import PROMPT, MDPEngine, MDPScorer, NetworkPolicy, NetworkV
 from sim.lab.instances import Instance
 from sim.lab.token_mdp import Solution, TokenMDP
 from sim.lab.unrolled import ENDED, Floats, Ints
-from tppo_ref.loop.rows import PolicyRows
+from tppo_ref.loop.estimates import Advantages
+from tppo_ref.loop.forward import Forward
+from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.loop.updates import explained_variance
+from tppo_ref.loop.value_targets import ValueBatch
 from tppo_ref.method.errors import nearest
-from tppo_ref.method.records import Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.runs.config import Config, apply_method
@@ -100,23 +102,22 @@ class Setting:
 
 
 class LabTrainer(Trainer):
-    """The Trainer, and what its last step trained on: `rows` of the policy, `ended` responses of an independent critic."""
+    """The Trainer, and what its last step trained on: `rows` of the policy, `batch` of the critic."""
 
-    rows: PolicyRows
-    ended: Sequence[Response] = ()
+    rows: Rows
+    advantages: Advantages
+    batch: ValueBatch
 
-    def _policy_rows(self) -> PolicyRows:
-        self.rows = super()._policy_rows()
-        return self.rows
+    def __init__(self, config: Config, **parts: Any):
+        super().__init__(config, observer=self._see, **parts)
 
-    def _take_ended(self) -> list[Response]:
-        self.ended = super()._take_ended()
-        return list(self.ended)
+    def _see(self, rows: Rows, forward: Forward, advantages: Advantages, batch: ValueBatch) -> None:
+        self.rows, self.advantages, self.batch = rows, advantages, batch
 
     def value_batch(self) -> list[Stretch]:
         """The stretches of responses on whose tokens the critic was trained in the last step."""
         if self.config.value.update == "independent":
-            return [Stretch(np.array(r.token_ids), np.array(r.versions)) for r in self.ended]
+            return [Stretch(np.array(r.token_ids), np.array(r.versions)) for r in self.batch.responses]
         batch = []
         for response, train_T in zip(self.rows.responses, self.rows.train_BT.numpy(), strict=True):
             column = np.flatnonzero(train_T)
@@ -276,9 +277,7 @@ class Recorder:
         )
 
     def _step(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        rows = self.trainer.rows
-        assert rows.raw_advantages_BT is not None
-        raw = rows.raw_advantages_BT[rows.train_BT]
+        raw = self.trainer.advantages.raw_BT[self.trainer.rows.train_BT]
         return {
             "trained_tokens": int(metrics["policy/tokens"]), "cut_share": metrics["response/cut_share"],
             "advantage_std": metrics["advantage/std"], "no_signal_share": float((raw == 0).double().mean()),

@@ -434,7 +434,7 @@ def test_two_engines_count_and_learn_the_same_on_two_ranks_and_on_four(two_engin
 
 def test_every_rank_trains_something(two_engines, one_engine):
     for run, ranks in zip((*two_engines, one_engine), (2, 4, 2), strict=True):
-        trained = [state["ledger"]["trained"] for state in rank_states(run)]
+        trained = [state["trainer"]["ledger"]["tokens"]["trained"] for state in rank_states(run)]
         assert len(trained) == ranks
         assert min(trained) > 0
 

@@ -1,10 +1,29 @@
-"""What became of every token, and the metrics of a step."""
+"""What became of every token, and the metrics of a step that come from counting.
+
+Conservation: at every step, over all ranks,
+
+    generated = trained + excluded (tail, value warm-up) + pending (deferred, or of a response that trains when it ends)
+
+docs/algorithm.md, "Conservation". The books are held on the records: `Response.num_settled` is the first column that the policy has
+yet to see.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+from tppo_ref.loop.forward import Forward
+from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.rows import Rows
+from tppo_ref.method.records import End, WindowSlice
+from tppo_ref.rollout.batcher import SuccessiveBatcher
+
+OUTCOMES = ("trained", "excluded_tail", "excluded_warmup")
 
 
 class PhaseClock:
@@ -26,3 +45,116 @@ class PhaseClock:
         step_s = time.perf_counter() - self.begin
         phases = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
         return {"time/step_s": step_s, **phases, "time/other_s": step_s - sum(self.seconds.values())}
+
+
+class Ledger:
+    """This rank's books over a run.
+
+    tokens     response tokens by what became of them (OUTCOMES)
+    verdicts   responses by the status of their verification
+    """
+
+    def __init__(self, parallel: Parallel):
+        self.parallel = parallel
+        self.tokens: Counter[str] = Counter()
+        self.verdicts: Counter[str] = Counter()
+
+    def enter_scores(self, slices: Sequence[WindowSlice], scores: Mapping[int, tuple[float, str]]) -> None:
+        """Write each ended response's score into its record, and count the verdict."""
+        for response in (s.response for s in slices if s.response.ended):
+            response.score, status = scores[response.id]
+            self.verdicts[status] += 1
+
+    def settle(
+        self, rows: Rows, forward: Forward, batcher: SuccessiveBatcher, *, defers: bool, warming_up: bool, sampled_with: int
+    ) -> dict[str, float]:
+        """Enter a step's rows, and return the ledger/ and policy/ metrics of what was trained, how old it was, what was fed.
+
+        defers         whether a tail that was not trained waits for the next window, or is excluded for good
+        warming_up     whether the value model was trained alone: then all of the rows' tokens are excluded
+        sampled_with   version of the policy that sampled this step's window; ages count from it
+        AssertionError where a token is lost or counted twice.
+        """
+        age_sum, age_max = self._enter(rows, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
+        num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
+        new_BT, in_flight = rows.new_BT, batcher.own_in_flight
+        total = self._sum(
+            {f"ledger/{name}": self.tokens[name] for name in OUTCOMES}
+            | {
+                "ledger/generated": batcher.num_generated_tokens,
+                "ledger/pending": sum(len(r) - r.num_settled for r in in_flight),
+                "ledger/in_flight": len(in_flight),
+                "policy/tokens": num_trained,
+                "policy/prefix_tokens": rows.num_fed - float(new_BT.sum()),
+                "policy/staleness": float(age_sum),
+            }
+        )
+        total["policy/staleness"] /= max(total["policy/tokens"], 1)
+        accounted = sum(total[f"ledger/{name}"] for name in (*OUTCOMES, "pending"))
+        generated = total["ledger/generated"]
+        assert generated == accounted, f"{generated} tokens generated, {accounted} accounted for"
+        gap = -1.0  # a rank with nothing to compare
+        if forward.logprob_BT is not rows.behaviour_BT and bool(new_BT.any()):
+            gap = float((forward.logprob_BT - rows.behaviour_BT)[new_BT].abs().mean())
+        gap, oldest = self.parallel.max([gap, age_max])
+        return total | {"policy/logprob_gap": gap if gap >= 0 else math.nan, "policy/staleness_max": oldest}
+
+    def _enter(self, rows: Rows, *, defers: bool, warming_up: bool, sampled_with: int) -> tuple[int, int]:
+        """Moves each row's `num_settled`; the sum and the largest of the trained tokens' ages, in versions."""
+        age_sum, age_max = 0, 0
+        for response, trained in zip(rows.responses, rows.train_BT.sum(1).tolist(), strict=True):
+            unsettled = len(response) - response.num_settled
+            versions = response.versions[response.num_settled : response.num_settled + trained]
+            if versions and not warming_up:
+                age_sum += sampled_with * trained - sum(versions)
+                age_max = max(age_max, sampled_with - min(versions))
+            if warming_up:
+                self.tokens["excluded_warmup"] += unsettled
+                response.num_settled = len(response)
+            elif defers:
+                self.tokens["trained"] += trained
+                response.num_settled += trained
+            else:
+                self.tokens["trained"] += trained
+                self.tokens["excluded_tail"] += unsettled - trained
+                response.num_settled = len(response)
+        return age_sum, age_max
+
+    def window_metrics(self, slices: Sequence[WindowSlice], batcher: SuccessiveBatcher, rollout_s: float) -> dict[str, float]:
+        """The rollout/, response/ and verify/ metrics of one window, over all ranks."""
+        ended = [s.response for s in slices if s.response.ended]
+        total = self._sum({
+            "rows": len(slices), "ended": len(ended), "capped": sum(r.end is End.LENGTH_CAP for r in ended),
+            "length": sum(map(len, ended)), "score": sum(r.score or 0.0 for r in ended),
+            "right": sum((r.score or 0.0) > 0 for r in ended), "tokens": sum(s.stop - s.begin for s in slices),
+            "slot_steps": batcher.slot_steps, "timeout": self.verdicts["timeout"],
+            "error": self.verdicts["error"] + self.verdicts["bad_score"],
+        })  # fmt: skip
+        longest, steps, rollout_s = self.parallel.max([max(map(len, ended), default=0), batcher.num_steps, rollout_s])
+        occupancy = total["tokens"] / max(total["slot_steps"], 1)
+
+        def per_ended(name: str) -> float:
+            return total[name] / total["ended"] if total["ended"] else math.nan
+
+        return {
+            "rollout/decode_steps": steps, "rollout/tokens": total["tokens"], "rollout/tokens_per_s": total["tokens"] / rollout_s,
+            "rollout/occupancy": occupancy, "rollout/idle_s": (1 - occupancy) * rollout_s, "response/rows": total["rows"],
+            "response/ended": total["ended"], "response/cut_share": (total["rows"] - total["ended"]) / max(total["rows"], 1),
+            "response/capped_share": per_ended("capped"), "response/length_mean": per_ended("length"),
+            "response/length_max": longest, "response/score_mean": per_ended("score"), "response/accuracy": per_ended("right"),
+            "verify/timeouts": total["timeout"], "verify/errors": total["error"],
+        }  # fmt: skip
+
+    def _sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Named numbers of this rank -> their sums over all ranks."""
+        return dict(zip(numbers, self.parallel.sum(numbers.values()), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts)}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """The books of `states` added up: one rank's own, all ranks' on the one that takes them over, or none."""
+        self.tokens, self.verdicts = Counter(), Counter()
+        for state in states:
+            self.tokens.update(state["tokens"])
+            self.verdicts.update(state["verdicts"])

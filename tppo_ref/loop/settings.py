@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,3 +126,29 @@ class ValueConfig:
     """pretrain-value: responses sampled from the frozen policy. [M]"""
     pretrain_epochs: int = 4
     """pretrain-value: passes over them. [M]"""
+
+
+class Seeded(Protocol):
+    """The part of a run's settings that the loop draws from."""
+
+    @property
+    def seed(self) -> int: ...
+
+
+class Settings(Protocol):
+    """What the loop reads of a configuration; runs.config.Config is one."""
+
+    @property
+    def rollout(self) -> RolloutConfig: ...
+
+    @property
+    def advantage(self) -> AdvantageConfig: ...
+
+    @property
+    def policy(self) -> PolicyConfig: ...
+
+    @property
+    def value(self) -> ValueConfig: ...
+
+    @property
+    def run(self) -> Seeded: ...

@@ -1,20 +1,23 @@
-"""The two updates of a step: the policy on its rows, the value model on returns. Both are losses.py wired to a Learner."""
+"""The two updates of a step: the policy on its rows, the value model on its targets. Both are losses.py wired to a Learner."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from tppo_ref.loop.forward import ClipCentre
 from tppo_ref.loop.learner import Learner, Plan
-from tppo_ref.loop.rows import PolicyRows
-from tppo_ref.loop.settings import PolicyConfig
+from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.rows import Rows
+from tppo_ref.loop.settings import PolicyConfig, ValueConfig
+from tppo_ref.loop.value_targets import ValueBatch
 from tppo_ref.method.losses import importance_weights, policy_loss, positive_lm_loss, value_loss
-from tppo_ref.method.records import Response
 from tppo_ref.rollout.packing import TokenBatch
 
 
@@ -34,80 +37,111 @@ class Ewma:
 
     @torch.no_grad()
     def move(self, current: torch.nn.Module) -> None:
+        """One optimiser step went by: the average moves towards the current weights."""
         self.weight = self.decay * self.weight + 1
         for average, parameter in zip(self.module.parameters(), current.parameters(), strict=True):
             average.lerp_(parameter.detach(), 1 / self.weight)
 
-    def clip_centre(
-        self, batch: TokenBatch, rows: PolicyRows, part: Any, config: PolicyConfig
-    ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Averaged policy's log-probabilities, importance weights averaged / behaviour, and the share of these that was clipped."""
+    def clip_centre(self, batch: TokenBatch, rows: Rows, part: Any, config: PolicyConfig) -> ClipCentre:
+        """The averaged policy's log-probabilities of a micro-batch, and the importance weights averaged / behaviour."""
         with torch.no_grad():
-            centre_BT = self.module(batch)
+            centre_bt = self.module(batch)
         mode: Literal["truncated", "masked"] = "truncated" if config.importance == "none" else config.importance
-        weight_BT, clipped = importance_weights(
-            centre_BT, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap
+        weight_bt, clipped = importance_weights(
+            centre_bt, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap
         )
-        return centre_BT, weight_BT, clipped
+        return ClipCentre(centre_bt, weight_bt, clipped)
+
+
+class Sums:
+    """Sums over a step's micro-batches, added up over ranks at its end."""
+
+    def __init__(self) -> None:
+        self.by_name: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, **numbers: float | Tensor) -> None:
+        for name, number in numbers.items():
+            self.by_name[name] += float(number)
+
+    def over_ranks(self, parallel: Parallel, names: Sequence[str]) -> dict[str, float]:
+        return dict(zip(names, parallel.sum(self.by_name[name] for name in names), strict=True))
+
+
+def optimiser_steps(learner: Learner, plans: Iterable[Plan], *masks_BT: Tensor) -> Iterator[tuple[list[list[int]], list[float]]]:
+    """Mini-batches of all epochs, each with its tokens in each mask over all ranks: the denominators of its losses.
+
+    A mini-batch without a token in the first mask is left out on every rank: every token of its rows is a tail, nothing is to be
+    learnt from it, and the ledger counts them.
+    """
+    for mini_batch in (mini for plan in plans for mini in plan):
+        members = [row for micro in mini_batch for row in micro]
+        counts = learner.parallel.sum([float(mask_BT[members].sum()) for mask_BT in masks_BT])
+        if counts[0]:
+            yield mini_batch, counts
+
+
+class PolicyLoss:
+    """The policy's loss on a micro-batch: clipped surrogate + lm_loss_weight x the LM loss on tokens of right responses."""
+
+    def __init__(self, learner: Learner, rows: Rows, scaled_BT: Tensor, centre: ClipCentre, ewma: Ewma | None):
+        assert isinstance(learner.config, PolicyConfig)
+        self.config, self.module, self.ewma = learner.config, learner.module, ewma
+        self.rows, self.scaled_BT, self.centre, self.positive_BT = rows, scaled_BT, centre, rows.positive_BT
+        self.sums, self.ratio_max = Sums(), 0.0
+
+    def __call__(self, micro: list[int], tokens: float, positive: float) -> Tensor:
+        """tokens, positive: those of the mini-batch over all ranks and micro-batches, the two losses' denominators."""
+        config, rows = self.config, self.rows
+        batch = rows.batch(micro, detach_prefix=config.detach_prefix)
+        logprob_bt = self.module(batch)
+        part = (micro, slice(0, logprob_bt.shape[1]))
+        centre, train_bt = self.centre.of_part(part), rows.train_BT[part]
+        if self.ewma is not None:
+            centre = self.ewma.clip_centre(batch, rows, part, config)
+        total, stats = policy_loss(
+            logprob_bt, centre.logprob_BT, self.scaled_BT[part], train_bt, denominator=tokens, clip_low=config.clip_low,
+            clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=centre.weight_BT,
+        )  # fmt: skip
+        self.ratio_max = max(self.ratio_max, stats.pop("ratio_max"))
+        num_tokens = int(train_bt.sum())
+        self.sums.add(loss=float(total.detach()) * tokens, tokens=num_tokens, **stats)
+        if self.ewma is not None:
+            self.sums.add(weight_clipped=centre.clipped_share * num_tokens)
+        if positive and config.lm_loss_weight:
+            positive_bt = self.positive_BT[part]
+            lm = positive_lm_loss(logprob_bt, positive_bt, denominator=positive)
+            self.sums.add(lm_loss=float(lm.detach()) * positive, positive=int(positive_bt.sum()))
+            total = total + config.lm_loss_weight * lm
+        return total
 
 
 def update_policy(
-    learner: Learner, rows: PolicyRows, plans: Sequence[Plan], *, step: int, ewma: Ewma | None = None
+    learner: Learner,
+    rows: Rows,
+    scaled_BT: Tensor,
+    centre: ClipCentre,
+    plans: Sequence[Plan],
+    *,
+    step: int,
+    ewma: Ewma | None = None,
 ) -> dict[str, float]:
-    """All epochs of the policy's update on one step's rows: clipped surrogate and the positive-example LM loss.
+    """All epochs of the policy's update on one step's rows.
 
-    Each loss is a token mean over its mini-batch, all ranks and micro-batches together. Returns the policy/ metrics, averages
-    over the tokens of all mini-batches. `ewma`: PPO-EWMA's averaged policy, moved after each optimiser step.
+    scaled_BT: advantages [B, T]. centre: the clip's; with `ewma`, PPO-EWMA's averaged policy, it is the average's instead, which
+    moves after each optimiser step. Each loss is a token mean over its mini-batch, all ranks and micro-batches together. Returns
+    the policy/ metrics, means over the tokens of all mini-batches.
     """
-    config = learner.config
-    assert isinstance(config, PolicyConfig)
-    centre_BT, weight_BT, weight_clipped = rows.clip_centre(config)
-    assert rows.advantages_BT is not None
-    advantages_BT, positive_BT = rows.advantages_BT, rows.positive_BT()
-    sums: defaultdict[str, float] = defaultdict(float)
-    ratio_max = 0.0
+    loss = PolicyLoss(learner, rows, scaled_BT, centre, ewma)
     learner.begin_step()
-
-    def loss(micro: list[int], tokens: float, positive: float) -> torch.Tensor:
-        nonlocal ratio_max
-        batch = rows.batch(micro, detach_prefix=config.detach_prefix)
-        logprob_BT = learner.module(batch)
-        part = (micro, slice(0, logprob_BT.shape[1]))
-        old_BT, weight = centre_BT[part], None if weight_BT is None else weight_BT[part]
-        if ewma is not None:
-            old_BT, weight, clipped = ewma.clip_centre(batch, rows, part, config)
-            sums["weight_clipped"] += clipped * int(rows.train_BT[part].sum())
-        total, stats = policy_loss(
-            logprob_BT, old_BT, advantages_BT[part], rows.train_BT[part], denominator=tokens,
-            clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=weight,
-        )  # fmt: skip
-        ratio_max = max(ratio_max, stats.pop("ratio_max"))
-        for name, number in stats.items():
-            sums[name] += number
-        sums["loss"] += float(total.detach()) * tokens
-        if positive and config.lm_loss_weight:
-            lm = positive_lm_loss(logprob_BT, positive_BT[part], denominator=positive)
-            sums["lm_loss"] += float(lm.detach()) * positive
-            total = total + config.lm_loss_weight * lm
-        sums["tokens"] += int(rows.train_BT[part].sum())
-        sums["positive"] += int(positive_BT[part].sum())
-        return total
-
-    for mini_batch in (mini for plan in plans for mini in plan):
-        members = [row for micro in mini_batch for row in micro]
-        counts = [float(rows.train_BT[members].sum()), float(positive_BT[members].sum())]
-        tokens, positive = learner.parallel.sum(counts)
-        if not tokens:  # every token of these rows is a tail: nothing to learn from, and the ledger counts them
-            continue
+    for mini_batch, (tokens, positive) in optimiser_steps(learner, plans, rows.train_BT, loss.positive_BT):
         learner.update(mini_batch, partial(loss, tokens=tokens, positive=positive), step)
         if ewma is not None:
             ewma.move(learner.module)
-
-    (ratio_max,) = learner.parallel.max([ratio_max])
     if ewma is None:
-        sums["weight_clipped"] = weight_clipped * sums["tokens"]
+        loss.sums.add(weight_clipped=centre.clipped_share * loss.sums.by_name["tokens"])
+    (ratio_max,) = learner.parallel.max([loss.ratio_max])
     names = ("tokens", "positive", "loss", "lm_loss", "clipped_tokens", "dual_clipped_tokens", "kl_sum", "weight_clipped")
-    total = dict(zip(names, learner.parallel.sum(sums[name] for name in names), strict=True))
+    total = loss.sums.over_ranks(learner.parallel, names)
     tokens = max(total["tokens"], 1)
     return learner.metrics() | {
         "policy/loss": total["loss"] / tokens,
@@ -120,47 +154,38 @@ def update_policy(
     }
 
 
-def update_value(
-    learner: Learner,
-    responses: Sequence[Response],
-    targets_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
-    stored_BT: torch.Tensor | None,
-    plans: Sequence[Plan],
-    *,
-    step: int,
-) -> dict[str, float]:
-    """All epochs of the value model's update: clipped squared error to `targets_BT` on `mask_BT`.
+class ValueLoss:
+    """The value model's loss on a micro-batch: clipped squared error to the batch's targets."""
 
-    stored_BT anchors the clip; None = no clip. Returns the value/ metrics; the explained variance is of V before each update.
-    """
-    config = learner.config
-    sums: defaultdict[str, float] = defaultdict(float)
-    learner.begin_step()
+    def __init__(self, learner: Learner, batch: ValueBatch):
+        assert isinstance(learner.config, ValueConfig)
+        self.config, self.module, self.batch, self.sums = learner.config, learner.module, batch, Sums()
 
-    def loss(micro: list[int], tokens: float) -> torch.Tensor:
-        value_BT, _ = learner.module(TokenBatch.of([responses[row] for row in micro]))
-        part = (micro, slice(0, value_BT.shape[1]))
+    def __call__(self, micro: list[int], tokens: float) -> Tensor:
+        """tokens: the mini-batch's, over all ranks and micro-batches, the loss's denominator."""
+        batch, config = self.batch, self.config
+        value_bt, _ = self.module(TokenBatch.of([batch.responses[row] for row in micro]))
+        part = (micro, slice(0, value_bt.shape[1]))
+        targets_bt, mask_bt = batch.targets_BT[part], batch.mask_BT[part]
         total, stats = value_loss(
-            value_BT, None if stored_BT is None else stored_BT[part], targets_BT[part], mask_BT[part], denominator=tokens,
+            value_bt, None if batch.anchor_BT is None else batch.anchor_BT[part], targets_bt, mask_bt, denominator=tokens,
             clip_low=config.clip_low, clip_high=config.clip_high,
         )  # fmt: skip
-        target, value = targets_BT[part][mask_BT[part]].double(), value_BT.detach()[mask_BT[part]].double()
-        moments = {"n": target.numel(), "t": target.sum(), "tt": target.square().sum(),
-                   "e": (target - value).sum(), "ee": (target - value).square().sum()}  # fmt: skip
-        for name, number in (stats | moments).items():
-            sums[name] += float(number)
-        sums["loss"] += float(total.detach()) * tokens
+        target, error = targets_bt[mask_bt].double(), targets_bt[mask_bt].double() - value_bt.detach()[mask_bt].double()
+        self.sums.add(
+            n=target.numel(), t=target.sum(), tt=target.square().sum(), e=error.sum(), ee=error.square().sum(),
+            loss=float(total.detach()) * tokens, **stats,
+        )  # fmt: skip
         return total
 
-    for mini_batch in (mini for plan in plans for mini in plan):
-        members = [row for micro in mini_batch for row in micro]
-        (tokens,) = learner.parallel.sum([float(mask_BT[members].sum())])
-        if tokens:
-            learner.update(mini_batch, partial(loss, tokens=tokens), step)
 
-    names = ("n", "t", "tt", "e", "ee", "loss", "value_clipped_tokens")
-    total = dict(zip(names, learner.parallel.sum(sums[name] for name in names), strict=True))
+def update_value(learner: Learner, batch: ValueBatch, plans: Sequence[Plan], *, step: int) -> dict[str, float]:
+    """All epochs of the value model's update. Returns the value/ metrics; the explained variance is of V before each update."""
+    loss = ValueLoss(learner, batch)
+    learner.begin_step()
+    for mini_batch, (tokens,) in optimiser_steps(learner, plans, batch.mask_BT):
+        learner.update(mini_batch, partial(loss, tokens=tokens), step)
+    total = loss.sums.over_ranks(learner.parallel, ("n", "t", "tt", "e", "ee", "loss", "value_clipped_tokens"))
     n = max(total["n"], 1)
     return learner.metrics() | {
         "value/tokens": total["n"],

@@ -26,10 +26,9 @@ from safetensors.torch import load_file, save_file
 
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import NonFiniteError, UserError
-from tppo_ref.method.records import Response
 
 MANIFEST = "manifest.json"
-STATE_KEYS = ("num_steps", "version", "train_s", "ledger", "verdicts", "learner_steps", "held", "batcher", "config")
+STATE_KEYS = ("trainer", "config")
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, *, keep: int, config: dict[str, Any]) -> Path:
@@ -69,14 +68,8 @@ def _write(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
         # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
         save_file({name: p.detach().clone() for name, p in trainer.ewma.module.named_parameters()}, folder / "ewma.safetensors")
     optimisers = {learner.name: learner.optimiser.state_dict() for learner in (trainer.policy_learner, trainer.value_learner)}
-    torch.save(optimisers | {"torch_rng": torch.get_rng_state()}, folder / "optimisers.pt")
-    (folder / "state.json").write_text(json.dumps({
-        "num_steps": trainer.num_steps, "version": trainer.version, "train_s": trainer.train_s, "ledger": dict(trainer.ledger),
-        "verdicts": dict(trainer.verdicts),
-        "ewma_weight": trainer.ewma.weight if trainer.ewma else None,
-        "learner_steps": {learner.name: learner.num_steps for learner in (trainer.policy_learner, trainer.value_learner)},
-        "held": [response.state_dict() for response in trainer.held], "batcher": trainer.batcher.state_dict(), "config": config,
-    }))  # fmt: skip
+    torch.save(optimisers, folder / "optimisers.pt")
+    (folder / "state.json").write_text(json.dumps({"trainer": trainer.state_dict(), "config": config}))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): file_digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -114,23 +107,14 @@ def load_checkpoint(trainer: Trainer, folder: Path) -> None:
         optimisers = torch.load(folder / "optimisers.pt", weights_only=True)
         for learner in (trainer.policy_learner, trainer.value_learner):
             learner.optimiser.load_state_dict(optimisers[learner.name])
-            learner.num_steps = state["learner_steps"][learner.name]
         if trainer.ewma is not None:
             averaged = load_file(folder / "ewma.safetensors")
-            trainer.ewma.weight = state["ewma_weight"]
             for name, parameter in trainer.ewma.module.named_parameters():
                 parameter.data.copy_(averaged[name])
+        trainer.load_state_dict([state["trainer"]])
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(f"checkpoint {folder}: does not fit this run ({first_line}); use the run's own config") from None
-    torch.set_rng_state(optimisers["torch_rng"])
-    trainer.num_steps, trainer.version, trainer.train_s = state["num_steps"], state["version"], state["train_s"]
-    trainer.ledger.clear()
-    trainer.ledger.update(state["ledger"])
-    trainer.verdicts.clear()
-    trainer.verdicts.update(state["verdicts"])
-    trainer.held = [Response.from_state_dict(response) for response in state["held"]]
-    trainer.batcher.load_state_dict([state["batcher"]])
     trainer.engine.load_weights(trainer.policy_learner.module.named_tensors(), trainer.version)
 
 

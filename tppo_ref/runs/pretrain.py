@@ -25,6 +25,7 @@ from tppo_ref.loop.learner import Learner
 from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.loop.rows import response_mask, terminal_rewards
 from tppo_ref.loop.updates import explained_variance, update_value
+from tppo_ref.loop.value_targets import ValueBatch
 from tppo_ref.method.advantages import monte_carlo_returns
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Response
@@ -116,13 +117,14 @@ def fit_value(
     device = device or value.device
     mask_BT = response_mask([len(r) for r in responses], device)
     returns_BT = monte_carlo_returns(terminal_rewards(responses, device), mask_BT, gamma=config.advantage.gamma)
+    batch = ValueBatch(responses, returns_BT, mask_BT, anchor_BT=None)
     fed = [len(r.prompt.token_ids) + len(r) for r in responses]
     epochs = range(config.value.pretrain_epochs)
     for epoch in tqdm(
         epochs, desc="value pre-training", unit="epoch", disable=not config.run.progress or parallel.rank > 0, leave=False
     ):
         plan = learner.plan([len(r) for r in responses], fed, np.random.default_rng((PRETRAIN_SEED, epoch, parallel.rank)))
-        update_value(learner, responses, returns_BT, mask_BT, None, [plan], step=epoch)
+        update_value(learner, batch, [plan], step=epoch)
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ class Session:
         )  # fmt: skip
         self._write_decode(self.eval_decode, engine.steps)
         engine.load_weights(None, self.trainer.version)  # the next step changes the weights under its cache
-        trained = self.trainer.ledger["trained"]
+        trained = self.trainer.ledger.tokens["trained"]
         self.log.log(self.trainer.num_steps, metrics | {"time/train_s": self.trainer.train_s, "ledger/trained": trained})
         self.accuracy, self.evaluated_at = metrics["eval/accuracy"], self.trainer.num_steps
 

@@ -1,0 +1,113 @@
+"""What both models say of a step's rows before any update, and where the policy's clip is centred."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tppo_ref.loop.learner import Plan
+from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.rows import Rows
+from tppo_ref.loop.settings import PolicyConfig
+from tppo_ref.method.errors import NonFiniteError
+from tppo_ref.method.losses import importance_weights
+from tppo_ref.rollout.packing import TokenBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """Outputs of one forward pass over `Rows`, without gradient.
+
+    values_BT       V before each token by this step's critic, the whole row
+    last_value_B    V after the row's last token
+    logprob_BT      under the policy before the update; the behaviour policy's where they are not recomputed
+    """
+
+    values_BT: Tensor
+    last_value_B: Tensor
+    logprob_BT: Tensor
+
+
+@torch.no_grad()
+def forward(
+    rows: Rows,
+    plan: Plan,
+    *,
+    policy: Callable[[TokenBatch], Tensor] | None,
+    value: Callable[[TokenBatch], tuple[Tensor, Tensor]],
+    parallel: Parallel,
+    step: int,
+) -> Forward:
+    """Values and old log-probabilities of all rows. policy: None takes the engine's log-probabilities.
+
+    They are computed in the micro-batches of the first epoch's `plan`: the first ratio is then exactly 1. NonFiniteError, on all
+    ranks or none, where an output is not finite.
+    """
+    values_BT, logprob_BT = torch.zeros_like(rows.behaviour_BT), torch.zeros_like(rows.behaviour_BT)
+    last_value_B = rows.behaviour_BT.new_zeros(len(rows.responses))
+    for micro_batch in (micro for mini in plan for micro in mini):
+        batch = rows.batch(micro_batch)
+        index = torch.tensor(micro_batch, dtype=torch.long, device=rows.cut_B.device)  # long: an empty list would make it float
+        value_bt, last_value_b = value(batch)
+        values_BT[index, : value_bt.shape[1]], last_value_B[index] = value_bt, last_value_b
+        if policy is not None:
+            logprob_bt = policy(batch)
+            logprob_BT[index, : logprob_bt.shape[1]] = logprob_bt
+    outputs = (("log-probability", logprob_BT), ("value", values_BT), ("value", last_value_B))
+    bad = parallel.max([not bool(torch.isfinite(tensor).all()) for _, tensor in outputs])  # all ranks stop, or none
+    for (name, _), is_bad in zip(outputs, bad, strict=True):
+        if is_bad:
+            raise NonFiniteError(f"step {step}: a {name} is not finite; stopped before the update")
+    return Forward(values_BT, last_value_B, rows.behaviour_BT if policy is None else logprob_BT)
+
+
+def remember_values(rows: Rows, values_BT: Tensor) -> None:
+    """Append this step's critic values of newly sampled tokens to their responses, which carry them from step to step.
+
+    They anchor the critic's clip when the response has ended: T-PPO's old values are those stored with each window [P].
+    """
+    for row, response in enumerate(rows.responses):
+        response.values += values_BT[row, len(response.values) : len(response)].tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipCentre:
+    """What the policy's ratio is taken against, [B, T]: `ratio = exp(logprob - logprob_BT)`, times `weight_BT` where there is one.
+
+    clipped_share   of the weights, as a share of the trained tokens
+    """
+
+    logprob_BT: Tensor
+    weight_BT: Tensor | None
+    clipped_share: float
+
+    def of_part(self, part: Any) -> ClipCentre:
+        """The same for some rows and columns."""
+        return ClipCentre(self.logprob_BT[part], None if self.weight_BT is None else self.weight_BT[part], self.clipped_share)
+
+
+def clip_centre(rows: Rows, start_BT: Tensor, config: PolicyConfig) -> ClipCentre:
+    """The clip's centre, and importance weights where asked for. start_BT: log-probabilities before the update (`Forward`).
+
+    Tokens sampled in this step: the policy before the update, recomputed or the engine's. Older tokens (deferred, or of a partial
+    rollout): with importance="none" the behaviour policy's, so that the clipped ratio itself is the correction; else the policy
+    before the update, with the weight pi_start / pi_behaviour outside of the clip (the decoupled form).
+    """
+    if config.importance == "none":
+        if config.old_logprobs == "engine":
+            return ClipCentre(rows.behaviour_BT, None, 0.0)
+        return ClipCentre(torch.where(rows.new_BT, start_BT, rows.behaviour_BT), None, 0.0)
+    weight_BT, share = importance_weights(
+        start_BT, rows.behaviour_BT, rows.train_BT, mode=config.importance, cap=config.importance_cap
+    )
+    return ClipCentre(start_BT, weight_BT, share)
+
+
+def dtype_of(modules: Sequence[torch.nn.Module]) -> torch.dtype:
+    """The dtype of a step's numbers: at least float32, float64 where a model is."""
+    dtypes = [p.dtype for module in modules for p in module.parameters()]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
