@@ -7,6 +7,7 @@ python -m benchmarks.sync             with vLLM: weight sync against a copy
 python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, five seeds
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task
+python -m benchmarks.unchanged        no speed: whether a re-arrangement changed a number, against those of an earlier commit
 """
 
 from __future__ import annotations
