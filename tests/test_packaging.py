@@ -147,12 +147,17 @@ def test_it_asks_for_the_torch_and_the_pythons_that_the_project_names():
 # ---------------------------------------------------------------------------------------------------------------- the wheel
 
 
+def _made_here(folder: str, names: list[str]) -> set[str]:
+    """What a checkout holds beside its sources."""
+    at_the_top = {"runs", "build", "dist", *(n for n in names if n.startswith(".") or n.endswith(".egg-info"))}
+    return {"__pycache__"} | (at_the_top if Path(folder) == ROOT else set())
+
+
 @pytest.fixture(scope="module", name="dist")
 def _dist(tmp_path_factory) -> Path:
     """sdist and, from nothing but the sdist, the wheel: the two steps of `python -m build`, by setuptools' own hooks and offline."""
     folder = tmp_path_factory.mktemp("dist")
-    junk = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, folder / "source", ignore=junk)
+    shutil.copytree(ROOT, folder / "source", ignore=_made_here)
 
     def hook(name: str, cwd: Path) -> None:
         call = f"from setuptools import build_meta; build_meta.{name}({str(folder)!r})"
