@@ -2,10 +2,10 @@
 
     python -m benchmarks.versions [PYTHON-TORCH-TRANSFORMERS ...]        (all, or those named)
 
-Each combination gets an environment of its own from the package index, with torch's ordinary CUDA build (on a machine without a GPU the
-tests run on the CPU), and loses it afterwards: a few minutes and 6 GB each. uv must find the interpreters. Rows of
-combinations that are not tried again stay. No part of `make bench` or of CI, which has no room for it: tests/test_packaging.py holds
-pyproject.toml against the table.
+Each combination gets an environment of its own from the package index, with torch's ordinary CUDA build (on a machine without a
+GPU the tests run on the CPU), and loses it afterwards: a few minutes and 6 GB each. uv must find the interpreters. Rows of
+combinations that are not tried again stay. No part of `make bench` or of CI, which has no room for it: tests/test_packaging.py
+holds pyproject.toml against the table.
 """
 
 from __future__ import annotations
