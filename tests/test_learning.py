@@ -129,11 +129,11 @@ def test_the_engine_refuses_what_it_cannot_serve():
     made = instances.thinking(length=4)
     mdp, engine = made.mdp, MDPEngine(TabularPolicy(made.mdp, made.policy_NA))
     end, on = (int(np.flatnonzero((mdp.node_E == 0) & (mdp.token_E == token))[0]) for token in (1, 0))
-    with pytest.raises(ValueError, match="response 3 has ended after 1 tokens"):
+    with pytest.raises(ValueError, match="response 3: got one that has ended after 1 tokens"):
         engine.submit([request([end], response=3)])
-    with pytest.raises(ValueError, match=r"max_new_tokens is 4 after 1 tokens, expected 1 \.\. 3"):
+    with pytest.raises(ValueError, match=r"response 0: got max_new_tokens 4 after 1 tokens; expected 1 \.\. 3"):
         engine.submit([request([on], new=4)])
-    with pytest.raises(ValueError, match="no tensor named 'nonsense'"):
+    with pytest.raises(ValueError, match="got a tensor named 'nonsense'"):
         engine.load_weights({"nonsense": torch.zeros(1)}, 1)
     engine.submit([request([], new=4)])
     assert engine.num_running == 1
@@ -199,7 +199,7 @@ def test_a_table_by_state_shares_its_row_and_refuses_what_it_cannot_hold():
     np.testing.assert_allclose(policy.table(), made.policy_NA, atol=1e-6)
     with pytest.raises(ValueError, match='use by="node"'):
         TabularValue(mdp, mdp.solve(made.policy_NA).value_N, by="state")  # the tokens left matter
-    with pytest.raises(ValueError, match="by is 'edge', expected node or state"):
+    with pytest.raises(ValueError, match="by: got 'edge'; expected node or state"):
         TabularValue(mdp, np.zeros(mdp.num_nodes), by="edge")
     with pytest.raises(ValueError, match="expected 21 finite numbers"):
         TabularValue(instances.decision(length=16, at=10).mdp, np.zeros(4))
@@ -220,12 +220,12 @@ def test_a_critic_can_be_set_anew_after_training(made):
 def test_a_softmax_cannot_begin_with_a_legal_token_of_probability_0():
     made = instances.cliff()
     sure_NA = np.where(made.mdp.legal_NA.all(1, keepdims=True), [1.0, 0.0], made.policy_NA)
-    with pytest.raises(ValueError, match="legal token of node 8 has probability 0"):
+    with pytest.raises(ValueError, match="got probability 0 for a legal token of node 8"):
         TabularPolicy(made.mdp, sure_NA)
 
 
 def test_rewards_on_the_way_need_gamma_1():
-    with pytest.raises(ValueError, match=r"gamma is 0\.9 and tokens are rewarded on the way"):
+    with pytest.raises(ValueError, match=r"gamma: got 0\.9 with rewards on the way"):
         MDPScorer(instances.noisy_reward(gamma=0.9).mdp)
     MDPScorer(instances.noisy_reward().mdp)
     MDPScorer(instances.thinking(gamma=0.9).mdp)
@@ -531,14 +531,14 @@ def test_warm_up_steps_leave_the_policy_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overrides": {"advantage.gamma": 0.5}}, "'advantage.gamma' is not read here"),
-        ({"overrides": {"rollout.temperature": 0.5}}, "'rollout.temperature' is not read here"),
+        ({"overrides": {"advantage.gamma": 0.5}}, "got 'advantage.gamma', which is not read here"),
+        ({"overrides": {"rollout.temperature": 0.5}}, "got 'rollout.temperature', which is not read here"),
         ({"overrides": {"advantage.lamda": 0.5}}, "did you mean advantage.lam"),
-        ({"critic": "good"}, "critic is 'good', expected zero, warm, noisy, oracle or values"),
-        ({"model": "big"}, "model is 'big', expected tabular or network"),
-        ({"tokens": 5}, "steps is 1, tokens is 5, expected exactly one"),
+        ({"critic": "good"}, "critic: got 'good'; expected zero, warm, noisy, oracle or values"),
+        ({"model": "big"}, "model: got 'big'; expected tabular or network"),
+        ({"tokens": 5}, "steps, tokens: got 1, 5; expected exactly one"),
         ({"critic": [1.0, 2.0]}, "expected 8 finite numbers"),
-        ({"window": 0}, "window: expected an integer of at least 1"),
+        ({"window": 0}, "window: got 0; expected an integer of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_was_expected(options, message):

@@ -532,7 +532,7 @@ def test_the_limit_of_partial_returns_is_met_exactly():
     returns, probabilities = mdp.return_distribution(mdp.uniform(), limit=4)
     assert returns.tolist() == list(range(8))
     assert probabilities.tolist() == [0.125] * 8
-    with pytest.raises(ValueError, match=r"more than 3 different partial returns after 2 tokens; raise limit"):
+    with pytest.raises(ValueError, match=r"more than 3 partial returns after 2 tokens; expected fewer; raise it"):
         mdp.return_distribution(mdp.uniform(), limit=3)
 
 
@@ -828,45 +828,45 @@ def with_edges(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (with_edges(prob=[1, 1, 0.5]), r"edges\.prob sums to 0\.5 for state 1, token 1"),
-        (with_edges(prob=[1, 1, 1 + 1e-6]), r"edges\.prob sums to 1\.000001 for state 1, token 1"),
-        (with_edges(prob=[0, 1, 1]), r"edges\.prob sums to 0\.0 for state 0, token 0"),
-        (with_edges(prob=[1, 1, -1]), r"edges\.prob holds -1"),
-        (with_edges(prob=[1, 1, math.nan]), r"edges\.prob holds nan"),
+        (with_edges(prob=[1, 1, 0.5]), r"edges\.prob: got a sum of 0\.5 for state 1, token 1"),
+        (with_edges(prob=[1, 1, 1 + 1e-6]), r"edges\.prob: got a sum of 1\.000001 for state 1, token 1"),
+        (with_edges(prob=[0, 1, 1]), r"edges\.prob: got a sum of 0\.0 for state 0, token 0"),
+        (with_edges(prob=[1, 1, -1]), r"edges\.prob: got -1"),
+        (with_edges(prob=[1, 1, math.nan]), r"edges\.prob\[2\]: got nan"),
         (
             with_edges(state=[0, 0, 1, 1], token=[0, 1, 1, 1], prob=[1, 1, 2, -1], reward=[0] * 4, next=[1, -1, -1, -1]),
-            r"edges\.prob holds -1",
+            r"edges\.prob: got -1",
         ),
-        (with_edges(reward=[0, 0, math.nan]), r"edges\.reward holds nan"),
-        (with_edges(reward=[0, math.inf, 0]), r"edges\.reward holds inf"),
-        (with_edges(reward=[-math.inf, 0, 0]), r"edges\.reward holds -inf"),
-        (with_edges(state=[0, 0, 2]), r"edges\.state holds 2, expected 0 \.\. 1"),
-        (with_edges(state=[0, 0, -1]), r"edges\.state holds -1, expected 0 \.\. 1"),
-        (with_edges(token=[0, 2, 1]), r"edges\.token holds 2, expected 0 \.\. 1"),
-        (with_edges(next=[2, ENDED, ENDED]), r"edges\.next holds 2, expected -1 \.\. 1"),
-        (with_edges(next=[-2, ENDED, ENDED]), r"edges\.next holds -2"),
-        (with_edges(token=[0.0, 1.0, 1.0]), r"edges\.token: expected integers"),
-        (with_edges(reward=[0, 0]), r"edges\.reward: expected shape \[3\], got \[2\]"),
-        (with_edges(next=[1, ENDED]), r"edges\.next: expected integers, shape \[3\]"),
-        (with_edges(next=[1, 1, 1]), r"the end is unreachable"),
-        ({"edges": Edges([], [], [], [], [])}, r"state 0 is reached after 0 tokens and has no token"),
-        ({"edges": Edges([0, 0], [0, 1], [1, 1], [0, 0], [1, ENDED])}, r"state 1 is reached after 1 tokens and has no token"),
-        ({"start_S": [0.5, 0.4]}, r"start_S sums to 0\.9"),
+        (with_edges(reward=[0, 0, math.nan]), r"edges\.reward\[2\]: got nan"),
+        (with_edges(reward=[0, math.inf, 0]), r"edges\.reward\[1\]: got inf"),
+        (with_edges(reward=[-math.inf, 0, 0]), r"edges\.reward\[0\]: got -inf"),
+        (with_edges(state=[0, 0, 2]), r"edges\.state: got 2; expected 0 \.\. 1"),
+        (with_edges(state=[0, 0, -1]), r"edges\.state: got -1; expected 0 \.\. 1"),
+        (with_edges(token=[0, 2, 1]), r"edges\.token: got 2; expected 0 \.\. 1"),
+        (with_edges(next=[2, ENDED, ENDED]), r"edges\.next: got 2; expected -1 \.\. 1"),
+        (with_edges(next=[-2, ENDED, ENDED]), r"edges\.next: got -2"),
+        (with_edges(token=[0.0, 1.0, 1.0]), r"edges\.token: got float64, shape \[3\]; expected integers"),
+        (with_edges(reward=[0, 0]), r"edges\.reward: got shape \[2\]; expected shape \[3\]"),
+        (with_edges(next=[1, ENDED]), r"edges\.next: got int64, shape \[2\]; expected integers, shape \[3\]"),
+        (with_edges(next=[1, 1, 1]), r"expected an end that can be reached"),
+        ({"edges": Edges([], [], [], [], [])}, r"edges: got no token for state 0, reached after 0 tokens"),
+        ({"edges": Edges([0, 0], [0, 1], [1, 1], [0, 0], [1, ENDED])}, r"edges: got no token for state 1, reached after 1 tokens"),
+        ({"start_S": [0.5, 0.4]}, r"start_S: got a sum of 0\.9"),
         ({"start_S": [1.5, -0.5]}, r"start_S"),
-        ({"start_S": [1.0]}, r"start_S: expected shape \[2\], got \[1\]"),
-        ({"start_S": [math.nan, 1.0]}, r"start_S holds nan"),
-        ({"start_S": [0.0, 0.0]}, r"start_S sums to 0"),
-        ({"cap_reward_S": [0.0, math.inf]}, r"cap_reward_S holds inf"),
-        ({"cap_reward_S": [0.0]}, r"cap_reward_S: expected shape \[2\], got \[1\]"),
-        ({"gamma": 1.1}, r"gamma is 1\.1, expected a number in \[0, 1\]"),
-        ({"gamma": -0.1}, r"gamma is -0\.1"),
-        ({"gamma": math.nan}, r"gamma is nan"),
-        ({"max_tokens": 0}, r"max_tokens is 0"),
-        ({"max_tokens": 2.0}, r"max_tokens is 2\.0"),
-        ({"num_states": 0}, r"num_states is 0"),
-        ({"num_tokens": -1}, r"num_tokens is -1"),
-        ({"state_names": ("a",)}, r"state_names holds 1 names, expected 2"),
-        ({"token_names": ("a", "b", "c")}, r"token_names holds 3 names, expected 2"),
+        ({"start_S": [1.0]}, r"start_S: got shape \[1\]; expected shape \[2\]"),
+        ({"start_S": [math.nan, 1.0]}, r"start_S\[0\]: got nan"),
+        ({"start_S": [0.0, 0.0]}, r"start_S: got a sum of 0"),
+        ({"cap_reward_S": [0.0, math.inf]}, r"cap_reward_S\[1\]: got inf"),
+        ({"cap_reward_S": [0.0]}, r"cap_reward_S: got shape \[1\]; expected shape \[2\]"),
+        ({"gamma": 1.1}, r"gamma: got 1\.1; expected a number in \[0, 1\]"),
+        ({"gamma": -0.1}, r"gamma: got -0\.1"),
+        ({"gamma": math.nan}, r"gamma: got nan"),
+        ({"max_tokens": 0}, r"max_tokens: got 0"),
+        ({"max_tokens": 2.0}, r"max_tokens: got 2\.0"),
+        ({"num_states": 0}, r"num_states: got 0"),
+        ({"num_tokens": -1}, r"num_tokens: got -1"),
+        ({"state_names": ("a",)}, r"state_names: got 1 names; expected 2"),
+        ({"token_names": ("a", "b", "c")}, r"token_names: got 3 names; expected 2"),
     ],
 )
 def test_mistakes_in_a_graph_are_refused_by_name(changes, message):
@@ -883,14 +883,14 @@ def test_what_the_refusals_above_start_from_is_fine():
 def test_an_end_that_only_a_longer_response_could_reach_is_unreachable():
     """0 -> 1 -> end needs two tokens."""
     edges = Edges([0, 1], [0, 0], [1, 1], [0, 0], [1, ENDED])
-    with pytest.raises(ValueError, match=r"no end token can be sampled within max_tokens = 1: the end is unreachable"):
+    with pytest.raises(ValueError, match=r"edges: got no end token within max_tokens = 1; expected an end that can be reached"):
         TokenMDP(num_states=2, num_tokens=1, edges=edges, max_tokens=1)
     assert TokenMDP(num_states=2, num_tokens=1, edges=edges, max_tokens=2).num_nodes == 2
 
 
 def test_an_end_that_has_probability_zero_is_unreachable():
     edges = Edges([0, 0], [0, 0], [1.0, 0.0], [0, 0], [0, ENDED])
-    with pytest.raises(ValueError, match="the end is unreachable"):
+    with pytest.raises(ValueError, match="expected an end that can be reached"):
         TokenMDP(num_states=1, num_tokens=1, edges=edges, max_tokens=3)
 
 
@@ -899,13 +899,13 @@ def test_an_unreachable_dead_end_and_a_state_met_only_at_the_cap_need_no_token()
     assert (
         TokenMDP(num_states=3, num_tokens=2, edges=edges, max_tokens=1, cap_reward_S=[0, 7, 0]).solve([[0.5, 0.5]]).mean_return == 4
     )
-    with pytest.raises(ValueError, match="state 1 is reached after 1 tokens"):
+    with pytest.raises(ValueError, match="edges: got no token for state 1, reached after 1 tokens"):
         TokenMDP(num_states=3, num_tokens=2, edges=edges, max_tokens=2)
 
 
 def test_a_dead_end_is_named_by_its_name():
     edges = Edges([0, 0], [0, 1], [1, 1], [0, 1], [1, ENDED])
-    with pytest.raises(ValueError, match="state mud is reached after 1 tokens"):
+    with pytest.raises(ValueError, match="edges: got no token for state mud, reached after 1 tokens"):
         TokenMDP(num_states=2, num_tokens=2, edges=edges, max_tokens=2, state_names=("road", "mud"))
 
 
@@ -924,14 +924,14 @@ def test_rounding_in_probabilities_is_scaled_away():
     [
         (
             [[0.25, 0.75], [0.5, 0.5], [1, 0]],
-            r"policy_NA: expected shape \[4, 2\], got \[3, 2\]; use by_node for a policy per state",
+            r"policy_NA: got shape \[3, 2\]; expected shape \[4, 2\]; use by_node for a policy per state",
         ),
-        ([[0.25, 0.75]] * 2, r"policy_NA: expected shape \[4, 2\], got \[2, 2\]$"),
-        ([[1.0]] * 4, r"expected shape \[4, 2\], got \[4, 1\]"),
-        ([0.5] * 4, r"expected shape \[4, 2\], got \[4\]"),
+        ([[0.25, 0.75]] * 2, r"policy_NA: got shape \[2, 2\]; expected shape \[4, 2\]$"),
+        ([[1.0]] * 4, r"got shape \[4, 1\]; expected shape \[4, 2\]"),
+        ([0.5] * 4, r"got shape \[4\]; expected shape \[4, 2\]"),
         ([[0.25, 0.75], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], r"0 on illegal tokens"),
-        ([[0.25, 0.7], [0.5, 0.5], [1, 0], [0.5, 0.5]], r"policy_NA: node 0 sums to 0\.95"),
-        ([[0.25, 0.75], [0.5, 0.5], [0, 0], [0.5, 0.5]], r"policy_NA: node 2 sums to 0\.0"),
+        ([[0.25, 0.7], [0.5, 0.5], [1, 0], [0.5, 0.5]], r"policy_NA: got a sum of 0\.95 at node 0"),
+        ([[0.25, 0.75], [0.5, 0.5], [0, 0], [0.5, 0.5]], r"policy_NA: got a sum of 0\.0 at node 2"),
         ([[0.25, 0.75], [1.5, -0.5], [1, 0], [0.5, 0.5]], r"expected probabilities"),
         ([[0.25, 0.75], [math.nan, 0.5], [1, 0], [0.5, 0.5]], r"expected probabilities"),
         ([[0.25, 0.75], [math.inf, 0.5], [1, 0], [0.5, 0.5]], r"policy_NA"),
@@ -962,14 +962,14 @@ def test_a_policy_that_is_no_array_at_all_is_a_value_error(policy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_N": [0.5, 0.5, 0, 0]}, r"start_N: expected probabilities on nodes of one depth"),
-        ({"start_N": [0, 0, 0.5, 0.5]}, r"start_N: expected probabilities on nodes of one depth"),
+        ({"start_N": [0.5, 0.5, 0, 0]}, r"start_N: got other numbers; expected probabilities on nodes of one depth"),
+        ({"start_N": [0, 0, 0.5, 0.5]}, r"start_N: got other numbers; expected probabilities on nodes of one depth"),
         ({"start_N": [0, 0, 0, 0]}, r"start_N"),
         ({"start_N": [0, 1.5, -0.5, 0]}, r"start_N"),
-        ({"start_N": [1, 0, 0]}, r"start_N: expected shape \[4\], got \[3\]"),
-        ({"start_N": [math.nan, 0, 0, 0]}, r"start_N holds nan"),
-        ({"num_tokens": 0}, r"num_tokens is 0, expected at least 1"),
-        ({"num_tokens": -1}, r"num_tokens is -1"),
+        ({"start_N": [1, 0, 0]}, r"start_N: got shape \[3\]; expected shape \[4\]"),
+        ({"start_N": [math.nan, 0, 0, 0]}, r"start_N\[0\]: got nan"),
+        ({"num_tokens": 0}, r"num_tokens: got 0; expected an integer of at least 1"),
+        ({"num_tokens": -1}, r"num_tokens: got -1"),
     ],
 )
 def test_mistakes_in_a_stretch_are_refused_by_name(method, options, message):
@@ -1038,9 +1038,9 @@ def test_softmax_ignores_illegal_logits_and_is_right_for_large_ones():
     assert mdp.softmax(logits)[2, 1] == 0
     for bad in (math.nan, math.inf, -math.inf):
         logits[0, 0] = bad
-        with pytest.raises(ValueError, match="logits_NA: expected finite numbers on the legal tokens"):
+        with pytest.raises(ValueError, match="logits_NA: got NaN or infinity; expected finite numbers on the legal tokens"):
             mdp.softmax(logits)
-    with pytest.raises(ValueError, match=r"logits_NA: expected shape \[4, 2\], got \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"logits_NA: got shape \[3, 2\]; expected shape \[4, 2\]"):
         mdp.softmax(np.zeros((3, 2)))
 
 
@@ -1140,7 +1140,7 @@ def test_the_cliff_loses_nearly_everything_in_one_step():
 
 @pytest.mark.parametrize(("length", "at"), [(16, 15), (16, -1), (3, 2), (2, 1)])
 def test_a_decision_that_leaves_no_token_to_answer_with_is_refused(length, at):
-    with pytest.raises(ValueError, match=f"at is {at}, expected 0 .. {length - 2}"):
+    with pytest.raises(ValueError, match=f"at: got {at}; expected 0 .. {length - 2}"):
         instances.decision(length=length, at=at)
 
 
@@ -1225,10 +1225,10 @@ def test_a_random_instance_rewards_every_token_or_the_end_only(seed):
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("cliv", {}, r"instance is 'cliv', expected one of calm-chain, .*; did you mean cliff\?"),
-        ("", {}, r"instance is '', expected one of"),
-        ("cliff", {"lenght": 3}, r"cliff has no parameter 'lenght', expected some of length, p_good, gamma"),
-        ("thinking", {"gamma": 2.0}, r"gamma is 2\.0"),
+        ("cliv", {}, r"instance: got 'cliv'; expected one of calm-chain, .*; did you mean cliff\?"),
+        ("", {}, r"instance: got ''; expected one of"),
+        ("cliff", {"lenght": 3}, r"cliff: got parameter 'lenght'; expected some of length, p_good, gamma"),
+        ("thinking", {"gamma": 2.0}, r"gamma: got 2\.0"),
         ("thinking", {"p_end": 1.5}, r"policy_NA"),
         ("noisy-reward", {"noise": math.inf}, r"edges\.reward"),
         ("calm-chain", {"first": 1.2}, r"edges\.prob"),

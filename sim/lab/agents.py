@@ -18,8 +18,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from sim.lab.checks import Floats
 from sim.lab.token_mdp import TokenMDP
-from sim.lab.unrolled import ENDED, Floats
+from sim.lab.unrolled import ENDED
 from tppo_ref.loop.rows import pad
 from tppo_ref.method.records import End, Prompt, Response
 from tppo_ref.rollout.engine import Decoded, Request
@@ -56,7 +57,7 @@ class _Table(torch.nn.Module):
         super().__init__()
         rows = {"node": np.arange(mdp.num_nodes), "state": mdp.state_N}
         if by not in rows:
-            raise ValueError(f"by is {by!r}, expected node or state")
+            raise ValueError(f"by: got {by!r}; expected node or state")
         self.row_N = torch.from_numpy(rows[by])
         self.row = torch.nn.Parameter(torch.zeros(mdp.num_nodes if by == "node" else mdp.num_states, *x_N.shape[1:]))
         self.begin_at(x_N)
@@ -68,7 +69,7 @@ class _Table(torch.nn.Module):
         start_R = torch.zeros(self.row.shape, dtype=torch.float64)
         start_R[self.row_N] = start_N
         if not torch.allclose(start_R[self.row_N], start_N, rtol=0, atol=1e-9):
-            raise ValueError('by="state": the nodes of one state begin with different numbers, expected equal ones; use by="node"')
+            raise ValueError('by: got "state" with different numbers at the nodes of one state; expected equal ones; use by="node"')
         self.row.copy_(start_R)
 
     def forward(self, node_n: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def _first_logits(mdp: TokenMDP, policy_NA: ArrayLike) -> Floats:
     policy_NA = mdp.check_policy(policy_NA)
     if (policy_NA[mdp.legal_NA] == 0).any():
         node = int(np.argmax((policy_NA == 0) & mdp.legal_NA) // mdp.num_tokens)
-        raise ValueError(f"policy_NA: a legal token of node {node} has probability 0, expected more than 0 for a softmax")
+        raise ValueError(f"policy_NA: got probability 0 for a legal token of node {node}; expected more than 0, for a softmax")
     return np.log(np.where(mdp.legal_NA, policy_NA, 1.0))
 
 
@@ -183,7 +184,7 @@ class NodeValue(_OnNodes):
 def _node_vector(mdp: TokenMDP, x_N: ArrayLike) -> Floats:
     x_N = np.asarray(x_N, dtype=np.float64)
     if x_N.shape != (mdp.num_nodes,) or not np.isfinite(x_N).all():
-        raise ValueError(f"value_N: expected {mdp.num_nodes} finite numbers, one per node, got shape {list(x_N.shape)}")
+        raise ValueError(f"value_N: got shape {list(x_N.shape)}; expected {mdp.num_nodes} finite numbers, one per node")
     return x_N
 
 
@@ -245,10 +246,10 @@ class MDPEngine:
         for r, node in zip(requests, nodes, strict=True):
             done = r.num_response_tokens
             if node == ENDED:
-                raise ValueError(f"response {r.response_id} has ended after {done} tokens, expected a running one")
+                raise ValueError(f"response {r.response_id}: got one that has ended after {done} tokens; expected a running one")
             if not 1 <= r.max_new_tokens <= mdp.max_tokens - done:
                 raise ValueError(
-                    f"response {r.response_id}: max_new_tokens is {r.max_new_tokens} after {done} tokens, "
+                    f"response {r.response_id}: got max_new_tokens {r.max_new_tokens} after {done} tokens; "
                     f"expected 1 .. {mdp.max_tokens - done}, what is left of the MDP's cap"
                 )
         columns = [(node, r.seed, 0, r.max_new_tokens, self._place(r)) for r, node in zip(requests, nodes, strict=True)]
@@ -307,7 +308,7 @@ class MDPEngine:
         with torch.no_grad():
             for name, tensor in dict(named_tensors or {}).items():
                 if name not in own:
-                    raise ValueError(f"load_weights: the policy has no tensor named {name!r}, expected some of {', '.join(own)}")
+                    raise ValueError(f"load_weights: got a tensor named {name!r}; expected some of {', '.join(own)}")
                 if own[name] is not tensor:
                     own[name].copy_(tensor)
         self.version = version
@@ -326,7 +327,7 @@ class MDPScorer:
     def __init__(self, mdp: TokenMDP):
         self.mdp = mdp
         if mdp.gamma < 1 and not terminal_only(mdp):
-            raise ValueError(f"gamma is {mdp.gamma} and tokens are rewarded on the way, expected gamma = 1 or rewards at the end "
+            raise ValueError(f"gamma: got {mdp.gamma} with rewards on the way; expected 1, or rewards at the end "
                              "only: the Trainer pays one score at the end")  # fmt: skip
         self._scores: dict[int, tuple[float, str]] = {}
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.lab.bounds import cut_bound, surprise_bound
+from sim.lab.checks import Floats, Ints
 from sim.lab.critics import check_critic
 from sim.lab.estimators import Estimator, estimate
 from sim.lab.rollouts import Rollouts, Stretches
-from sim.lab.unrolled import Floats, Ints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ def distance_rows(examination: Examination) -> Rows:
     decay = examination.config.gamma * examination.config.lam
     return [
         {"estimator": name, "window": window, **dataclasses.asdict(at), "slope": decay ** (at.distance - 1)}
-        for name, finding in examination.findings.items() for window, found in finding.distances.items() for at in found
+        for name, finding in examination.findings.items() for window, distances in finding.distances.items() for at in distances
     ]  # fmt: skip
 
 

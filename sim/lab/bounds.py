@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sim.lab.checks import Floats, Ints
 from sim.lab.critics import check_critic
 from sim.lab.rollouts import Rollouts
-from sim.lab.unrolled import ENDED, Floats, Ints
+from sim.lab.unrolled import ENDED
 from tppo_ref.method.advantages import CutValue
 
 

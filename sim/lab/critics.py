@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sim.lab.checks import Floats, check_finite, check_shape
 from sim.lab.token_mdp import Solution, TokenMDP
-from sim.lab.unrolled import Floats
+from tppo_ref.method.errors import nearest
 
 
 def exact(mdp: TokenMDP, solution: Solution, size: float, seed: int) -> Floats:
@@ -61,28 +61,20 @@ def critic(spec: str, mdp: TokenMDP, solution: Solution, *, seed: int = 0) -> Fl
     """
     name, colon, text = spec.partition(":")
     if name not in CRITICS:
-        close = difflib.get_close_matches(name, CRITICS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"critic is {spec!r}, expected one of {', '.join(CRITICS)}{hint}")
+        raise ValueError(f"critic: got {spec!r}; expected one of {', '.join(CRITICS)}{nearest(name, list(CRITICS))}")
     build, sized = CRITICS[name]
     if not sized and colon:
-        raise ValueError(f"critic is {spec!r}, expected {name} without a size")
+        raise ValueError(f"critic: got {spec!r}; expected {name} without a size")
     try:
         size = float(text) if sized else 0.0
     except ValueError:
         size = math.nan
     if not math.isfinite(size):
-        raise ValueError(f"critic is {spec!r}, expected {name}:SIZE with a finite number, such as {name}:0.1")
+        raise ValueError(f"critic: got {spec!r}; expected {name}:SIZE with a finite number, such as {name}:0.1")
     return build(mdp, solution, size, seed)
 
 
 def check_critic(mdp: TokenMDP, critic_N: ArrayLike) -> Floats:
     """`critic_N` as float64 [N]; ValueError for a wrong shape and for values that are not finite."""
-    critic_N = np.asarray(critic_N, dtype=np.float64)
-    if critic_N.shape != (mdp.num_nodes,):
-        hint = "; use by_node for a critic per state" if critic_N.shape == (mdp.num_states,) else ""
-        raise ValueError(f"critic_N: expected shape [{mdp.num_nodes}], got {list(critic_N.shape)}{hint}")
-    if not np.isfinite(critic_N).all():
-        node = int(np.flatnonzero(~np.isfinite(critic_N))[0])
-        raise ValueError(f"critic_N[{node}] is {critic_N[node]}, expected finite numbers")
-    return critic_N
+    hint = "; use by_node for a critic per state" if np.shape(critic_N) == (mdp.num_states,) else ""
+    return check_finite("critic_N", check_shape("critic_N", critic_N, (mdp.num_nodes,), hint))

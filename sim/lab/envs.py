@@ -36,10 +36,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from sim.lab.checks import Floats, Ints, check_choice, check_count
 from sim.lab.instances import Instance, load
 from sim.lab.stepping import RENDER_MODES, Illegal, Slots, frames, sample_tokens
 from sim.lab.token_mdp import TokenMDP
-from sim.lab.unrolled import ENDED, Floats, Ints
+from sim.lab.unrolled import ENDED
 
 __all__ = ["TokenEnv", "TokenVectorEnv", "WindowCut", "sample_tokens"]
 Observation = dict[str, Any]
@@ -51,7 +52,7 @@ def _load(instance: str | Instance | TokenMDP, parameters: dict[str, Any]) -> In
     if isinstance(instance, str):
         return load(instance, **parameters)
     if parameters:
-        raise ValueError(f"parameters {', '.join(parameters)}: expected none beside an MDP that is built already")
+        raise ValueError(f"parameters: got {', '.join(parameters)}; expected none beside an MDP that is built already")
     return Instance(instance, instance.uniform(), "") if isinstance(instance, TokenMDP) else instance
 
 
@@ -63,21 +64,21 @@ def _spaces(mdp: TokenMDP) -> tuple[spaces.Dict, spaces.Discrete]:
 def _tokens(actions: ArrayLike, num: int, num_tokens: int) -> Ints:
     token_B = np.asarray(actions)
     if token_B.shape != (num,) or not np.issubdtype(token_B.dtype, np.integer):
-        raise ValueError(f"action: expected integers, shape [{num}], got {token_B.dtype} {list(token_B.shape)}")
+        raise ValueError(f"action: got {token_B.dtype} {list(token_B.shape)}; expected integers, shape [{num}]")
     wrong_B = (token_B < 0) | (token_B >= num_tokens)
     if wrong_B.any():
-        raise ValueError(f"action is {token_B[wrong_B][0]}, expected 0 .. {num_tokens - 1}")
+        raise ValueError(f"action: got {token_B[wrong_B][0]}; expected 0 .. {num_tokens - 1}")
     return token_B.astype(np.int64)
 
 
 def _check_options(options: dict[str, Any] | None) -> None:
     if options:
-        raise ValueError(f"options holds {', '.join(map(str, options))}, expected none")
+        raise ValueError(f"options: got {', '.join(map(str, options))}; expected none")
 
 
 def _checked_mode(mode: str | None) -> str | None:
     if mode is not None and mode not in RENDER_MODES:
-        raise ValueError(f"render_mode is {mode!r}, expected None, {' or '.join(RENDER_MODES)}")
+        raise ValueError(f"render_mode: got {mode!r}; expected None, {' or '.join(RENDER_MODES)}")
     return mode
 
 
@@ -119,7 +120,7 @@ class TokenEnv(gymnasium.Env[Observation, Any]):
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         slots = self._slots
         if slots.node_B[0] == ENDED:
-            raise ResetNeeded("no response is running, expected reset() before step()")
+            raise ResetNeeded("step(): got no running response; expected reset() before it")
         slots.step(np.zeros(1, dtype=np.int64), _tokens(np.reshape(action, -1), 1, self.mdp.num_tokens))
         observation, info = self._observe()
         return observation, float(slots.reward_B[0]), bool(slots.ended_B[0]), False, info
@@ -163,10 +164,8 @@ class TokenVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         render_mode: str | None = None,
         **parameters: Any,
     ):
-        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs!r}, expected an integer of at least 1")
         self.mdp, self.policy_NA, self.story = _load(instance, parameters)
-        self.num_envs = int(num_envs)
+        self.num_envs = check_count("num_envs", num_envs)
         self.single_observation_space, self.single_action_space = _spaces(self.mdp)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -185,10 +184,10 @@ class TokenVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         mask_B = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
         _check_options(options)
         if not isinstance(mask_B, np.ndarray) or mask_B.shape != (self.num_envs,) or mask_B.dtype != bool or not mask_B.any():
-            raise ValueError(f"options['reset_mask'] is {mask_B!r}, expected a bool array [{self.num_envs}] with one True at least")
+            raise ValueError(f"options['reset_mask']: got {mask_B!r}; expected bool [{self.num_envs}] with one True at least")
         seeds = [seed + b for b in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         if seeds is not None and len(seeds) != self.num_envs:
-            raise ValueError(f"seed holds {len(seeds)} seeds, expected one for each of the {self.num_envs} environments")
+            raise ValueError(f"seed: got {len(seeds)} seeds; expected one for each of the {self.num_envs} environments")
         rows_R = np.flatnonzero(mask_B)
         for b in rows_R.tolist():
             if seeds is not None and seeds[b] is not None:
@@ -202,7 +201,8 @@ class TokenVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         token_B = _tokens(actions, self.num_envs, self.mdp.num_tokens)
         idle_B = slots.node_B == ENDED
         if idle_B.any() and (self.autoreset_mode != AutoresetMode.NEXT_STEP or not slots.ended_B[idle_B].all()):
-            raise ResetNeeded(f"environment {np.flatnonzero(idle_B)[0]} has no running response, expected reset() before step()")
+            b = np.flatnonzero(idle_B)[0]
+            raise ResetNeeded(f"step(): got no running response in environment {b}; expected reset() before it")
         rows_R = np.flatnonzero(~idle_B)
         slots.step(rows_R, token_B[rows_R])
         if idle_B.any():
@@ -272,13 +272,10 @@ class WindowCut(gymnasium.Wrapper, RecordConstructorArgs):
     """
 
     def __init__(self, env: gymnasium.Env, window: int, after: Literal["continue", "anew"] = "continue"):
-        if not isinstance(window, int | np.integer) or window < 1:
-            raise ValueError(f"window is {window!r}, expected an integer of at least 1")
-        if after not in ("continue", "anew"):
-            raise ValueError(f'after is {after!r}, expected "continue" or "anew"')
+        check_choice("after", after, ("continue", "anew"))
         RecordConstructorArgs.__init__(self, window=window, after=after)
         gymnasium.Wrapper.__init__(self, env)
-        self.window, self.after = int(window), after
+        self.window, self.after = check_count("window", window), after
         self._num_tokens, self._window_index, self.num_dropped = 0, 0, 0
         self._cut: tuple[Any, dict[str, Any]] | None = None  # where the response goes on
 
@@ -295,7 +292,7 @@ class WindowCut(gymnasium.Wrapper, RecordConstructorArgs):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         if self._cut is not None:
-            raise ResetNeeded("the window is full, expected reset() before step()")
+            raise ResetNeeded("step(): got a full window; expected reset() before it")
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._num_tokens += 1
         if self._num_tokens == self.window and not (terminated or truncated):

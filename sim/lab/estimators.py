@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import sys
 from typing import Literal, NamedTuple, get_args
@@ -11,10 +10,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sim.lab.checks import Floats, check_choice, check_count, check_unit
 from sim.lab.rollouts import Rollouts, Stretches
 from sim.lab.token_mdp import TokenMDP
-from sim.lab.unrolled import Floats
 from tppo_ref.method.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns
+from tppo_ref.method.errors import nearest
 from tppo_ref.method.losses import importance_weights
 from tppo_ref.method.masks import policy_token_mask
 
@@ -57,21 +57,17 @@ class Estimator:
     def __post_init__(self) -> None:
         choices = {"cut_value": CutValue, "tail": Tail, "importance": Importance, "train_on": Literal["window", "ended"]}
         for name, choice in choices.items():
-            if getattr(self, name) not in get_args(choice):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(choice))}")
-        if not 0 <= self.lam <= 1:
-            raise ValueError(f"lam is {self.lam!r}, expected a number in [0, 1]")
+            check_choice(name, getattr(self, name), get_args(choice))
+        check_unit("lam", self.lam)
+        check_count("tail_tokens", self.tail_tokens)
         if self.lam_alpha is not None and not 0 < self.lam_alpha < math.inf:
-            raise ValueError(f"lam_alpha is {self.lam_alpha!r}, expected None or a positive finite number")
-        if isinstance(self.tail_tokens, bool) or not isinstance(self.tail_tokens, int) or self.tail_tokens < 1:
-            raise ValueError(f"tail_tokens is {self.tail_tokens!r}, expected an integer of at least 1; tail='none' has no tail")
+            raise ValueError(f"lam_alpha: got {self.lam_alpha!r}; expected None or a positive finite number")
         if not 0 < self.importance_cap < math.inf:
-            raise ValueError(f"importance_cap is {self.importance_cap!r}, expected a positive finite number")
+            raise ValueError(f"importance_cap: got {self.importance_cap!r}; expected a positive finite number")
         if self.cuts and self.train_on == "ended":
-            raise ValueError(f"train_on is 'ended' with cut_value {self.cut_value!r}, expected 'none' or 'monte-carlo': a response "
-                             "that ended is not cut")  # fmt: skip
+            raise ValueError(f"cut_value: got {self.cut_value!r} with train_on='ended'; expected none or monte-carlo")
         if not self.cuts and self.tail != "none":
-            raise ValueError(f"tail is {self.tail!r} with cut_value {self.cut_value!r}, expected 'none': there is no cut")
+            raise ValueError(f"tail: got {self.tail!r} with cut_value={self.cut_value!r}; expected none: nothing is cut")
 
     @property
     def cuts(self) -> bool:
@@ -114,9 +110,7 @@ ESTIMATORS: dict[str, Estimator] = {
 def named(name: str) -> Estimator:
     """The estimator of that name; ValueError for an unknown one, with the nearest known one."""
     if name not in ESTIMATORS:
-        close = difflib.get_close_matches(name, ESTIMATORS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"estimator is {name!r}, expected one of {', '.join(ESTIMATORS)}{hint}")
+        raise ValueError(f"estimator: got {name!r}; expected one of {', '.join(ESTIMATORS)}{nearest(name, list(ESTIMATORS))}")
     return ESTIMATORS[name]
 
 

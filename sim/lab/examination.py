@@ -12,11 +12,11 @@ from typing import Literal
 from sim.command import option
 from sim.lab import instances
 from sim.lab.bias import AtDistance, by_distance, every_offset
+from sim.lab.checks import Floats
 from sim.lab.critics import CRITICS, critic
 from sim.lab.estimators import ESTIMATORS, Estimator, named
 from sim.lab.gradients import GradientError, gradient_errors, knee
 from sim.lab.rollouts import Rollouts, older_policy
-from sim.lab.unrolled import Floats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Examination:
 def examine(config: BiasConfig) -> Examination:
     """Builds what the config names and computes everything. ValueError for what cannot be built or enumerated."""
     if len(set(config.estimators)) < len(config.estimators):
-        raise ValueError(f"estimators: expected different ones, got {' '.join(config.estimators)}")
+        raise ValueError(f"estimators: got {' '.join(config.estimators)}; expected different ones")
     estimators = {name: _adapted(named(name), config) for name in config.estimators}
     mdp, policy_NA, story = instances.load(config.instance, gamma=config.gamma, **_parameters(config.set))
     rollouts = Rollouts(mdp, policy_NA, older_policy(mdp, policy_NA, config.behind) if config.behind else None)
@@ -105,13 +105,14 @@ def _adapted(estimator: Estimator, config: BiasConfig) -> Estimator:
 
 
 def _parameters(pairs: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         try:
-            found[name] = int(text) if text.lstrip("+-").isdigit() else float(text)
+            numbers[name] = int(text) if text.lstrip("+-").isdigit() else float(text)
         except ValueError:
             equals = ""
         if not equals or name == "gamma":
-            raise ValueError(f"--set {pair}: expected NAME=NUMBER, such as length=32{'; gamma has its own option' * bool(equals)}")
-    return found
+            hint = "; gamma has its own option" * bool(equals)
+            raise ValueError(f"set: got {pair}; expected NAME=NUMBER, such as length=32{hint}")
+    return numbers

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.lab.bias import conditional_moments, every_offset
+from sim.lab.checks import Floats, check_choice
 from sim.lab.estimators import Estimator
 from sim.lab.rollouts import Rollouts
-from sim.lab.unrolled import Floats
 
 Measure = Literal["relative", "rescaled"]
 
@@ -76,12 +76,12 @@ def expected_gradient(
     A sum over tokens: no token mean, no whitening. Raises ValueError as `bias.conditional_moments`.
     """
     mdp, policy_NA = rollouts.mdp, rollouts.policy_NA
-    found = [conditional_moments(rollouts, critic_N, estimator, window, o) for o in ([window] if offsets is None else offsets)]
-    credit_NA = sum(m.trained_NA * m.mean_NA for m in found) / len(found)
+    moments = [conditional_moments(rollouts, critic_N, estimator, window, o) for o in ([window] if offsets is None else offsets)]
+    credit_NA = sum(m.trained_NA * m.mean_NA for m in moments) / len(moments)
     # score_function weighs with visits x policy; trained_NA already does, with the tail and the older policy in it
     per_draw_NA = np.divide(credit_NA, policy_NA, out=np.zeros_like(policy_NA), where=policy_NA > 0)
     gradient_NA = mdp.score_function(policy_NA, per_draw_NA, np.ones(mdp.num_nodes))
-    trained, sampled = (sum(float(getattr(m, name).sum()) for m in found) for name in ("trained_NA", "sampled_NA"))
+    trained, sampled = (sum(float(getattr(m, name).sum()) for m in moments) for name in ("trained_NA", "sampled_NA"))
     return Expected(mdp.by_state(gradient_NA) if shared else gradient_NA, trained / sampled)
 
 
@@ -101,21 +101,21 @@ def gradient_errors(
     """
     windows = sorted(set(windows))
     if not windows:
-        raise ValueError("windows is empty, expected at least one window")
+        raise ValueError("windows: got none; expected at least one window")
     true = rollouts.mdp.by_state(rollouts.policy_gradient_NA) if shared else rollouts.policy_gradient_NA
     if not np.linalg.norm(true) > 1e-14 * max(1.0, float(np.abs(rollouts.solution.q_NA).max())):
-        raise ValueError("the true policy gradient is 0, expected a policy with something to learn: no error is relative to 0")
+        raise ValueError("policy: got a true gradient of 0, to which nothing is relative; expected something to learn")
     whole = expected_gradient(rollouts, critic_N, estimator.uncut, windows[0], shared=shared).gradient
-    found: dict[int, GradientError] = {}
+    errors: dict[int, GradientError] = {}
     for window in windows:
-        same = [w for w in found if w >= rollouts.mdp.max_tokens]  # nothing is cut there either
+        same = [w for w in errors if w >= rollouts.mdp.max_tokens]  # nothing is cut there either
         if same and not average_offsets:
-            found[window] = found[same[0]]
+            errors[window] = errors[same[0]]
             continue
         offsets = every_offset(window) if average_offsets else None
         expected = expected_gradient(rollouts, critic_N, estimator, window, offsets, shared=shared)
-        found[window] = _compare(expected, whole, true)
-    return found
+        errors[window] = _compare(expected, whole, true)
+    return errors
 
 
 def _compare(expected: Expected, whole: Floats, true: Floats) -> GradientError:
@@ -142,13 +142,12 @@ def knee(errors: Mapping[int, GradientError], tolerance: float, measure: Measure
     Larger ones too, because the error may rise again: an edge may fall just behind the token that decides. "relative" is the
     strict measure, also of length; "rescaled" forgives a gradient that is right but for its length.
     """
-    if measure not in ("relative", "rescaled"):
-        raise ValueError(f"measure is {measure!r}, expected 'relative' or 'rescaled'")
+    check_choice("measure", measure, ("relative", "rescaled"))
     if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance!r}, expected a number of at least 0")
-    found = None
+        raise ValueError(f"tolerance: got {tolerance!r}; expected a number of at least 0")
+    smallest = None
     for window in sorted(errors, reverse=True):
         if getattr(errors[window], measure) > tolerance:
             break
-        found = window
-    return found
+        smallest = window
+    return smallest

@@ -6,7 +6,6 @@ enumerate window by window; `random` is there for laws that must hold everywhere
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from sim.lab.token_mdp import TokenMDP
 from sim.lab.unrolled import ENDED, Edges
+from tppo_ref.method.errors import nearest
 
 ON, END = 0, 1  # tokens of the chains: one more thought, or the answer
 
@@ -78,7 +78,7 @@ def decision(
     0 .. at before and at the decision, then one state per position on the good and on the bad side.
     """
     if not 0 <= at < length - 1:
-        raise ValueError(f"at is {at}, expected 0 .. {length - 2}")
+        raise ValueError(f"at: got {at}; expected 0 .. {length - 2}")
     graph, rest = _Graph(), length - at - 1
     good, bad = at + 1, at + 1 + rest
     for i in range(at):
@@ -202,11 +202,9 @@ INSTANCES: dict[str, Callable[..., Instance]] = {
 def load(name: str, **parameters: float) -> Instance:
     """The instance of that name; ValueError for an unknown name or parameter, with the nearest known one."""
     if name not in INSTANCES:
-        close = difflib.get_close_matches(name, INSTANCES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"instance is {name!r}, expected one of {', '.join(INSTANCES)}{hint}")
+        raise ValueError(f"instance: got {name!r}; expected one of {', '.join(INSTANCES)}{nearest(name, list(INSTANCES))}")
     known = inspect.signature(INSTANCES[name]).parameters
     for parameter in parameters:
         if parameter not in known:
-            raise ValueError(f"{name} has no parameter {parameter!r}, expected some of {', '.join(known)}")
+            raise ValueError(f"{name}: got parameter {parameter!r}; expected some of {', '.join(known)}")
     return INSTANCES[name](**parameters)

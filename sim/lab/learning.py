@@ -25,9 +25,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.lab.agents import PROMPT, MDPEngine, MDPScorer, NetworkPolicy, NetworkValue, TabularPolicy, TabularValue, terminal_only
+from sim.lab.checks import Floats, Ints
 from sim.lab.instances import Instance
 from sim.lab.token_mdp import Solution, TokenMDP
-from sim.lab.unrolled import ENDED, Floats, Ints
+from sim.lab.unrolled import ENDED
 from tppo_ref.loop.estimates import Advantages
 from tppo_ref.loop.forward import Forward
 from tppo_ref.loop.rows import Rows
@@ -84,10 +85,10 @@ class Setting:
         """ValueError for a field that is unknown or not read here; UserError for an unknown method."""
         for path in self.overrides:
             if path not in OVERRIDABLE:
-                raise ValueError(f"overrides: {path!r} is not read here{nearest(path, OVERRIDABLE)}; expected fields of advantage "
-                                 "(but gamma, which is the MDP's), policy or value, or rollout.refill")  # fmt: skip
+                raise ValueError(f"overrides: got {path!r}, which is not read here; expected fields of advantage (but gamma, the "
+                                 f"MDP's), policy or value, or rollout.refill{nearest(path, OVERRIDABLE)}")  # fmt: skip
         if self.model not in LEARNING_RATES:
-            raise ValueError(f"model is {self.model!r}, expected tabular or network")
+            raise ValueError(f"model: got {self.model!r}; expected tabular or network")
         window = max(1, mdp.max_tokens // 4) if self.window is None else self.window
         per_update = {f"{name}.mini_batch_tokens": self.slots * window for name in ("policy", "value")}
         whole = {"rollout.slots": self.slots, "rollout.window": window, "rollout.max_response_tokens": mdp.max_tokens,
@@ -215,7 +216,7 @@ def _first_value(instance: Instance, setting: Setting) -> Floats:
     if critic == "zero":
         return np.zeros(mdp.num_nodes)
     if critic not in ("warm", "noisy", "oracle"):
-        raise ValueError(f"critic is {critic!r}, expected zero, warm, noisy, oracle or values per node")
+        raise ValueError(f"critic: got {critic!r}; expected zero, warm, noisy, oracle or values per node")
     value_N = true_value(mdp, instance.policy_NA)
     if critic == "noisy":
         value_N = value_N + setting.noise * np.random.default_rng((setting.seed, 1)).standard_normal(mdp.num_nodes)
@@ -235,7 +236,7 @@ def learn(
     The other arguments are the fields of `Setting`. watch(trainer, record) is called after each step.
     """
     if (steps is None) == (tokens is None):
-        raise ValueError(f"steps is {steps}, tokens is {tokens}, expected exactly one of them")
+        raise ValueError(f"steps, tokens: got {steps}, {tokens}; expected exactly one of them")
     chosen = Setting(**setting)
     trainer = build(instance, chosen)
     recorder = Recorder(instance.mdp, trainer)
@@ -288,17 +289,17 @@ class Recorder:
     def _survivors(self) -> dict[str, float]:
         """`self.solution` is still that of the policy that sampled this window."""
         batch, visits_N = self.trainer.value_batch(), self.solution.visits_N
-        found = {"exact_length": _mean_length(self.solution)}
+        fields = {"exact_length": _mean_length(self.solution)}
         if batch:
             edge_n = np.concatenate([stretch.edge_T for stretch in batch])
             count_N = np.bincount(self.mdp.node_E[edge_n], minlength=self.mdp.num_nodes)
             expected_N = len(edge_n) * visits_N / visits_N.sum()
             self.counted_N += count_N
             self.expected_N += expected_N
-            found |= {"value_length": len(edge_n) / len(batch), "value_tv": _total_variation(count_N, expected_N)}
+            fields |= {"value_length": len(edge_n) / len(batch), "value_tv": _total_variation(count_N, expected_N)}
         if self.counted_N.any():
-            found["value_tv_so_far"] = _total_variation(self.counted_N, self.expected_N)
-        return found
+            fields["value_tv_so_far"] = _total_variation(self.counted_N, self.expected_N)
+        return fields
 
 
 def _staleness(batch: Sequence[Stretch], current: int) -> dict[str, float]:
@@ -409,7 +410,7 @@ def write_csv(path: Path | str, rows: Sequence[Mapping[str, Any]], *, append: bo
         with path.open(newline="") as file:
             standing = next(csv.reader(file))
         if standing != names:
-            raise ValueError(f"{path} has columns {standing}, expected {names}; write to another file")
+            raise ValueError(f"{path}: got columns {names}; expected {standing}, which stand there; write to another file")
     with path.open("a" if append else "w", newline="") as file:
         writer = csv.DictWriter(file, names)
         if not begun:

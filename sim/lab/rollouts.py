@@ -16,9 +16,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from sim.lab.checks import Floats, Ints, check_count
 from sim.lab.token_mdp import Solution, TokenMDP
 from sim.lab.trajectories import Trajectories
-from sim.lab.unrolled import ENDED, Floats, Ints
+from sim.lab.unrolled import ENDED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +76,20 @@ class Rollouts:
         self.behaviour_NA: Floats = self.policy_NA if behaviour_NA is None else mdp.check_policy(behaviour_NA)
         if ((self.behaviour_NA > 0) & (self.policy_NA == 0)).any():
             node, token = np.argwhere((self.behaviour_NA > 0) & (self.policy_NA == 0))[0]
-            raise ValueError(f"behaviour_NA chooses token {token} at node {node}, where policy_NA never does; expected the "
-                             "tokens of policy_NA")  # fmt: skip
+            raise ValueError(f"behaviour_NA: got token {token} at node {node}; expected tokens that policy_NA takes, too")
         self.solution: Solution = mdp.solve(self.policy_NA)
         self.policy_gradient_NA: Floats = mdp.policy_gradient(self.policy_NA)
         self._arrival_N = mdp.visits(self.behaviour_NA)  # windows begin where the older policy has led
-        self._found: dict[tuple[tuple[int, ...], int, bool], Stretches] = {}
+        self._enumerated: dict[tuple[tuple[int, ...], int, bool], Stretches] = {}
 
     def edges(self, window: int, offset: int | None = None) -> Ints:
         """Depths of a response's window edges: offset, offset + window, ..., and the length cap, where nothing is cut.
 
         offset in 1 .. window is the first edge; default window. With immediate refill a response begins anywhere in a window.
         """
-        if isinstance(window, bool) or not isinstance(window, int | np.integer) or window < 1:
-            raise ValueError(f"window is {window!r}, expected an integer of at least 1")
+        check_count("window", window)
         if offset is not None and (not isinstance(offset, int | np.integer) or not 1 <= offset <= window):
-            raise ValueError(f"offset is {offset!r}, expected an integer in 1 .. window = {window}")
+            raise ValueError(f"offset: got {offset!r}; expected an integer in 1 .. window = {window}")
         return np.append(np.arange(window if offset is None else offset, self.mdp.max_tokens, window), self.mdp.max_tokens)
 
     def edge_N(self, window: int, offset: int | None = None) -> Ints:
@@ -107,9 +106,9 @@ class Rollouts:
         """
         edges = np.array([self.mdp.max_tokens]) if window is None else self.edges(window, offset)
         key = tuple(edges.tolist()), lead, ended_only
-        if key not in self._found:
-            self._found[key] = self._enumerate(edges, lead, ended_only)
-        return self._found[key]
+        if key not in self._enumerated:
+            self._enumerated[key] = self._enumerate(edges, lead, ended_only)
+        return self._enumerated[key]
 
     def sampled_NA(self, window: int | None, offset: int | None = None) -> Floats:
         """How often a step samples each token at each node, per response that it begins. [N, A].
@@ -136,29 +135,29 @@ class Rollouts:
                 break
             older_N = self.mdp.depth_N < begin
             policy_NA = np.where(older_N[:, None], self.behaviour_NA, self.policy_NA)
-            found = self.mdp.trajectories(policy_NA, start_N=start_N, num_tokens=edge - first, limit=self.limit)
-            kept_B = found.mask_BT.sum(1) > begin - first  # the others ended in an earlier step
+            rows = self.mdp.trajectories(policy_NA, start_N=start_N, num_tokens=edge - first, limit=self.limit)
+            kept_B = rows.mask_BT.sum(1) > begin - first  # the others ended in an earlier step
             if not kept_B.any():
                 break
             num_rows += int(kept_B.sum())
             if num_rows > self.limit:
-                raise ValueError(f"more than {self.limit} stretches of tokens in {len(parts) + 1} windows; take a smaller MDP")
+                raise ValueError(f"limit: got more than {self.limit} stretches; expected fewer; take a smaller MDP")
             if ended_only:
-                kept_B &= ~found.cut_B
-            parts.append(_Part(found, kept_B, first, begin, edge))
+                kept_B &= ~rows.cut_B
+            parts.append(_Part(rows, kept_B, first, begin, edge))
             begin = edge
         return self._join(parts)
 
     def _join(self, parts: list[_Part]) -> Stretches:
-        width = max(part.found.mask_BT.shape[1] for part in parts)
+        width = max(part.rows.mask_BT.shape[1] for part in parts)
 
         def column(name: str, fill: float = 0) -> np.ndarray:
             """A [B, T] field of all parts, padded to one width."""
             return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
-                                   for x in (getattr(p.found, name)[p.kept_B] for p in parts)])  # fmt: skip
+                                   for x in (getattr(p.rows, name)[p.kept_B] for p in parts)])  # fmt: skip
 
         def row(name: str) -> np.ndarray:
-            return np.concatenate([getattr(p.found, name)[p.kept_B] for p in parts])
+            return np.concatenate([getattr(p.rows, name)[p.kept_B] for p in parts])
 
         begin_B, new_B, edge_B = (
             np.repeat([getattr(p, name) for p in parts], [p.kept_B.sum() for p in parts]) for name in ("first", "begin", "edge")
@@ -183,7 +182,7 @@ class Rollouts:
 class _Part:
     """One window's enumeration: rows begin after `first` tokens, this step's tokens after `begin`, the edge comes after `edge`."""
 
-    found: Trajectories
+    rows: Trajectories
     kept_B: np.ndarray
     first: int
     begin: int
@@ -196,7 +195,7 @@ def older_policy(mdp: TokenMDP, policy_NA: ArrayLike, step: float) -> Floats:
     A step of policy mirror descent (natural policy gradient), taken backwards with today's advantages. 0 is the policy itself.
     """
     if not np.isfinite(step):
-        raise ValueError(f"step is {step!r}, expected a finite number")
+        raise ValueError(f"step: got {step!r}; expected a finite number")
     policy_NA = mdp.check_policy(policy_NA)
     exponent_NA = -step * mdp.solve(policy_NA).advantage_NA
     weight_NA = policy_NA * np.exp(exponent_NA - exponent_NA.max(1, keepdims=True))

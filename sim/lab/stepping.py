@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sim.lab.checks import Floats, Ints
 from sim.lab.token_mdp import TokenMDP
-from sim.lab.unrolled import ENDED, Floats, Ints
+from sim.lab.unrolled import ENDED
 from tppo_ref.method.records import End
 
 Illegal = Literal["redraw", "error"]
@@ -29,7 +30,7 @@ class Slots:
 
     def __init__(self, mdp: TokenMDP, num: int, illegal: Illegal, draw: Callable[[Ints], Floats]):
         if illegal not in ("redraw", "error"):
-            raise ValueError(f'illegal is {illegal!r}, expected "redraw" or "error"')
+            raise ValueError(f'illegal: got {illegal!r}; expected "redraw" or "error"')
         self.mdp, self.illegal, self.draw = mdp, illegal, draw
         pair_E = mdp.node_E * mdp.num_tokens + mdp.token_E
         self.edge_E = np.argsort(pair_E, kind="stable")  # outcomes of one (node, token) side by side
@@ -68,7 +69,7 @@ class Slots:
             r, names = int(np.flatnonzero(wrong_R)[0]), self.mdp.token_names
             state, legal = self.mdp.state_names[self.mdp.state_N[node_R[r]]], np.flatnonzero(legal_RA[r])
             expected = ", ".join(f"{a} ({names[a]})" for a in legal)
-            raise ValueError(f"action is {token_R[r]} ({names[token_R[r]]}), illegal in state {state}, expected {expected}")
+            raise ValueError(f"action: got {token_R[r]} ({names[token_R[r]]}), illegal in state {state}; expected {expected}")
         num_legal = legal_RA[wrong_R].sum(1)
         pick = np.minimum((self.draw(rows_R[wrong_R]) * num_legal).astype(np.int64), num_legal - 1)
         token_R = token_R.copy()

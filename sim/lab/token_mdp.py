@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.lab import trajectories as paths
+from sim.lab.checks import Floats, check_shape, vector
 from sim.lab.trajectories import Trajectories
-from sim.lab.unrolled import ENDED, Edges, Floats, Unrolled, vector
+from sim.lab.unrolled import ENDED, Edges, Unrolled
 
 __all__ = ["ENDED", "Edges", "Solution", "TokenMDP", "Trajectories"]
 
@@ -89,12 +90,10 @@ class TokenMDP(Unrolled):
         Of a softmax it is weight(n) pi(a|n) (c(n, a) - sum_b pi(b|n) c(n, b)). With c = A and weight = visits this is the policy
         gradient; with an estimator's conditional mean for c it is that estimator's expected gradient.
         """
-        policy_NA, credit_NA = self.check_policy(policy_NA), np.asarray(credit_NA, dtype=np.float64)
-        if credit_NA.shape != self.legal_NA.shape:
-            raise ValueError(f"credit_NA: expected shape {list(self.legal_NA.shape)}, got {list(credit_NA.shape)}")
+        policy_NA, credit_NA = self.check_policy(policy_NA), check_shape("credit_NA", credit_NA, self.legal_NA.shape)
         credit_NA = np.where(self.legal_NA, credit_NA, 0.0)  # an estimator says nothing of tokens that cannot be taken
         if not np.isfinite(credit_NA).all():
-            raise ValueError("credit_NA: expected finite numbers on the legal tokens")
+            raise ValueError("credit_NA: got NaN or infinity; expected finite numbers on the legal tokens")
         centred_NA = credit_NA - (policy_NA * credit_NA).sum(1, keepdims=True)
         return vector("weight_N", weight_N, self.num_nodes)[:, None] * policy_NA * centred_NA
 

@@ -10,7 +10,8 @@ import dataclasses
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sim.lab.unrolled import ENDED, Floats, Ints, Unrolled, vector
+from sim.lab.checks import Floats, Ints, check_count, vector
+from sim.lab.unrolled import ENDED, Unrolled
 from tppo_ref.method.records import End
 
 
@@ -57,7 +58,7 @@ def trajectories(
     for depth in range(num_tokens):
         row, edge = _expand(mdp, node, joint_E)
         if len(row) + sum(len(p) for p, _ in done) > limit:
-            raise ValueError(f"more than {limit} trajectories of {depth + 1} tokens; take fewer tokens, or sample")
+            raise ValueError(f"limit: got more than {limit} trajectories of {depth + 1} tokens; expected fewer; sample instead")
         path = np.concatenate([path[row], edge[:, None]], axis=1)
         prob, node = prob[row] * joint_E[edge], mdp.next_E[edge]
         stay = (node != ENDED) & (depth + 1 < num_tokens)
@@ -81,8 +82,7 @@ def sample(
     num_tokens: int | None = None,
 ) -> Trajectories:
     """`num` independent stretches, as `trajectories` but drawn; the same generator state gives the same ones."""
-    if not isinstance(num, int | np.integer) or num < 1:
-        raise ValueError(f"num is {num!r}, expected an integer of at least 1")
+    check_count("num", num)
     joint_E = mdp.joint(mdp.check_policy(policy_NA))
     first, prob, num_tokens = _starts(mdp, start_N, num_tokens)
     total = np.cumsum(prob)
@@ -105,9 +105,9 @@ def _starts(mdp: Unrolled, start_N: ArrayLike | None, num_tokens: int | None) ->
     weight_N = mdp.start_N if start_N is None else vector("start_N", start_N, mdp.num_nodes)
     node = np.flatnonzero(weight_N)
     if not len(node) or (weight_N < 0).any() or len(set(mdp.depth_N[node])) > 1:
-        raise ValueError("start_N: expected probabilities on nodes of one depth")
-    if num_tokens is not None and num_tokens < 1:
-        raise ValueError(f"num_tokens is {num_tokens}, expected at least 1")
+        raise ValueError("start_N: got other numbers; expected probabilities on nodes of one depth")
+    if num_tokens is not None:
+        check_count("num_tokens", num_tokens)
     left = mdp.max_tokens - int(mdp.depth_N[node[0]])
     return node, weight_N[node], left if num_tokens is None else min(num_tokens, left)
 
@@ -153,7 +153,7 @@ def return_distribution(mdp: Unrolled, policy_NA: ArrayLike, *, limit: int = 1_0
         live = node != ENDED
         total, prob, node = _merge(total[live], prob[live], node[live])
         if len(node) > limit:
-            raise ValueError(f"more than {limit} different partial returns after {depth + 1} tokens; raise limit")
+            raise ValueError(f"limit: got more than {limit} partial returns after {depth + 1} tokens; expected fewer; raise it")
         if not len(node):
             break
     total, prob, _ = _merge(*(np.concatenate(x) for x in zip(*ended, strict=True)))

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sim.lab.checks import Floats, Ints, check_count, check_shape, check_unit, integers, vector
 from tppo_ref.method.records import End
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 ENDED = -1  # in place of the next state or node, where the response ended
 TOLERANCE = 1e-9  # by which probabilities may miss 1; they are scaled to sum to 1 exactly
 
@@ -71,21 +70,16 @@ class Unrolled:
         state_names: tuple[str, ...] = (),
         token_names: tuple[str, ...] = (),
     ):
-        for what, number in (("num_states", num_states), ("num_tokens", num_tokens), ("max_tokens", max_tokens)):
-            if not isinstance(number, int | np.integer) or number < 1:
-                raise ValueError(f"{what} is {number!r}, expected an integer of at least 1")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma is {gamma!r}, expected a number in [0, 1]")
-        self.num_states, self.num_tokens, self.max_tokens = int(num_states), int(num_tokens), int(max_tokens)
-        self.gamma, self.name = float(gamma), name
+        self.num_states, self.num_tokens = check_count("num_states", num_states), check_count("num_tokens", num_tokens)
+        self.max_tokens, self.gamma, self.name = check_count("max_tokens", max_tokens), check_unit("gamma", gamma), name
         self.state_names = state_names or tuple(map(str, range(num_states)))
         self.token_names = token_names or tuple(map(str, range(num_tokens)))
         for what, names, number in (("state_names", state_names, num_states), ("token_names", token_names, num_tokens)):
             if names and len(names) != number:
-                raise ValueError(f"{what} holds {len(names)} names, expected {number}")
+                raise ValueError(f"{what}: got {len(names)} names; expected {number}")
         start_S = vector("start_S", np.arange(num_states) == 0 if start_S is None else start_S, num_states)
         if (start_S < 0).any() or abs(start_S.sum() - 1) > TOLERANCE:
-            raise ValueError(f"start_S sums to {start_S.sum()}, expected probabilities that sum to 1")
+            raise ValueError(f"start_S: got a sum of {start_S.sum()}; expected probabilities that sum to 1")
         cap_reward_S = vector("cap_reward_S", np.zeros(num_states) if cap_reward_S is None else cap_reward_S, num_states)
         self._unroll(self._checked(edges), start_S / start_S.sum(), cap_reward_S)
 
@@ -100,14 +94,14 @@ class Unrolled:
         )
         prob, reward = vector("edges.prob", edges.prob, num), vector("edges.reward", edges.reward, num)
         if (prob < 0).any():
-            raise ValueError(f"edges.prob holds {prob.min()}, expected probabilities")
+            raise ValueError(f"edges.prob: got {prob.min()}; expected probabilities")
         pair = state * self.num_tokens + token
         total = np.bincount(pair, prob, minlength=self.num_states * self.num_tokens)
         given = np.bincount(pair, minlength=len(total)) > 0
         bad = given & (np.abs(total - 1) > TOLERANCE)
         if bad.any():
             s, a = divmod(int(np.flatnonzero(bad)[0]), self.num_tokens)
-            raise ValueError(f"edges.prob sums to {total[bad][0]} for state {s}, token {a}, expected 1")
+            raise ValueError(f"edges.prob: got a sum of {total[bad][0]} for state {s}, token {a}; expected 1")
         kept = np.flatnonzero(prob > 0)
         kept = kept[np.argsort(pair[kept], kind="stable")]
         return state[kept], token[kept], (prob / total[pair])[kept], reward[kept], next_[kept]
@@ -122,7 +116,7 @@ class Unrolled:
             count = first_S[states + 1] - first_S[states]
             if (count == 0).any():
                 stuck = self.state_names[int(states[count == 0][0])]
-                raise ValueError(f"edges: state {stuck} is reached after {depth} tokens and has no token, expected at least one")
+                raise ValueError(f"edges: got no token for state {stuck}, reached after {depth} tokens; expected at least one")
             node = np.repeat(np.arange(len(states)), count)
             e = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + first_S[states[node]]
             end = np.where(next_e[e] == ENDED, End.END_TOKEN, End.LENGTH_CAP if depth + 1 == self.max_tokens else End.RUNNING)
@@ -138,7 +132,7 @@ class Unrolled:
                 break
         e, self.node_E, self.next_E, self.end_E = (np.concatenate(x) for x in zip(*parts, strict=True))
         if not (self.end_E == End.END_TOKEN).any():
-            raise ValueError(f"edges: no end token can be sampled within max_tokens = {self.max_tokens}: the end is unreachable")
+            raise ValueError(f"edges: got no end token within max_tokens = {self.max_tokens}; expected an end that can be reached")
         self.state_N = np.concatenate(layers)
         sizes = [len(layer) for layer in layers]
         self.layer_T = np.cumsum([0, *sizes, *[0] * (self.max_tokens - len(sizes))])
@@ -159,14 +153,14 @@ class Unrolled:
         """Something per state, [S, ...], as something per node, [N, ...]."""
         x_S = np.asarray(x_S)
         if x_S.ndim == 0 or len(x_S) != self.num_states:
-            raise ValueError(f"expected one entry per state, {self.num_states}, got shape {list(x_S.shape)}")
+            raise ValueError(f"x_S: got shape {list(x_S.shape)}; expected one entry per state, {self.num_states}")
         return x_S[self.state_N]
 
     def by_state(self, x_N: ArrayLike) -> Floats:
         """Something per node, [N, ...], summed over the nodes of each state, [S, ...]: gradients of shared logits add up."""
         x_N = np.asarray(x_N, dtype=np.float64)
         if x_N.ndim == 0 or len(x_N) != self.num_nodes:
-            raise ValueError(f"expected one entry per node, {self.num_nodes}, got shape {list(x_N.shape)}")
+            raise ValueError(f"x_N: got shape {list(x_N.shape)}; expected one entry per node, {self.num_nodes}")
         x_S = np.zeros((self.num_states, *x_N.shape[1:]))
         np.add.at(x_S, self.state_N, x_N)
         return x_S
@@ -177,28 +171,24 @@ class Unrolled:
 
     def softmax(self, logits_NA: ArrayLike) -> Floats:
         """Policy [N, A] of logits [N, A]; illegal tokens get 0, whatever their logits."""
-        logits_NA = np.asarray(logits_NA, dtype=np.float64)
-        if logits_NA.shape != self.legal_NA.shape:
-            raise ValueError(f"logits_NA: expected shape {list(self.legal_NA.shape)}, got {list(logits_NA.shape)}")
+        logits_NA = check_shape("logits_NA", logits_NA, self.legal_NA.shape)
         if not np.isfinite(logits_NA[self.legal_NA]).all():
-            raise ValueError("logits_NA: expected finite numbers on the legal tokens")
+            raise ValueError("logits_NA: got NaN or infinity; expected finite numbers on the legal tokens")
         legal = np.where(self.legal_NA, logits_NA, -np.inf)
         weight_NA = np.exp(legal - legal.max(1, keepdims=True))
         return weight_NA / weight_NA.sum(1, keepdims=True)
 
     def check_policy(self, policy_NA: ArrayLike) -> Floats:
         """`policy_NA` as float64 [N, A]. ValueError where rows do not sum to 1 or an illegal token has a probability."""
-        policy_NA = np.asarray(policy_NA, dtype=np.float64)
-        if policy_NA.shape != self.legal_NA.shape:
-            per_state = policy_NA.shape == (self.num_states, self.num_tokens)
-            hint = "; use by_node for a policy per state" if per_state else ""
-            raise ValueError(f"policy_NA: expected shape {list(self.legal_NA.shape)}, got {list(policy_NA.shape)}{hint}")
+        per_state = np.shape(policy_NA) == (self.num_states, self.num_tokens)
+        hint = "; use by_node for a policy per state" if per_state else ""
+        policy_NA = check_shape("policy_NA", policy_NA, self.legal_NA.shape, hint)
         if not (policy_NA >= 0).all() or (policy_NA[~self.legal_NA] > 0).any():
-            raise ValueError("policy_NA: expected probabilities, 0 on illegal tokens")
+            raise ValueError("policy_NA: got other numbers; expected probabilities, 0 on illegal tokens")
         total_N = policy_NA.sum(1)
         if not (np.abs(total_N - 1) <= TOLERANCE).all():
             worst = int(np.argmax(np.abs(total_N - 1)))
-            raise ValueError(f"policy_NA: node {worst} sums to {total_N[worst]}, expected 1")
+            raise ValueError(f"policy_NA: got a sum of {total_N[worst]} at node {worst}; expected 1")
         return policy_NA / total_N[:, None]
 
     def joint(self, policy_NA: Floats) -> Floats:
@@ -209,21 +199,3 @@ class Unrolled:
         """(first, stop) of every layer that has nodes."""
         bounds = [(int(a), int(b)) for a, b in zip(self.layer_T, self.layer_T[1:], strict=False) if b > a]
         return bounds[::-1] if backwards else bounds
-
-
-def vector(name: str, x: ArrayLike, num: int) -> Floats:
-    array = np.asarray(x, dtype=np.float64)
-    if array.shape != (num,):
-        raise ValueError(f"{name}: expected shape [{num}], got {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds {array[~np.isfinite(array)][0]}, expected finite numbers")
-    return array
-
-
-def integers(name: str, x: ArrayLike, num: int, low: int, high: int) -> Ints:
-    array = np.asarray(x)
-    if array.shape != (num,) or not (num == 0 or np.issubdtype(array.dtype, np.integer)):
-        raise ValueError(f"{name}: expected integers, shape [{num}], got {array.dtype} {list(array.shape)}")
-    if ((array < low) | (array >= high)).any():
-        raise ValueError(f"{name} holds {array[(array < low) | (array >= high)][0]}, expected {low} .. {high - 1}")
-    return array.astype(np.int64)
