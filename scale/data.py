@@ -11,7 +11,8 @@ from scale.config import ScaleConfig
 from scale.rewards import GRADE
 from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import Task, load_task
-from tppo_ref.tasks.jsonl import JsonlTask, read_lines
+from tppo_ref.tasks.json_lines import check_regular, read_lines
+from tppo_ref.tasks.jsonl import JsonlTask
 
 log = logging.getLogger("scale")
 
@@ -84,6 +85,7 @@ def make_task(config: ScaleConfig) -> Task:
 
 
 def _parquet(file: Path) -> list[dict[str, Any]]:
+    check_regular(file)
     try:
         import pyarrow.parquet
     except ImportError:

@@ -2,17 +2,18 @@
 
 import importlib
 import json
+import os
 import random
 import statistics
-from fractions import Fraction
+from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import TASKS, DemonstratedTask, Task, chain, fork, length, load_task
-from tppo_ref.tasks.jsonl import ByteTokenizer, final_number, verify
+from tppo_ref.tasks.jsonl import ByteTokenizer, verify
 from tppo_ref.tasks.synthetic import END, draw_steps
 
 BUILT_IN = ("chain", "fork", "length")
@@ -360,6 +361,12 @@ def test_keys_can_be_named_and_a_chat_template_used(tmp_path):
         (b'{"prompt": "\\ud800", "answer": "1"}\n', ["surrogate"]),
         ({"prompt": "a" * 33, "answer": "1"}, ["has 33 tokens", "allowed are 32", "raise max_prompt_tokens"]),
         ({"prompt": "a", "answer": "1", "id": 5}, ["id 5 is that of line 2 too"]),
+        (b'{"prompt": "a", "answer": NaN}\n', ["'answer' is nan", "finite"]),
+        (b'{"prompt": "a", "answer": -Infinity}\n', ["'answer' is -inf"]),
+        (b'{"prompt": "a", "answer": 1e999}\n', ["'answer' is inf"]),
+        (b'{"prompt": "a", "answer": "1", "answer": "2"}\n', ["key 'answer' stands there twice"]),
+        (b'{"prompt": "a", "answer": "1", "more": {"x": 1, "x": 1}}\n', ["key 'x' stands there twice"]),
+        ({"prompt": "It is\n#### 42", "answer": "6 x 7?"}, ["the prompt ends with #### and a number", "swapped"]),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, bad, messages):
@@ -373,10 +380,8 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, bad, messages):
 
 
 def test_a_missing_an_empty_and_a_single_file_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl' cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.jsonl', which cannot be read: No such file"):
         load_task("jsonl", train=str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
-        load_task("jsonl", train=str(tmp_path))
     with pytest.raises(UserError, match=r"train\.jsonl' is empty"):
         load_task("jsonl", train=write(tmp_path, b"\n \n"))
     with pytest.raises(UserError, match="at least 2"):
@@ -385,6 +390,51 @@ def test_a_missing_an_empty_and_a_single_file_are_named(tmp_path):
         load_task("jsonl", train=write(tmp_path, GOOD, GOOD), tokenizer=str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"tokenizer folder .* cannot be loaded"):
         load_task("jsonl", train=write(tmp_path, GOOD, GOOD), tokenizer=str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "make"), [("folder", Path.mkdir), ("pipe", os.mkfifo), ("device", None)])
+def test_a_prompt_file_that_is_none_is_refused_at_once(tmp_path, kind, make):
+    """A pipe would block before the first byte, and /dev/zero never end."""
+    file = Path("/dev/zero") if make is None else tmp_path / "train.jsonl"
+    if make:
+        make(file)
+    with pytest.raises(UserError, match=f"got '{file}', a {kind}.*; expected a regular file") as caught:
+        load_task("jsonl", train=str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_with_a_nul_is_no_traceback():
+    with pytest.raises(UserError, match="cannot be read"):
+        load_task("jsonl", train="a\0b")
+
+
+def test_a_prompt_of_no_tokens_is_refused_by_its_line(tmp_path, monkeypatch):
+    """As a folder without a tokenizer encodes everything: to nothing."""
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, add_special_tokens=True: list(text.strip("x").encode()))
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the prompt encodes to no tokens"):
+        load_task("jsonl", train=write(tmp_path, GOOD, {"prompt": "xx", "answer": "1"}))
+
+
+def test_prompt_and_answer_have_keys_of_their_own(tmp_path):
+    with pytest.raises(UserError, match=r"task.prompt_key: got 'answer'.*task.answer_key"):
+        load_task("jsonl", train=write(tmp_path, GOOD, GOOD), prompt_key="answer")
+
+
+def test_a_prompt_may_speak_of_the_mark_and_show_examples(tmp_path):
+    texts = ["Write #### and the number.", "2+2?\n#### 4\n\n3+3?", "#### means the answer"]
+    task = load_task("jsonl", train=write(tmp_path, *({"prompt": text, "answer": "6"} for text in texts)))
+    assert len(task.prompts("train")) == 2
+
+
+def test_prompts_are_left_out_of_training_by_id_and_stay_in_the_test_split(tmp_path):
+    train = write(tmp_path, *({"prompt": str(i), "answer": str(i)} for i in range(10)))
+    task = load_task("jsonl", train=train, test_share=0.2)
+    task.leave_out({1, 3, 9})
+    assert [p.id for p in task.prompts("train")] == [0, 2, 4, 5, 6, 7]
+    assert [p.id for p in task.prompts("test")] == [8, 9]
+    assert task.where(4).endswith("train.jsonl:5")
+    with pytest.raises(UserError, match="no reference of which is right"):
+        task.leave_out(set(range(10)))
 
 
 def test_a_transformers_tokenizer_folder_works(tmp_path):
@@ -422,15 +472,6 @@ def test_a_transformers_tokenizer_folder_works(tmp_path):
 )  # fmt: skip
 def test_the_default_verifier_keeps_its_stated_rule(answer, response, score):
     assert verify(answer, [], response) == score
-
-
-@given(st.integers(-(10**12), 10**12), st.text())
-@example(1234567, "")
-def test_final_number_reads_what_people_write(number, before):
-    before = before.replace("#", "")
-    assert final_number(f"{before}#### {number}") == number
-    assert final_number(f"{before}#### {number:,}.50 ") == Fraction(f"{number}.50")
-    assert final_number(before) is None
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -230,8 +230,41 @@ def test_a_function_that_cannot_be_imported_is_refused_at_once(toy, tmp_path, na
 
 def test_an_import_that_never_ends_is_refused_in_time(toy, tmp_path):
     (tmp_path / "endless_verifier.py").write_text("while True: pass\n")
-    with pytest.raises(UserError, match=r"not imported within 0.5 s.*startup_timeout_s"):
+    with pytest.raises(UserError, match=r"not imported within 0.5 s.*task.verifier_timeout_s"):
         Verifier("endless_verifier:verify", 1.0, startup_timeout_s=0.5)
+
+
+@pytest.mark.parametrize("holding", ["while True: pass", "import time; time.sleep(3600)"])
+def test_a_worker_that_hangs_at_import_ends_itself_when_its_parent_is_dead(tmp_path, holding):
+    """Nobody is left to watch its clock: the kernel does."""
+    (tmp_path / "endless_verifier.py").write_text(holding + "\n")
+    path = os.pathsep.join([str(tmp_path), *(os.path.abspath(entry) for entry in sys.path)])
+    code = (
+        "from tppo_ref.tasks import verifier_worker as w; import sys; w.GRACE_S = 0.1; "
+        "sys.argv = ['w', 'endless_verifier:verify', '1', '0.1']; w.main()"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    try:
+        assert worker.wait(timeout=30) == -14  # SIGALRM
+    finally:
+        worker.kill()
+
+
+def test_an_import_has_a_minute_or_as_long_as_a_verification(toy):
+    for timeout_s, startup_s in ((5.0, 60.0), (300.0, 300.0)):
+        with Verifier(f"{toy}:echo", timeout_s) as verifier:
+            assert verifier.startup_timeout_s == startup_s
+
+
+def test_a_slow_import_within_its_limit_is_no_failure(tmp_path, monkeypatch):
+    """Its alarm must not go off later."""
+    (tmp_path / "late_verifier.py").write_text(
+        "import time\ntime.sleep(0.5)\ndef verify(*a):\n    time.sleep(1.5)\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Verifier("late_verifier:verify", 20.0, startup_timeout_s=20.0) as verifier:
+        assert one(verifier, "a") == Score(1.0, "ok")
 
 
 def test_a_process_that_dies_while_importing_is_refused_with_its_last_words(toy, tmp_path):
@@ -296,7 +329,7 @@ def test_a_hung_worker_ends_itself_when_its_parent_is_dead(toy):
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     code = (
         "from tppo_ref.tasks import verifier_worker as w; import sys; w.GRACE_S = 0.1; "
-        "sys.argv = ['w', 'toy_verifier:by_name', '0.1']; w.main()"
+        "sys.argv = ['w', 'toy_verifier:by_name', '0.1', '60']; w.main()"
     )
     worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               env={**os.environ, "PYTHONPATH": path})  # fmt: skip

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
-
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+from tppo_ref.tasks.json_lines import read_lines
+from tppo_ref.tasks.numerals import read_numeral
 
 
 class ByteTokenizer:
@@ -61,25 +59,42 @@ class ByteTokenizer:
         return [258, *self.encode(text), 259]
 
 
-def final_number(text: str) -> Fraction | None:
-    """The last number after the last "####" of `text`; thousands may be set off by commas. None where there is none."""
+def final_claim(text: str) -> str | None:
+    """The line behind the last "####" of `text`, stripped; None where there is no mark."""
     _, mark, tail = text.rpartition("####")
-    numbers = NUMBER.findall(tail) if mark else []
-    return Fraction(numbers[-1].replace(",", "")) if numbers else None
+    return tail.strip().partition("\n")[0].strip() if mark else None
+
+
+def states_number(text: str) -> bool:
+    """Whether `text` ends with "####" and a number, as an answer does and a prompt does not."""
+    claim = final_claim(text)
+    return claim is not None and read_numeral(claim) is not None and text.rstrip().endswith(claim)
 
 
 def verify(answer: str, response_token_ids: Sequence[int], response_text: str | None) -> float:
-    """The default verifier: +1.0 or -1.0 by one of two rules, which the reference answer chooses.
+    """The default verifier: +1.0 where the response claims what the reference claims, else -1.0.
 
-    Where `answer` holds "####" and a number after it, the response must hold "####" too, and the last numbers after the
-    last "####" of both must be equal as numbers (1,000 = 1000.0). Otherwise the response must equal the answer, both
-    stripped of white space at their ends.
+    A reference that holds "####" claims the line behind the last one (GSM8K's form), and the response must hold "####" too;
+    any other claims all of its text, and so does the response. Two claims are equal as numerals where both are (`numerals`:
+    1,000 = 1000.0 = 1e3, and the table of what is a number), else as texts, stripped of white space at their ends.
+
+    GSM8K's own rule takes the number directly behind the first "####" and compares its characters. Here the last mark counts,
+    as a correction does; numbers are compared, not characters; and a line that goes on after its number in a way that might
+    change it ("#### 5-10", "#### 72 or 73") is a text. ValueError where nothing stands behind the reference's mark.
     """
     text = response_text or ""
-    expected = final_number(answer)
-    if expected is not None:
-        return 1.0 if final_number(text) == expected else -1.0
-    return 1.0 if text.strip() == answer.strip() else -1.0
+    expected, claimed = (final_claim(answer), final_claim(text)) if "####" in answer else (answer.strip(), text.strip())
+    if not expected:
+        raise ValueError(f"the reference answer {answer[-80:]!r} holds nothing behind its ####")
+    if claimed == expected:
+        return 1.0
+    numeral, other = read_numeral(expected), read_numeral(claimed or "")
+    return 1.0 if numeral and other and numeral.same(other) else -1.0
+
+
+def wrap_reference(answer: str) -> str:
+    """The response that states this reference, for `verify`: the reference itself."""
+    return answer
 
 
 def load_tokenizer(tokenizer: str) -> Any:
@@ -98,34 +113,6 @@ def load_tokenizer(tokenizer: str) -> Any:
     if loaded.eos_token_id is None:
         raise UserError(f"tokenizer folder {tokenizer!r} has no end token; set eos_token in its configuration.")
     return loaded
-
-
-def read_lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank. UserError with file:line for one that is no JSON object."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"prompt file {str(file)!r} cannot be read: {error.strerror}.") from error
-    rows: list[tuple[int, dict[str, Any]]] = []
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        where = f"{file}:{number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            place = f"byte {error.start + 1} of the line"
-            raise UserError(f"{where}: not UTF-8 ({place}); expected one JSON object in UTF-8.") from error
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: invalid JSON ({error}); expected one JSON object per line.") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}; expected an object with a prompt and an answer.")
-        rows.append((number, row))
-    if not rows:
-        raise UserError(f"prompt file {str(file)!r} is empty; expected one JSON object per line.")
-    return rows
 
 
 class JsonlTask:
@@ -160,6 +147,8 @@ class JsonlTask:
             raise UserError(f"task 'jsonl': test_share is {test_share}, expected a share between 0 and 1.")
         if max_prompt_tokens < 1:
             raise UserError(f"task 'jsonl': max_prompt_tokens is {max_prompt_tokens}, expected at least 1.")
+        if prompt_key == answer_key:
+            raise UserError(f"task.prompt_key: got {prompt_key!r}, which is task.answer_key too; expected two keys")
         self.options = {
             "train": train, "test": test, "test_share": test_share, "tokenizer": tokenizer,
             "chat_template": chat_template, "verifier": verifier, "prompt_key": prompt_key, "answer_key": answer_key,
@@ -175,6 +164,7 @@ class JsonlTask:
         self._chat = chat_template
         self._prompt_keys = (prompt_key,) if prompt_key else self.prompt_keys
         self._answer_key = answer_key
+        self._where: list[str] = []  # file:line of each prompt, by id
         train_prompts = self._read(Path(train), first_id=0)
         if test:
             test_prompts = self._read(Path(test), first_id=len(train_prompts))
@@ -192,6 +182,18 @@ class JsonlTask:
         if split not in self._prompts:
             raise UserError(f"task 'jsonl' has no split {split!r}, expected 'train' or 'test'.")
         return self._prompts[split]
+
+    def where(self, prompt_id: int) -> str:
+        """file:line of a prompt."""
+        return self._where[prompt_id]
+
+    def leave_out(self, prompt_ids: Collection[int]) -> None:
+        """Takes train prompts out, those that no response can answer (`references`). UserError where none would be left."""
+        kept = tuple(prompt for prompt in self._prompts["train"] if prompt.id not in prompt_ids)
+        if not kept:
+            raise UserError(f"task.path: got {self.options['train']!r}, no reference of which is right by its own verifier; "
+                            f"expected answers that {self.verifier} can read")  # fmt: skip
+        self._prompts["train"] = kept
 
     def response_text(self, token_ids: Sequence[int]) -> str:
         """The text that the verifier reads, without special tokens."""
@@ -213,8 +215,13 @@ class JsonlTask:
                 if key in lines_by_id:
                     raise UserError(f"{where}: id {key} is that of line {lines_by_id[key]} too; expected unique ids.")
                 lines_by_id[key] = number
+            if "####" not in answer and states_number(text):
+                raise UserError(f"{where}: the prompt ends with #### and a number, the answer has no ####; are the keys swapped?")
             token_ids = self._encode(text, where)
+            if not token_ids:
+                raise UserError(f"{where}: the prompt encodes to no tokens; expected at least one; is the tokenizer the model's?")
             if self._admits(token_ids, where):
+                self._where.append(where)
                 prompts.append(Prompt(id=first_id + len(prompts), token_ids=token_ids, answer=answer))
         return prompts
 
@@ -240,6 +247,8 @@ class JsonlTask:
             raise UserError(f"{where}: both {' and '.join(map(repr, found))}; expected one of them, or set prompt_key.")
         value = row[found[0]]
         if numbers and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise UserError(f"{where}: {found[0]!r} is {value}; expected a finite number.")
             return str(value)
         if not isinstance(value, str):
             kind = "a text or a number" if numbers else "a text"
@@ -261,4 +270,4 @@ class JsonlTask:
         return tuple(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
-__all__ = ["ByteTokenizer", "JsonlTask", "final_number", "load_tokenizer", "read_lines", "verify"]
+__all__ = ["ByteTokenizer", "JsonlTask", "final_claim", "load_tokenizer", "verify", "wrap_reference"]

@@ -29,6 +29,8 @@ MAX_SENT = 32
 """Requests that a worker holds at a time: enough to hide a pipe's latency, few enough to share between workers."""
 LINGER_S = 0.01
 """While nobody waits, the thread acts this often at most: every time it runs, it takes the interpreter from decoding."""
+STARTUP_S = 60.0
+"""An import may take this long on a busy machine: sympy's takes seconds on an idle one."""
 MAX_LINE_BYTES = 1 << 16
 """A worker's answer is shorter than this; a longer one is the verifier writing into the protocol."""
 
@@ -51,10 +53,10 @@ class _Request:
 class _Worker:
     """One process with its pipes, and the requests that it was sent and has not answered, in order."""
 
-    def __init__(self, name: str, timeout_s: float) -> None:
+    def __init__(self, name: str, timeout_s: float, startup_timeout_s: float) -> None:
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in kill)
         # The worker finds what this process finds, the folder of the running script included, and no more (-P).
-        command = [sys.executable, "-P", "-m", "tppo_ref.tasks.verifier_worker", name, repr(timeout_s)]
+        command = [sys.executable, "-P", "-m", "tppo_ref.tasks.verifier_worker", name, repr(timeout_s), repr(startup_timeout_s)]
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         self.process = subprocess.Popen(
             command,
@@ -99,8 +101,9 @@ class Verifier:
 
     timeout_s       wall-clock seconds for one response; then the worker is killed, its children too, and replaced
     failure_score   the value of a response whose verification failed in any way
-    startup_timeout_s   seconds in which a worker has to import the verifier
+    startup_timeout_s   seconds in which a worker has to import the verifier; None: 60, or timeout_s where that is more
     counts          how many verdicts of each status there were so far
+    checks_references   whether the verifier's module has `wrap_reference(answer) -> text`, so that `submit_reference` works
 
     UserError at construction where the function cannot be imported. What the verifier prints is discarded.
     """
@@ -112,8 +115,9 @@ class Verifier:
         num_workers: int = 1,
         failure_score: float = -1.0,
         *,
-        startup_timeout_s: float = 60.0,
+        startup_timeout_s: float | None = None,
     ) -> None:
+        startup_timeout_s = max(STARTUP_S, timeout_s) if startup_timeout_s is None else startup_timeout_s
         for name, value in (("timeout_s", timeout_s), ("startup_timeout_s", startup_timeout_s)):
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"verifier: {name} is {value}, expected seconds above 0.")
@@ -132,6 +136,7 @@ class Verifier:
         self._scores: dict[Hashable, Score] = {}
         self._failure: BaseException | None = None
         self._num_ready = 0
+        self.checks_references = False
         self._asleep = False
         self._num_waiting = 0
         self._closing = False
@@ -154,12 +159,24 @@ class Verifier:
 
     def submit(self, response_id: Hashable, answer: str, token_ids: Sequence[int], text: str | None = None) -> None:
         """Queues one response. ValueError if `response_id` is submitted and not yet collected."""
+        self._submit(response_id, answer, list(token_ids), text)
+
+    def submit_reference(self, response_id: Hashable, answer: str) -> None:
+        """Queues a reference answer to be verified against itself: as if a response had said `wrap_reference(answer)`, without ids.
+
+        ValueError where the verifier's module has no `wrap_reference`.
+        """
+        if not self.checks_references:
+            raise ValueError(f"verifier {self.verifier!r} has no wrap_reference beside it")
+        self._submit(response_id, answer, None, None)
+
+    def _submit(self, response_id: Hashable, answer: str, token_ids: list[int] | None, text: str | None) -> None:
         with self._changed:
             self._raise_failure()
             if response_id in self._pending or response_id in self._scores:
                 raise ValueError(f"verifier: response {response_id!r} is submitted already and not collected yet")
             seq = self._next_seq
-            line = json.dumps([seq, answer, list(token_ids), text]).encode("ascii") + b"\n"
+            line = json.dumps([seq, answer, token_ids, text]).encode("ascii") + b"\n"
             self._next_seq += 1
             self._pending[response_id] = None
             self._queue.append(_Request(seq, response_id, line))
@@ -277,7 +294,7 @@ class Verifier:
             self._selector.close()
 
     def _start_worker(self) -> None:
-        worker = _Worker(self.verifier, self.timeout_s)
+        worker = _Worker(self.verifier, self.timeout_s, self.startup_timeout_s)
         self._workers.append(worker)
         self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
 
@@ -372,7 +389,7 @@ class Verifier:
             if kind == "ready":
                 worker.ready = True
                 with self._changed:
-                    self._num_ready += 1
+                    self._num_ready, self.checks_references = self._num_ready + 1, bool(message[1])
                     self._changed.notify_all()
                 return ""
             if kind == "fatal":
@@ -405,7 +422,7 @@ class Verifier:
             if not worker.ready:
                 raise UserError(
                     f"verifier {self.verifier!r}: not imported within {self.startup_timeout_s:g} s "
-                    f"({worker.last_words()}); make its module lighter or raise startup_timeout_s."
+                    f"({worker.last_words()}); make its module lighter, or raise task.verifier_timeout_s beyond that."
                 )
             head = worker.sent[0]
             self._read(worker)  # its answer may be in the pipe, when this thread was kept from running

@@ -1,9 +1,9 @@
-"""The process in which a user's verifier runs: `python -m tppo_ref.tasks.verifier_worker module:function timeout_s`.
+"""The process in which a user's verifier runs: `python -m tppo_ref.tasks.verifier_worker module:function timeout_s startup_s`.
 
 One JSON line in, one JSON line out, in order:
 
-    in   [seq, answer, token_ids, text]
-    out  ["ready"]                              once, after the import; or ["fatal", reason]
+    in   [seq, answer, token_ids, text]         token_ids null: the reference against itself, as `wrap_reference` states it
+    out  ["ready", wraps]                       once, after the import: whether there is a `wrap_reference`; or ["fatal", reason]
     out  [seq, status, score or null, detail]   status "ok", "error" or "bad_score"
 
 The verifier may print, read its stdin, raise or exit: the protocol has file descriptors of its own. The end of stdin, which
@@ -51,8 +51,14 @@ def write_line(descriptor: int, message: list[Any]) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def load(name: str) -> Callable[..., Any]:
-    """The function "module:function". ValueError with the reason where it cannot be had."""
+def limit(seconds: float) -> None:
+    """Ends the process by the kernel after so many seconds and a grace, also where C code holds the interpreter; 0: no more."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds and seconds + GRACE_S)
+
+
+def load(name: str) -> tuple[Callable[..., Any], Callable[[str], Any] | None]:
+    """The function "module:function", and its module's `wrap_reference`, if any. ValueError says why it cannot be had."""
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
         raise ValueError("it is not of the form module:function")
@@ -66,8 +72,8 @@ def load(name: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"{name} is {type(found).__name__}, not a function")
-    function: Callable[..., Any] = found
-    return function
+    wrap = getattr(sys.modules[module_name], "wrap_reference", None)
+    return found, wrap if callable(wrap) else None
 
 
 def name_of(error: BaseException) -> str:
@@ -78,9 +84,13 @@ def name_of(error: BaseException) -> str:
         return type(error).__name__
 
 
-def judge(verify: Callable[..., Any], answer: str, token_ids: list[int], text: str | None) -> tuple[str, Any, str]:
+def judge(verify: Callable[..., Any], wrap: Callable[[str], Any] | None, answer: str, token_ids: list[int] | None,
+          text: str | None) -> tuple[str, Any, str]:  # fmt: skip
     """(status, score or None, detail) of one call."""
     try:
+        if token_ids is None:
+            assert wrap is not None
+            token_ids, text = [], str(wrap(answer))
         score = verify(answer, token_ids, text)
     except BaseException as error:  # SystemExit and KeyboardInterrupt are the verifier's mistakes too
         return "error", None, name_of(error)
@@ -97,22 +107,22 @@ def judge(verify: Callable[..., Any], answer: str, token_ids: list[int], text: s
 
 
 def main() -> None:
-    name, timeout_s = sys.argv[1], float(sys.argv[2])
+    name, timeout_s, startup_s = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
     lines, out = claim_descriptors()
+    limit(startup_s)
     try:
-        verify = load(name)
+        verify, wrap = load(name)
     except ValueError as error:
         write_line(out, ["fatal", str(error)[:MAX_DETAIL_CHARS]])
         return
+    limit(0.0)
     silence_errors()
-    write_line(out, ["ready"])
+    write_line(out, ["ready", wrap is not None])
     for line in lines:
         seq, answer, token_ids, text = json.loads(line)
-        # The default action of SIGALRM ends the process from the kernel, also where C code holds the interpreter.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + GRACE_S)
-        status, score, detail = judge(verify, answer, token_ids, text)
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        limit(timeout_s)
+        status, score, detail = judge(verify, wrap, answer, token_ids, text)
+        limit(0.0)
         write_line(out, [seq, status, score, detail])
 
 
