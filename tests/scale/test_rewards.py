@@ -67,8 +67,17 @@ def test_a_reference_without_an_expression_is_an_error_and_not_a_score():
         verify_math("####", [], "#### 3")
 
 
-@pytest.mark.parametrize(("answer", "final"), [("a #### 5", "5"), ("5", "5"), ("x #### 1 #### 2,000 ", "2000"), ("####", "")])
-def test_the_reference_is_what_stands_behind_the_last_mark(answer, final):
+@pytest.mark.parametrize(
+    ("answer", "final"),
+    [
+        ("a #### 5", "5"),
+        ("5", "5"),
+        ("x #### 1 #### 2,000 ", "2,000"),
+        ("####", ""),
+        ("so \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}"),
+    ],
+)
+def test_the_reference_is_what_stands_behind_the_last_mark_or_in_the_box(answer, final):
     assert final_answer(answer) == final
 
 
