@@ -21,6 +21,7 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.runs.checkpoint import complete_checkpoints
 from tppo_ref.runs.evaluate import sample_answers
 from tppo_ref.runs.pretrain import PRETRAIN_SEED, explained_by_position, fit_value
+from tppo_ref.runs.references import leave_out_bad_references
 from tppo_ref.runs.session import writable_folder
 
 
@@ -62,6 +63,7 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
     engine = build_engine(config, world, task, algo.rollout.slots // world.num_engines)
     engine.load_weights(policy.named_tensors(), 0)
     scorer = ShapingScorer(task, config)
+    leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=algo.run.progress, parallel=parallel)
     prompts = task.prompts("train")[: max(1, algo.value.pretrain_responses // algo.rollout.samples_per_prompt)]
     try:
         responses, failures = sample_answers(

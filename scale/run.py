@@ -128,6 +128,7 @@ class ScaleSession(Session):
         slots = config.rollout.slots // world.num_engines
         self.engine = build_engine(self.scale, world, self.task, slots)
         self.scorer: ShapingScorer = ShapingScorer(self.task, self.scale)
+        self._leave_out_bad_references()
         rollout = config.rollout
         schedule = SlotSchedule(slots=slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                                 refill=rollout.refill)  # fmt: skip

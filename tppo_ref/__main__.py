@@ -1,4 +1,4 @@
-"""`python -m tppo_ref train | compare | pretrain-value | evaluate`, each with `--config FILE --section.field VALUE`."""
+"""`python -m tppo_ref train | compare | pretrain-value | evaluate | check-data`, with `--config FILE --section.field VALUE`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,15 @@ def evaluate(config: Config, given: set[str]) -> None:
     evaluate_policy(config)
 
 
-COMMANDS: dict[str, Callable[[Config, set[str]], None]] = {
-    "train": train, "compare": compare, "pretrain-value": pretrain_value, "evaluate": evaluate,
+def check_data(config: Config, given: set[str]) -> int:
+    """Verify each reference of a prompt file (check-data FILE, or --task.path) against itself; exit code 1 where one fails."""
+    from tppo_ref.runs.references import check_data as run_check
+
+    return run_check(config)
+
+
+COMMANDS: dict[str, Callable[[Config, set[str]], int | None]] = {
+    "train": train, "compare": compare, "pretrain-value": pretrain_value, "evaluate": evaluate, "check-data": check_data,
 }  # fmt: skip
 
 
@@ -65,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}, expected one of {', '.join(COMMANDS)}{nearest(argv[0], list(COMMANDS))}")
         command = COMMANDS[argv[0]]
+        if argv[0] == "check-data" and len(argv) > 1 and not argv[1].startswith("-"):
+            argv = [argv[0], "--task.path", *argv[1:]]
         config = parse(Config, argv[1:], prog=f"python -m tppo_ref {argv[0]}", description=command.__doc__ or "")
         check(config)
         import torch  # after the arguments are known to be right: these take seconds to import
@@ -72,14 +81,13 @@ def main(argv: Sequence[str]) -> int:
 
         torch.set_num_threads(config.run.threads)
         transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file that is read or written
-        command(config, given_fields(argv[1:]))
+        return command(config, given_fields(argv[1:])) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from tppo_ref.runs.build import TaskScorer, base_model, make_engine, make_policy
 from tppo_ref.runs.checkpoint import file_digest
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.evaluate import sample_answers
+from tppo_ref.runs.references import leave_out_bad_references
 from tppo_ref.runs.validation import writable_folder
 from tppo_ref.tasks import Task
 
@@ -77,13 +78,14 @@ def pretrain_value(config: Config) -> Path:
 def _sample(config: Config, task: Task, base: str) -> list[Response]:
     """Whole responses of the frozen policy to the first training prompts in a seeded order, scored."""
     policy = make_policy(config, task, base)
-    prompts = task.prompts("train")
-    order = np.random.default_rng(PRETRAIN_SEED).permutation(len(prompts))
     wanted = config.value.pretrain_responses
-    chosen = [prompts[int(i)] for i in order[:wanted]]
     slots = min(256, wanted)
     scorer = TaskScorer(task, config.task)
     try:
+        leave_out_bad_references(task, scorer.verifier, Path(config.run.out), resume=False, progress=config.run.progress)
+        prompts = task.prompts("train")
+        order = np.random.default_rng(PRETRAIN_SEED).permutation(len(prompts))
+        chosen = [prompts[int(i)] for i in order[:wanted]]
         responses, failures = sample_answers(
             make_engine(config, task, policy, slots), scorer, chosen, samples_per_prompt=-(-wanted // len(chosen)), slots=slots,
             max_response_tokens=config.rollout.max_response_tokens, seed=PRETRAIN_SEED,

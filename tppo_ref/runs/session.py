@@ -1,8 +1,8 @@
 """From a config to a run: builds the Trainer's parts, steps it, and keeps what a person wants afterwards.
 
-A run's folder: config.json, versions.json, metrics.jsonl, tensorboard/, responses.csv (each response that ended), timeline.csv
-(the decoding slots over time), decode.csv and eval_decode.csv (load and seconds of each decode step of the windows, and of the
-evaluations, whose batch shrinks), checkpoints/.
+A run's folder: config.json, versions.json, references.json (prompts whose reference fails against itself), metrics.jsonl,
+tensorboard/, responses.csv (each response that ended), timeline.csv (the decoding slots over time), decode.csv and
+eval_decode.csv (load and seconds of each decode step of the windows, and of the evaluations, whose batch shrinks), checkpoints/.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from tppo_ref.runs.config import Config
 from tppo_ref.runs.evaluate import evaluate
 from tppo_ref.runs.glossary import GLOSSARY, Metric
 from tppo_ref.runs.parsing import field_paths, get_field
+from tppo_ref.runs.references import leave_out_bad_references
 from tppo_ref.runs.sinks import MetricLog, Table
 from tppo_ref.runs.validation import writable_folder
 
@@ -90,6 +91,7 @@ class Session:
         self.eval_slots = min(256, len(self.eval_prompts) * config.run.eval_samples)
         self.eval_engine = make_engine(config, self.task, self.policy, self.eval_slots)
         self.scorer: Any = TaskScorer(self.task, config.task)
+        self._leave_out_bad_references()
         rollout = config.rollout
         schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                                 refill=rollout.refill)  # fmt: skip
@@ -101,6 +103,10 @@ class Session:
         if self.start is not None:
             load_checkpoint(trainer, self.start)
         return trainer
+
+    def _leave_out_bad_references(self) -> None:
+        leave_out_bad_references(self.task, self.scorer.verifier, self.out, resume=self.start is not None,
+                                 progress=self.config.run.progress, parallel=self.parallel)  # fmt: skip
 
     def _saved_config(self, checkpoint: Path) -> dict[str, Any]:
         return read_state(checkpoint)["config"]

@@ -1,0 +1,100 @@
+"""Prompts whose reference their own verifier refuses: left out of training, counted and listed; and the command `check-data`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tppo_ref.loop.parallel import Parallel, SingleProcess
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt
+from tppo_ref.runs.build import TaskScorer, make_task
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.tasks import Task
+from tppo_ref.tasks.jsonl import JsonlTask
+from tppo_ref.tasks.references import failing_references
+from tppo_ref.tasks.verifier import Verifier
+
+log = logging.getLogger("tppo_ref")
+
+FILE = "references.json"
+
+
+def leave_out_bad_references(
+    task: Task, verifier: Verifier, out: Path, *, resume: bool, progress: bool, parallel: Parallel | None = None
+) -> None:
+    """Takes out of the task's train prompts those whose reference fails against itself, and lists them in `out`/references.json.
+
+    Evaluation prompts are checked and listed too, and stay: an accuracy is over all of its prompts. Each rank checks its share.
+    A run that goes on takes the list as it is: what the prompts are must not depend on how busy the machine was.
+    """
+    if not isinstance(task, JsonlTask) or not verifier.checks_references:
+        return
+    parallel = parallel or SingleProcess()
+    file = out / FILE
+    if resume and file.exists():
+        found = _read(file)
+    else:
+        num = len(task.prompts("train"))
+        found = {"verifier": verifier.verifier, "checked": num, "left_out": [], "evaluation": []}
+        for name, split in (("left_out", "train"), ("evaluation", "test")):
+            mine = _failing(task, verifier, task.prompts(split)[parallel.rank :: parallel.world], progress and parallel.rank == 0)
+            everyones = [row for rows in parallel.gather_objects(mine) for row in rows]
+            found[name] = sorted(everyones, key=lambda row: row["prompt"])
+        if parallel.rank == 0:
+            file.write_text(json.dumps(found, indent=1) + "\n")
+            _tell(found, len(task.prompts("test")), file)
+    task.leave_out({row["prompt"] for row in found["left_out"]})
+
+
+def _failing(task: JsonlTask, verifier: Verifier, prompts: Sequence[Prompt], progress: bool) -> list[dict[str, Any]]:
+    bad = failing_references(verifier, prompts, progress=progress)
+    return [{"prompt": b.prompt_id, "where": task.where(b.prompt_id), "answer": b.answer, "why": b.why} for b in bad]
+
+
+def _tell(found: dict[str, Any], num_evaluation: int, file: Path) -> None:
+    if bad := found["left_out"]:
+        log.warning("%d of %d references fail against themselves (%s; the first: %s, %s): their prompts are left out, "
+                    "%s lists them", len(bad), found["checked"], found["verifier"], bad[0]["where"], bad[0]["why"],
+                    file)  # fmt: skip
+    if bad := found["evaluation"]:
+        log.warning("%d of %d evaluation references fail against themselves (the first: %s): they stay, and no answer to them is "
+                    "right", len(bad), num_evaluation, bad[0]["where"])  # fmt: skip
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+        return {"left_out": [{"prompt": int(row["prompt"])} for row in found["left_out"]]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"run.resume: got {file}, which cannot be read ({type(error).__name__}: {error}); expected the list of the "
+                        f"prompts that were left out; remove it to have the references checked anew") from None  # fmt: skip
+
+
+def check_data(config: Config) -> int:
+    """Verify each reference of task.path and task.eval_path against itself; prints those that fail, and how many. 1 if one does."""
+    task_config = config.task
+    if not (task_config.tokenizer or config.model.policy):  # only texts are looked at: no prompt is too long
+        config = replace_fields(config, {"task.tokenizer": "bytes", "task.max_prompt_tokens": 2**31})
+    task = make_task(replace_fields(config, {"task.name": "jsonl"}))
+    assert isinstance(task, JsonlTask)
+    scorer = TaskScorer(task, config.task)
+    try:
+        if not scorer.verifier.checks_references:
+            raise UserError(f"task.verifier: got {scorer.verifier.verifier}, whose module has no wrap_reference; expected a "
+                            f"function wrap_reference(answer) -> the response that states it; add one")  # fmt: skip
+        prompts = [*task.prompts("train"), *task.prompts("test")]
+        bad = _failing(task, scorer.verifier, prompts, config.run.progress)
+    finally:
+        scorer.close()
+    for row in bad:
+        print(f"{row['where']}: {row['answer'][-80:]!r}: {row['why']}")
+    print(f"{len(bad)} of {len(prompts)} references fail against themselves ({scorer.verifier.verifier})")
+    return 1 if bad else 0
+
+
+__all__ = ["FILE", "check_data", "leave_out_bad_references"]
