@@ -847,6 +847,28 @@ def test_whitening_a_constant_gives_zeros_not_amplified_rounding(dtype, value, c
     torch.testing.assert_close(whiten(x, mask), torch.zeros_like(x), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("value", [1.0, 0.1, 0.9, -1 / 3, 1e4 / 3])
+@pytest.mark.parametrize("count", [3, 7, 1000, 100_003])
+def test_whitening_a_constant_with_the_moments_of_a_step_gives_zeros_too(dtype, value, count):
+    """As the loop adds them up over ranks: from sums of squares in float64, where half of the digits cancel."""
+    x = torch.full((1, count), value, dtype=dtype)
+    n, total, squares = count, x.double().sum().item(), x.double().square().sum().item()
+    mean, variance = total / n, squares / n - (total / n) ** 2
+    whitened = whiten(x, torch.ones_like(x, dtype=torch.bool), mean=mean, std=max(variance, 0.0) ** 0.5)
+    assert torch.equal(whitened, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("moments", ["given", "its own"])
+def test_a_small_spread_that_is_no_rounding_is_still_whitened(dtype, moments):
+    """One part in a hundred thousand: far above rounding, and as good a signal as any."""
+    x = torch.tensor([[1 - 1e-5, 1 + 1e-5]], dtype=dtype)
+    given = {"mean": x.double().mean().item(), "std": x.double().std(correction=0).item()} if moments == "given" else {}
+    whitened = whiten(x, torch.ones(1, 2, dtype=torch.bool), **given)
+    close(whitened.double(), torch.tensor([[-1.0, 1.0]], dtype=F64), atol=0.01)
+
+
 def test_whitening_nothing_gives_zeros():
     assert torch.equal(whiten(torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 3))
     assert whiten(torch.ones(0, 3), torch.ones(0, 3, dtype=torch.bool)).shape == (0, 3)

@@ -323,6 +323,32 @@ def without_clock(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if not k.startswith("time/") and k not in ("rollout/tokens_per_s", "rollout/idle_s")}
 
 
+# ----------------------------------------------------------------------------------------------- what is equal carries no signal
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_advantages_that_differ_by_rounding_alone_train_nothing(whitened, monkeypatch):
+    """Every score +1, lambda 1 and a critic that says -0.9 up to its last bit: each advantage is 1.9, and their spread no signal."""
+
+    def see(batch, output, training):
+        last_bit_T = torch.arange(output[0].shape[1]) % 2 * 2.0**-23
+        return (0 * output[0] - 0.9 * (1 + last_bit_T), output[1])
+
+    monkeypatch.setattr("helpers.score_of", lambda response: 1.0)
+    spy = LossSpy().install(monkeypatch)
+    trainer = make_trainer(
+        "ppo-dual", policy_spy=spy.see, value_spy=see, advantage__lam=1.0, advantage__length_adaptive_lam=False,
+        advantage__whiten=whitened, value__lr=0.0,
+    )  # fmt: skip
+    for _ in range(3):
+        metrics = trainer.step()
+        assert metrics["advantage/mean"] == pytest.approx(1.9, abs=1e-6)
+        assert 0 < metrics["advantage/std"] < 1e-6, "nothing was rounded"
+        (call,) = spy.take()
+        expected = torch.where(call["mask"], 0.0 if whitened else 1.9, 0.0)
+        torch.testing.assert_close(call["advantages"], expected, rtol=0, atol=0 if whitened else 1e-6)
+
+
 # ------------------------------------------------------------------------------- F4: against the policy that sampled the token
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tppo_ref.method.checks import (
     check_choice,
+    check_count,
     check_finite,
     check_float_BT,
     check_lam,
@@ -151,14 +152,34 @@ def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: floa
     return lam_B.to(length_B.dtype if length_B.is_floating_point() else torch.float32)
 
 
+def lambda_of_rows(length_B: Tensor, cut_B: Tensor, window: int, *, lam: float = 0.95, alpha: float | None = 0.05) -> Tensor:
+    """lambda of each row's policy advantages, [B].
+
+        max(lam, 1 - 1/(alpha L)),    L = tokens of the response so far, plus half a window where it is cut
+
+    A RUNNING response will be longer than it is. The length-adaptive lambda is VAPO's (arXiv 2504.05118), for the policy alone (the
+    value model's is 1: Monte Carlo returns); the half window is read in T-PPO's authors' port [P]. alpha=None: lam for every row.
+
+    length_B is [B], as in `length_adaptive_lambda`; cut_B [B] bool; window in tokens, at least 1. Returns what
+    `length_adaptive_lambda` does, float64 for a constant. Raises ValueError that names the argument.
+    """
+    check_tensor("length_B", length_B, ndim=1)
+    check_like("cut_B", cut_B, length_B, torch.bool, ndim=1)
+    check_count("window", window, least=1)
+    lam = check_number("lam", lam, 0.0, 1.0)
+    if alpha is None:
+        return torch.full_like(length_B, lam, dtype=torch.float64)
+    return length_adaptive_lambda(length_B + cut_B * (window / 2), alpha=alpha, floor=lam)
+
+
 @torch.no_grad()
 def whiten(x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None, std: float | Tensor | None = None) -> Tensor:
     """(x - mean) / (std + 1e-8) on the mask, exactly 0 outside it.
 
     Without `mean` and `std` the moments are those of the masked elements (population standard deviation, divided by
     n, not n - 1; summed in float64); give both, as numbers or tensors of one element, for moments over a whole step
-    and all ranks, or neither. An empty mask gives zeros. So does a standard deviation of 0, and one that is computed
-    here and no larger than the rounding of the mean: equal elements carry no signal.
+    and all ranks, or neither. An empty mask gives zeros. So does a standard deviation that is no larger than rounding makes it
+    (`_is_rounding`): equal elements carry no signal.
 
     x_BT is [B, T], float32 or float64, not read outside the mask; mask_BT [B, T] bool, any pattern. Same dtype out,
     no gradient. Raises ValueError for a wrong rank, shape, dtype or device, x not finite on the mask, a mean or std
@@ -179,15 +200,16 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, *, mean: float | Tensor | None = None,
         mean, std = (x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for x in (mean, std))
         largest = torch.finfo(x_BT.dtype).max
         mean, std = check_number("mean", mean, -largest, largest), check_number("std", std, 0, largest)
-        negligible = 0.0
     else:
         mean = total / max(count, 1)
         centred_BT = torch.where(mask_BT, x_BT - mean, zero)
         std = math.sqrt(centred_BT.square().sum(dtype=torch.float64).item() / max(count, 1))
-        negligible = 4 * torch.finfo(x_BT.dtype).eps * abs(mean)
-    if count == 0 or std <= negligible:
+    if count == 0 or _is_rounding(std, mean, x_BT.dtype):
         return torch.zeros_like(x_BT)
     return torch.where(mask_BT, x_BT.sub_(mean).div_(std + WHITEN_EPS), zero)
 
 
-# The scan
+def _is_rounding(std: float, mean: float, dtype: torch.dtype) -> bool:
+    """Whether equal elements could have that standard deviation: their own rounding, a few units in the last place, or that of
+    moments from sums of squares over ranks, where half of float64's digits cancel."""
+    return std <= 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float64).eps ** 0.5) * abs(mean)
