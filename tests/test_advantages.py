@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from sim.lab.instances import Instance, load
 from sim.lab.token_mdp import ENDED, Edges, TokenMDP
-from tppo_ref.method.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns, whiten
+from tppo_ref.method.advantages import egae, gae, lambda_of_rows, length_adaptive_lambda, monte_carlo_returns, whiten
 
 LAW = settings(max_examples=50, deadline=None)
 CUT_RULES = ("previous", "critic", "zero")
@@ -788,6 +788,45 @@ def test_length_adaptive_lambda_is_accepted_by_egae():
     b = make_batch([(0, 5), (1, 3)], [True, False], 5, 1.0, [0.95, 0.95], seed=6)
     lam = length_adaptive_lambda(torch.tensor([5, 400]))
     close(b.egae("previous", lam=lam), b.egae("previous"), atol=1e-6)
+
+
+def test_lambda_of_rows_by_hand():
+    """A window of 400 adds 200 tokens to a row that is cut: 1 - 1/(0.05 * 800) = 0.975 and 1 - 1/(0.05 * 600) = 29/30."""
+    length, cut = torch.tensor([600.0, 600.0, 100.0, 100.0], dtype=F64), torch.tensor([True, False, True, False])
+    assert lambda_of_rows(length, cut, 400).tolist() == pytest.approx([0.975, 29 / 30, 0.95, 0.95], abs=1e-12)
+    assert lambda_of_rows(length, cut, 400, lam=0.0, alpha=0.05)[2:].tolist() == pytest.approx([1 - 1 / 15, 0.8], abs=1e-12)
+
+
+@pytest.mark.parametrize("lam", [1, 0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, F64])
+def test_without_an_alpha_every_row_has_the_number_itself(lam, dtype):
+    """Whole numbers too, as `{"advantage.lam": 1}` gives them; egae cannot tell the tensor from the number."""
+    b = make_batch([(0, 40), (3, 30)], [True, False], 41, 0.9, [lam] * 2, seed=7)
+    lam_B = lambda_of_rows(torch.tensor([40, 27]).to(dtype), b.cut, 6, lam=lam, alpha=None)
+    assert lam_B.tolist() == [lam, lam]
+    close(b.egae("previous", lam=lam_B), b.egae("previous", lam=lam), atol=1e-12)
+
+
+@LAW
+@given(st.lists(st.tuples(st.integers(0, 100_000), st.booleans()), max_size=6), st.integers(1, 9000), UNIT, st.floats(0.001, 1.0))
+def test_lambda_of_rows_is_the_length_adaptive_one_with_half_a_window_on_cut_rows(rows, window, lam, alpha):
+    length, cut = [n for n, _ in rows], torch.tensor([c for _, c in rows], dtype=torch.bool)
+    actual = lambda_of_rows(torch.tensor(length, dtype=F64), cut, window, lam=lam, alpha=alpha)
+    expected = [n + window / 2 if c else n for n, c in rows]
+    assert actual.tolist() == pytest.approx([max(lam, 1 - 1 / (alpha * n)) if n else lam for n in expected], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("length_B", torch.tensor([-1, 2])), ("length_B", torch.tensor([[1, 2]])), ("length_B", torch.tensor([True, False])),
+     ("length_B", torch.tensor([1.0, NAN])), ("cut_B", torch.tensor([1, 0])), ("cut_B", torch.tensor([True])), ("window", 0),
+     ("window", 2.5), ("lam", 1.5), ("lam", NAN), ("lam", True), ("alpha", 0.0), ("alpha", -1), ("alpha", float("inf"))],
+)  # fmt: skip
+def test_lambda_of_rows_names_a_bad_argument(argument, value):
+    arguments = {"length_B": torch.tensor([4, 9]), "cut_B": torch.tensor([True, False]), "window": 4, "lam": 0.5, "alpha": 0.1}
+    assert lambda_of_rows(**arguments).shape == (2,)
+    with pytest.raises(ValueError, match=refusal_of(argument)):
+        lambda_of_rows(**arguments | {argument: value})
 
 
 # -------------------------------------------------------------------------------------------------------------- whiten

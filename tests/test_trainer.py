@@ -257,7 +257,7 @@ def test_a_critic_that_waits_for_a_full_batch_is_left_as_it_is_until_then():
 def test_the_joint_critic_trains_on_the_policys_tokens_towards_advantage_plus_value():
     """PPO: gamma = 1 and lambda = 1 make the target the Monte Carlo return, whatever the critic says."""
     spy = CriticSpy()
-    trainer = make_trainer("ppo", value_spy=spy.see, advantage__lam=1.0, advantage__length_adaptive_lam=False, **NO_CLIP)
+    trainer = make_trainer("ppo", value_spy=spy.see, advantage__lam=1, advantage__lam_alpha=None, **NO_CLIP)
     metrics = trainer.step()
     (call,) = spy.take()
     by_prompt = {tuple(s.response.prompt.token_ids): s.response for s in trainer.slices}
@@ -337,7 +337,7 @@ def test_advantages_that_differ_by_rounding_alone_train_nothing(whitened, monkey
     monkeypatch.setattr("helpers.score_of", lambda response: 1.0)
     spy = LossSpy().install(monkeypatch)
     trainer = make_trainer(
-        "ppo-dual", policy_spy=spy.see, value_spy=see, advantage__lam=1.0, advantage__length_adaptive_lam=False,
+        "ppo-dual", policy_spy=spy.see, value_spy=see, advantage__lam=1, advantage__lam_alpha=None,
         advantage__whiten=whitened, value__lr=0.0,
     )  # fmt: skip
     for _ in range(3):

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from sim.clock.cluster import Setup
 from sim.clock.distributions import Growth, Lengths
@@ -27,6 +28,8 @@ from sim.clock.hardware import Accelerator, Layout, ModelShape, Roofline, cluste
 from sim.clock.lengths import load_lengths, prompt_lengths
 from sim.clock.steady import Steady, few, in_routine, sampled, synchronous
 from sim.command import option
+
+Floats = NDArray[np.float64]
 
 __all__ = ["Plan", "PlanConfig", "Remedy", "bytes_per_phase", "cut_weight", "make"]
 
@@ -316,6 +319,16 @@ def _setup(config: PlanConfig, shape: ModelShape, layout: Layout, gpu: Accelerat
 # --------------------------------------------------------------------------------------------------------------------- window
 
 
+def lambda_at_cut(length: ArrayLike, window: int, *, lam: float, alpha: float) -> Floats:
+    """The trainer's lambda of rows that are cut at so many tokens; alpha = 0: lam at every length."""
+    import torch  # the clock needs it for nothing else
+
+    from tppo_ref.method.advantages import lambda_of_rows
+
+    length_n = torch.as_tensor(np.atleast_1d(np.asarray(length, dtype=np.float64)))
+    return lambda_of_rows(length_n, torch.ones_like(length_n, dtype=torch.bool), window, lam=lam, alpha=alpha or None).numpy()
+
+
 def cut_weight(lengths: Lengths, window: int, *, gamma: float = 1.0, lam: float = 0.95, alpha: float = 0.0) -> float:
     """How much of P4's bracket falls on a sampled token, in the mean: 0 without cuts, 1 if every token stood at a cut.
 
@@ -324,8 +337,8 @@ def cut_weight(lengths: Lengths, window: int, *, gamma: float = 1.0, lam: float 
     P4 (theory.md): the cut's share of the mean |bias| is at most this times gamma [Lip + lambda |e| (1 + f)], which depends on
     task and critic. The first edge of a response is anywhere in a window, as with immediate refill.
 
-    alpha   of the length-adaptive lambda, for a row cut at l: max(lam, 1 - 1/(alpha (l + window / 2))) [P]; P4 is proven for
-            alpha = 0 only, with it the weight is a comparison, no bound
+    alpha   of the length-adaptive lambda of a row that is cut at l (`lambda_at_cut`); P4 is proven for alpha = 0 only, with it the
+            weight is a comparison, no bound
     """
     above = 1 - lengths.cumulative()  # P(T > l)
     first = np.unique(np.linspace(1, window, 64).round().astype(np.int64))
@@ -334,8 +347,7 @@ def cut_weight(lengths: Lengths, window: int, *, gamma: float = 1.0, lam: float 
         edge = first + at * window
         known = np.where(at == 0, edge, window)
         alive = np.where(edge < lengths.cap, above[np.minimum(edge, lengths.cap)], 0.0)
-        trace = np.maximum(lam, 1 - 1 / (alpha * (edge + window / 2))) if alpha else np.full(len(edge), lam)
-        decay = gamma * trace
+        decay = gamma * lambda_at_cut(edge, window, lam=lam, alpha=alpha)
         sums = np.where(decay < 1, (1 - decay**known) / np.maximum(1 - decay, 1e-300), known)
         total += float((alive * sums).mean())
     return total / lengths.mean_tokens()

@@ -27,7 +27,7 @@ import dataclasses
 from typing import Any
 
 from sim.clock.footprint import TERMS, UNSEEN, totals
-from sim.clock.plan import Plan, PlanConfig
+from sim.clock.plan import Plan, PlanConfig, lambda_at_cut
 from sim.clock.steady import Steady
 from sim.clock.trace import PHASES
 
@@ -130,16 +130,16 @@ def window_lines(plan: Plan) -> list[str]:
     return [*lines, decay_sentence(plan), toy_sentence()]
 
 
-def decay_tokens(config: PlanConfig, length: float) -> float:
+def decay_tokens(config: PlanConfig, length: float, window: int) -> float:
     """1 / (1 - gamma lambda) of a row that is cut at so many tokens; inf without end."""
-    lam = max(config.lam, 1 - 1 / (config.alpha * length)) if config.alpha else config.lam
+    lam = lambda_at_cut(length, window, lam=config.lam, alpha=config.alpha).item()
     return 1 / (1 - config.gamma * lam) if config.gamma * lam < 1 else float("inf")
 
 
 def decay_sentence(plan: Plan) -> str:
     """What of the bias can be said beforehand."""
     window = plan.choice.window if plan.choice and plan.choice.window else plan.lengths.cap
-    near, far = (decay_tokens(plan.config, n + window / 2) for n in (window, plan.lengths.cap))
+    near, far = (decay_tokens(plan.config, n, window) for n in (window, plan.lengths.cap))
     caveat = (
         " The trace grows with the response's length here (--alpha), for which P4 is not proven: the weight compares windows and "
     )
@@ -167,6 +167,7 @@ def toy_sentence() -> str:
 def as_json(plan: Plan) -> dict[str, Any]:
     """See the file's docstring. Unknown numbers are null."""
     choice = plan.choice
+    window = (choice and choice.window) or plan.lengths.cap
     return {
         "schema": "tppo-sim-plan/1",
         "inputs": dataclasses.asdict(plan.config) | {"cap": plan.lengths.cap},
@@ -183,10 +184,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "terms_unseen": {"by_plan": list(UNSEEN["plan"]), "by_dry_run": list(UNSEEN["dry_run"])},
         "kv_capacity_tokens": max(0, plan.kv_capacity_tokens),
         "sampling": plan.sampling,
-        "seconds": [_seconds(plan, window, found) for window, found in plan.systems.items()],
+        "seconds": [_seconds(plan, w, found) for w, found in plan.systems.items()],
         "window": None if choice is None else {
             "chosen": choice.window, "reason": choice.reason, "toy": toy_sentence(),
-            "decay_tokens": finite(decay_tokens(plan.config, 1.5 * (choice.window or plan.lengths.cap))),
+            "decay_tokens": finite(decay_tokens(plan.config, window, window)),
         },
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sim.lab.checks import Floats, check_choice, check_count, check_unit
 from sim.lab.rollouts import Rollouts, Stretches
 from sim.lab.token_mdp import TokenMDP
-from tppo_ref.method.advantages import egae, gae, length_adaptive_lambda, monte_carlo_returns
+from tppo_ref.method.advantages import egae, gae, lambda_of_rows, monte_carlo_returns
 from tppo_ref.method.errors import nearest
 from tppo_ref.method.losses import importance_weights
 from tppo_ref.method.masks import policy_token_mask
@@ -127,8 +127,7 @@ def estimate(rows: Stretches, critic_N: Floats, estimator: Estimator, mdp: Token
     values_BT = torch.where(rows.mask_BT, critic[rows.node_BT], 0.0)
     lam: float | Tensor = estimator.lam
     if estimator.lam_alpha is not None:
-        length_B = rows.length_B.double() + rows.cut_B * (window / 2)
-        lam = length_adaptive_lambda(length_B, alpha=estimator.lam_alpha, floor=estimator.lam)
+        lam = lambda_of_rows(rows.length_B.double(), rows.cut_B, window, lam=estimator.lam, alpha=estimator.lam_alpha)
     run = rows.reward_BT, values_BT, rows.mask_BT
     if estimator.cut_value == "monte-carlo":
         advantage_BT = monte_carlo_returns(rows.reward_BT, rows.mask_BT, gamma=gamma) - values_BT

@@ -24,7 +24,7 @@ MARK = re.compile(r"\[([SPRV2IMO])\]$")
 PAPER = {  # paper.md, T-PPO
     "algo.rollout.slots": 8192, "algo.rollout.samples_per_prompt": 16, "algo.rollout.window": 8192,
     "algo.rollout.max_response_tokens": 24576, "algo.rollout.refill": "immediate", "algo.advantage.gamma": 1.0,
-    "algo.advantage.lam": 0.95, "algo.advantage.lam_alpha": 0.05, "algo.advantage.length_adaptive_lam": True,
+    "algo.advantage.lam": 0.95, "algo.advantage.lam_alpha": 0.05,
     "algo.advantage.cut_value": "previous", "algo.advantage.tail": "exclude", "algo.advantage.tail_tokens": 8,
     "algo.advantage.clamp": 10.0, "algo.policy.lr": 8e-7, "algo.policy.lr_warmup_steps": 20, "algo.policy.weight_decay": 0.1,
     "algo.policy.mini_batches": 16, "algo.policy.epochs": 1, "algo.policy.clip_low": 0.2, "algo.policy.clip_high": 0.28,

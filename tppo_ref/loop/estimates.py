@@ -11,7 +11,7 @@ from tppo_ref.loop.forward import Forward
 from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import AdvantageConfig
-from tppo_ref.method.advantages import egae, length_adaptive_lambda, whiten
+from tppo_ref.method.advantages import egae, lambda_of_rows, whiten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,9 @@ def estimate_advantages(
     Returns the advantages and the advantage/ metrics.
     """
     length_B = torch.tensor([len(r) for r in rows.responses], dtype=forward.values_BT.dtype, device=rows.cut_B.device)
-    lam: float | Tensor = config.lam
-    if config.length_adaptive_lam:  # a RUNNING response will be longer than it is: half a window is added
-        lam = length_adaptive_lambda(length_B + rows.cut_B * (window / 2), alpha=config.lam_alpha, floor=config.lam)
+    lam_B = lambda_of_rows(length_B, rows.cut_B, window, lam=config.lam, alpha=config.lam_alpha)
     raw_BT = egae(
-        rows.rewards_BT, forward.values_BT, rows.run_BT, rows.cut_B, gamma=config.gamma, lam=lam, cut_value=config.cut_value,
+        rows.rewards_BT, forward.values_BT, rows.run_BT, rows.cut_B, gamma=config.gamma, lam=lam_B, cut_value=config.cut_value,
         last_value_B=forward.last_value_B if config.cut_value == "critic" else None,
     )  # fmt: skip
     raw = raw_BT[rows.train_BT].double()
@@ -51,8 +49,7 @@ def estimate_advantages(
         whitened_BT = whiten(raw_BT, rows.train_BT, mean=mean, std=std)
         scaled_BT = whitened_BT.clamp(-config.clamp, config.clamp)
         clamped = float((scaled_BT != whitened_BT).sum())
-    lam_sum = float(lam.sum()) if isinstance(lam, Tensor) else lam * len(rows.responses)
-    clamped, lam_sum, num_rows = parallel.sum([clamped, lam_sum, len(rows.responses)])
+    clamped, lam_sum, num_rows = parallel.sum([clamped, float(lam_B.sum()), len(rows.responses)])
     return Advantages(raw_BT, scaled_BT), {
         "advantage/mean": mean,
         "advantage/std": std,

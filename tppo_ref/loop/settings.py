@@ -34,10 +34,8 @@ class AdvantageConfig:
     """Discount per token. [S]"""
     lam: float = 0.95
     """Trace parameter of the policy's advantages; the floor of the length-adaptive one. [P]"""
-    length_adaptive_lam: bool = True
-    """lam = max(floor, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING. [P]"""
-    lam_alpha: float = 0.05
-    """alpha of the length-adaptive lam. [P]"""
+    lam_alpha: float | None = 0.05
+    """alpha of max(lam, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING; none = lam at every length. [P]"""
     cut_value: Literal["previous", "critic", "zero"] = "previous"
     """V(s_l) at a cut: the paper's V(s_{l-1}), the critic's own, or 0 (treats a cut as an end). [S]"""
     tail: Literal["exclude", "defer", "none"] = "exclude"

@@ -25,10 +25,10 @@ from tppo_ref.method.checks import (
     check_float_BT,
     check_lam,
     check_last_value,
+    check_lengths,
     check_like,
     check_number,
     check_positive,
-    check_tensor,
     check_tokens,
     refused,
 )
@@ -139,13 +139,7 @@ def length_adaptive_lambda(length_B: Tensor, *, alpha: float = 0.05, floor: floa
     positive and finite, floor outside [0, 1]. Departs from VAPO by the floor: the formula alone is negative at
     L < 1/alpha, and below 0.95, PPO's usual lambda, up to L = 20/alpha.
     """
-    check_tensor("length_B", length_B, ndim=1)
-    if length_B.dtype in (torch.bool, torch.float16, torch.bfloat16) or length_B.is_complex():
-        raise refused("length_B", length_B, "integers, torch.float32 or torch.float64")
-    bad_B = (length_B < 0) | ~torch.isfinite(length_B)
-    if bad_B.any():
-        b = int(bad_B.nonzero()[0])
-        raise refused(f"length_B[{b}]", length_B[b].item(), "a finite length, 0 or more")
+    check_lengths("length_B", length_B)
     check_positive("alpha", alpha)
     check_number("floor", floor, 0.0, 1.0)
     lam_B = (1 - 1 / (alpha * length_B.double())).clamp(min=floor)  # length 0: 1 - inf, clamped
@@ -163,7 +157,7 @@ def lambda_of_rows(length_B: Tensor, cut_B: Tensor, window: int, *, lam: float =
     length_B is [B], as in `length_adaptive_lambda`; cut_B [B] bool; window in tokens, at least 1. Returns what
     `length_adaptive_lambda` does, float64 for a constant. Raises ValueError that names the argument.
     """
-    check_tensor("length_B", length_B, ndim=1)
+    check_lengths("length_B", length_B)
     check_like("cut_B", cut_B, length_B, torch.bool, ndim=1)
     check_count("window", window, least=1)
     lam = check_number("lam", lam, 0.0, 1.0)

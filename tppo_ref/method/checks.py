@@ -92,6 +92,17 @@ def check_lam(lam: Any, rewards_BT: Tensor) -> Tensor:
     return lam.double()[:, None]
 
 
+def check_lengths(name: str, length_B: Any) -> None:
+    """[B], whole numbers or not, finite, 0 or more."""
+    check_tensor(name, length_B, ndim=1)
+    if length_B.dtype in (torch.bool, torch.float16, torch.bfloat16) or length_B.is_complex():
+        raise refused(name, length_B, "integers, torch.float32 or torch.float64")
+    bad_B = (length_B < 0) | ~torch.isfinite(length_B)
+    if bad_B.any():
+        b = int(bad_B.nonzero()[0])
+        raise refused(f"{name}[{b}]", length_B[b].item(), "a finite length, 0 or more")
+
+
 def check_last_value(last_value_B: Any, rewards_BT: Tensor, read_B: Tensor) -> Tensor:
     """Finite where it is read; 0 elsewhere."""
     check_like("last_value_B", last_value_B, rewards_BT, rewards_BT.dtype, ndim=1)

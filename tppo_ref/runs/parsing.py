@@ -14,6 +14,11 @@ from tppo_ref.method.errors import UserError, nearest
 
 ConfigT = TypeVar("ConfigT")
 
+GONE = {
+    "advantage.length_adaptive_lam": "give advantage.lam_alpha null for a lambda that does not grow",
+}
+"""Fields that there were: what to give in their place."""
+
 
 def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     """A copy of a nested config with dotted fields replaced, as `{"rollout.window": 64}`. Unknown names are UserErrors."""
@@ -21,7 +26,7 @@ def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
         head, _, rest = path.partition(".")
         known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
         if head not in known or (rest and path not in field_paths(type(config))):
-            raise UserError(f"{path}: no such field{nearest(path, field_paths(type(config)))}")
+            raise UserError(f"{path}: no such field{_instead(path, field_paths(type(config)))}")
         value = replace_fields(getattr(config, head), {rest: value}) if rest else _number(path, value, getattr(config, head))
         config = dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
     return config
@@ -103,17 +108,23 @@ def given_fields(argv: Sequence[str]) -> set[str]:
     return given
 
 
+def _instead(name: str, names: Sequence[str]) -> str:
+    """The end of a refusal of a name: what became of the field, or the nearest one that there is."""
+    gone = [remedy for field, remedy in GONE.items() if name == field or name.endswith(f".{field}")]
+    return f"; {gone[0]}" if gone else nearest(name, names)
+
+
 def _one_line(message: str, names: Sequence[str]) -> str:
     """jsonargparse's error in one line, with the nearest right name where a name is the error."""
     message = " ".join(message.split())
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         name = match.group(1).lstrip("-").partition("=")[0]
-        return f"--{name}: no such option{nearest(name, names)}"
+        return f"--{name}: no such option{_instead(name, names)}"
     if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
         name = f"{match.group(1)}.{match.group(2)}"
-        return f"{name}: no such field{nearest(name, names)}"
+        return f"{name}: no such field{_instead(name, names)}"
     if match := re.search(r"(?:Option|Key) '(\S+?)' is not accepted|does not accept option '(\S+)'", message):
         name = match.group(1) or match.group(2)
-        return f"{name}: no such field{nearest(name, [*names, *{n.partition('.')[0] for n in names}])}"
+        return f"{name}: no such field{_instead(name, [*names, *{n.partition('.')[0] for n in names}])}"
     message = re.sub(r"Parser key \"(\S+?)\": ", r"\1: ", message)
     return re.sub(r"Expected a (?:<class '(\w+)'>|typing\.)", r"expected \1", message).replace(" Got value:", " got")

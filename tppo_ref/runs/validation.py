@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import get_field
 
@@ -18,7 +18,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 POSITIVE = (
     "policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
-    "task.verifier_timeout_s", "advantage.clamp", "advantage.lam_alpha", "policy.importance_cap",
+    "task.verifier_timeout_s", "advantage.clamp", "policy.importance_cap",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "advantage.tail_tokens", "rollout.min_response_tokens", "policy.mini_batch_tokens", "value.mini_batch_tokens",
@@ -41,6 +41,9 @@ def check(config: Config) -> None:
     for path in NOT_NEGATIVE:
         if get_field(config, path) < 0:
             raise UserError(f"{path}: expected a number of at least 0, got {get_field(config, path)}")
+    alpha = config.advantage.lam_alpha
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise UserError(refusal("advantage.lam_alpha", str(alpha), "a positive number, or null for a lambda of one length"))
     for path, number in (("advantage.lam", lam), ("advantage.gamma", gamma)):
         if not 0 <= number <= 1:
             raise UserError(f"{path}: expected a number from 0 to 1, got {number}")
