@@ -30,7 +30,9 @@ from scipy import stats
 
 from benchmarks.common import RESULTS, provenance
 from sim.lab import instances
-from sim.lab.learning import Record, Recorder, Setting, build, write_csv
+from sim.lab.learning import write_csv
+from sim.lab.recorder import Record, Recorder
+from sim.lab.setting import Setting, build
 
 TARGET, LIMIT_TOKENS = 0.70, 16_000
 LENGTH, P_END, WINDOW = 64, 0.05, 8

@@ -1,4 +1,4 @@
-"""sim/agents.py and sim/learning.py: the engine samples the MDP, the Trainer follows its gradient, the records are exact."""
+"""agents.py, setting.py, recorder.py, learning.py of sim/lab: the engine samples the MDP, the Trainer follows its gradient, the records are exact."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from scipy import stats
 
 from sim.lab import instances
 from sim.lab.agents import PROMPT, MDPEngine, MDPScorer, NetworkPolicy, NetworkValue, TabularPolicy, TabularValue
-from sim.lab.learning import Record, Setting, build, learn, optimum, table, true_value, write_csv
+from sim.lab.learning import learn, table, write_csv
+from sim.lab.recorder import Record, Recorder
+from sim.lab.setting import Setting, build
 from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from sim.lab.truth import optimum, true_value
 from tppo_ref.method.records import Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
@@ -238,16 +241,17 @@ def gradient_z(made: instances.Instance, setting: Setting) -> tuple[np.ndarray, 
     """One Trainer step on many responses: (sum over tokens of its policy gradient per response - exact) / standard error, [N, A],
     and the exact one, of the depths below the window."""
     mdp, trainer, grads = made.mdp, build(made, setting), []
+    seen = Recorder(mdp, trainer)
     trainer.policy_learner.module.logits.row.register_hook(lambda grad: grads.append(grad.double().numpy().copy()))
     trainer.step()
     (grad_NA,) = grads
-    rows = trainer.rows
+    rows = seen.rows
     tokens, num = float(rows.train_BT.sum()), len(rows.responses)
     estimate_NA = -grad_NA * tokens / num  # the loss is minus a token mean
     seen_N = mdp.depth_N < trainer.config.rollout.window
     exact_NA = mdp.policy_gradient(made.policy_NA) * seen_N[:, None]
     squares_NA = np.zeros(exact_NA.shape)  # a response passes a node once: its share there is A (1[a] - pi)
-    for response, raw_T in zip(rows.responses, trainer.advantages.raw_BT.double().numpy(), strict=True):
+    for response, raw_T in zip(rows.responses, seen.advantages.raw_BT.double().numpy(), strict=True):
         edges = np.array(response.token_ids)
         node = mdp.node_E[edges]
         share = raw_T[: len(edges), None] * (np.eye(mdp.num_tokens)[mdp.token_E[edges]] - made.policy_NA[node])
@@ -326,7 +330,7 @@ def test_every_method_steps_and_its_value_batch_is_what_the_trainer_counts(metho
         overrides = {"value.update": "joint", "advantage.tail": "exclude", "advantage.tail_tokens": 1} if joint else {}
         history = learn(
             made, method=method, steps=5, slots=12, window=4, overrides=overrides,
-            watch=lambda trainer, record: sizes.append((sum(len(s.edge_T) for s in trainer.value_batch()), record.value_tokens)),
+            watch=lambda recorder, record: sizes.append((sum(len(s.edge_T) for s in recorder.stretches()), record.value_tokens)),
         )  # fmt: skip
         assert [record.step for record in history] == list(range(6))
         assert history[-1].tokens > history[1].tokens > 0
@@ -422,7 +426,8 @@ def test_every_record_agrees_with_a_recomputation_from_lists(every_token, held):
     queue: list[Response] = []
     counted, expected, sampled_by, checked = np.zeros(mdp.num_nodes), np.zeros(mdp.num_nodes), [made.policy_NA], []
 
-    def check(trainer, record: Record) -> None:
+    def check(recorder: Recorder, record: Record) -> None:
+        trainer = recorder.trainer
         exact = enumerated(mdp, trainer.policy_learner.module.table())
         weight, error = exact["visits"], trainer.value_learner.module.values.row.detach().double().numpy() - exact["true"]
         by_third = [math.sqrt(np.average(error[m] ** 2, weights=weight[m])) for m in (thirds[mdp.depth_N] == i for i in range(3))]
@@ -486,7 +491,9 @@ def test_a_cut_response_under_an_untrained_critic_gives_no_signal_and_moves_noth
     assert warm.no_signal_share < 1
 
     rows = []
-    learn(instances.early_decision(), steps=1, window=4, watch=lambda trainer, _: rows.append((trainer.rows, trainer.advantages)))
+    learn(
+        instances.early_decision(), steps=1, window=4, watch=lambda recorder, _: rows.append((recorder.rows, recorder.advantages))
+    )
     step, advantages = rows[0]
     assert not advantages.raw_BT[step.cut_B].any()
     assert advantages.raw_BT[~step.cut_B].any()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sim.lab.checks import Floats
 from sim.lab.token_mdp import TokenMDP
+from sim.lab.truth import terminal_only
 from sim.lab.unrolled import ENDED
 from tppo_ref.loop.rows import pad
 from tppo_ref.method.records import End, Prompt, Response
@@ -337,8 +338,3 @@ class MDPScorer:
     def collect(self) -> dict[int, tuple[float, str]]:
         scores, self._scores = self._scores, {}
         return scores
-
-
-def terminal_only(mdp: TokenMDP) -> bool:
-    """True where only the last token of a response is ever rewarded."""
-    return not mdp.reward_E[mdp.next_E != ENDED].any()
