@@ -195,7 +195,7 @@ def test_every_exercise_runs_as_shipped_says_what_is_wrong_and_has_a_solution(pa
 @each_notebook
 def test_notebooks_import_and_do_not_redefine(path):
     """The subject itself, advantages, masks and losses, exists once."""
-    files = [ROOT / "tppo_ref" / f"{room}.py" for room in ("advantages", "filters", "losses")]
+    files = [ROOT / "tppo_ref" / "method" / f"{room}.py" for room in ("advantages", "masks", "losses")]
     subject = {node.name for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
     source = "\n".join(cell.source for cell in code_cells(refresh.read(path)))
     defined = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
