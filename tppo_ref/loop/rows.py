@@ -20,6 +20,7 @@ from torch import Tensor
 from tppo_ref.loop.settings import AdvantageConfig
 from tppo_ref.method.masks import policy_token_mask
 from tppo_ref.method.records import Response, WindowSlice
+from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.packing import TokenBatch
 
 
@@ -114,7 +115,8 @@ class Rows:
         """Tokens that a model reads of all rows: prompts and responses."""
         return sum(r.num_fed for r in self.responses)
 
-    def batch(self, rows: Sequence[int], *, detach_prefix: bool = False) -> TokenBatch:
-        """What the models are fed of some rows."""
+    def batch(self, rows: Sequence[int], *, constant_prefix: bool = False, kept: PrefixKeys | None = None) -> TokenBatch:
+        """What the models are fed of some rows. constant_prefix: no gradient through what the policy has done with, nor through
+        the prompt; `kept` holds its keys and values from one pass to the next."""
         responses = [self.responses[row] for row in rows]
-        return TokenBatch.of(responses, [r.num_settled for r in responses] if detach_prefix else None)
+        return TokenBatch.of(responses, [r.num_settled for r in responses] if constant_prefix else None, kept)

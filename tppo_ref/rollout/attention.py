@@ -1,9 +1,10 @@
 """Attention over ragged batches: sequences of any lengths, fed as one row without padding.
 
 A transformers model sees input_ids [1, N] and position_ids [1, N]; which token belongs to which sequence travels as the
-keyword argument `ragged`, a layout object, through the model's forward to `ragged_attention`. Two layouts exist:
-`PackedLayout` (training, log-probabilities, prefill: whole sequences, causal, differentiable) and `StepLayout` (one
-decode step: prefill of new sequences, then one query per running sequence against a `KVCache`).
+keyword argument `ragged`, a layout object, through the model's forward to `ragged_attention`. Three layouts exist:
+`PackedLayout` (training, log-probabilities, prefill: whole sequences, causal, differentiable), `LiveLayout` (training on
+the ends of sequences whose beginnings are constants) and `StepLayout` (one decode step: prefill of new sequences, then
+one query per running sequence against a `KVCache`).
 
 Everything but attention then runs over exactly the N tokens. Attention works on groups of sequences of similar length,
 and pads inside a group only: a padded token costs arithmetic, another group costs kernel calls (`group_by_length`).
@@ -65,16 +66,26 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+class PrefixKeys:
+    """Keys and values of tokens that are read as constants, by layer: [P, K, D] each, in packed order."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def filled(self) -> bool:
+        return bool(self.by_layer)
+
+
 class PackedLayout:
     """Whole sequences end to end; every token attends to its own sequence up to itself.
 
-    lengths         tokens of each sequence, in packed order, longest first (another order is right, but pads more)
-    constant_N      bool [N] or None: keys and values of these tokens are read as constants (no gradient into them)
+    lengths   tokens of each sequence, in packed order, longest first (another order is right, but pads more)
+    record    takes the keys and values of each layer, without gradient
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", constant_N: Tensor | None = None):
-        self.max_length = max(lengths, default=0)
-        self.constant_mask = None if constant_N is None else constant_N.to(device)[None, None, :, None]
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", record: PrefixKeys | None = None):
+        self.max_length, self.record = max(lengths, default=0), record
         begin = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.groups = []
         for a, b in group_by_length(lengths, PACKED_CALL_TOKENS):
@@ -91,16 +102,61 @@ class PackedLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] -> [N, H, D]."""
-        if self.constant_mask is not None:
-            key = torch.where(self.constant_mask, key.detach(), key)
-            value = torch.where(self.constant_mask, value.detach(), value)
         rows = [_token_rows(x) for x in (query, key, value)]
+        if self.record is not None:
+            self.record.by_layer[layer] = (rows[1].detach(), rows[2].detach())
         outs = []
         for start, stop, num, longest, gather, keep in self.groups:
             parts = [x[start:stop] if gather is None else x.index_select(0, gather) for x in rows]
             q, k, v = (x.unflatten(0, (num, longest)).transpose(1, 2) for x in parts)
             out = _causal(q, k, v, scaling).flatten(0, 1)
             outs.append(out if keep is None else out.index_select(0, keep))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class LiveLayout:
+    """The live ends of sequences whose beginnings were read before: each token attends to its sequence's constant keys, and to the
+    live ones up to itself. No gradient flows into the constants; the first live token's key and value are constants, too (it
+    stands before the first column that is trained, and is here only because its hidden state predicts that column).
+
+    prefix          keys and values of the constant tokens, end to end in the same order
+    constant, live  tokens of each sequence, in packed order, longest sequence first
+    """
+
+    def __init__(self, prefix: PrefixKeys, constant: np.ndarray, live: np.ndarray, device: torch.device | str = "cpu"):
+        self.prefix, total = prefix, constant + live
+        self.max_length = int(total.max(initial=0))
+        self.num_constant = int(constant.sum())
+        begin, first = np.cumsum(constant) - constant, np.cumsum(live) - live
+        stop = first + live
+        is_first = np.zeros(int(live.sum()), dtype=bool)
+        is_first[first] = True
+        self.first_mask = torch.from_numpy(is_first).to(device)[:, None, None]
+        self.groups = []
+        for a, b in group_by_length(total.tolist(), PACKED_CALL_TOKENS):
+            own, keys = np.arange(live[a:b].max()), np.arange(total[a:b].max())
+            # Padding repeats the sequence's last token; no real query looks at a repeated key.
+            query = np.minimum(first[a:b, None] + own, stop[a:b, None] - 1)
+            live_key = self.num_constant + np.minimum(first[a:b, None] + keys - constant[a:b, None], stop[a:b, None] - 1)
+            key = np.where(keys < constant[a:b, None], begin[a:b, None] + keys, live_key)
+            sees = keys <= constant[a:b, None, None, None] + own[:, None]  # [n, 1, Lq, Lk]
+            keep = np.flatnonzero(own < live[a:b, None])
+            self.groups.append([torch.from_numpy(x).to(device) for x in (query, key, sees, keep)])
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """query [1, H, N, D], key and value [1, K, N, D] of the live tokens -> [N, H, D]."""
+        rows = []
+        for x, kept in zip((key, value), self.prefix.by_layer[layer], strict=True):
+            live_NKD = _token_rows(x)
+            rows.append(torch.cat([kept[: self.num_constant], torch.where(self.first_mask, live_NKD.detach(), live_NKD)]))
+        keys_NKD, values_NKD = rows
+        query_NHD, outs = _token_rows(query), []
+        for places, sources, sees, keep in self.groups:
+            q = query_NHD[places].transpose(1, 2)
+            k, v = keys_NKD[sources].transpose(1, 2), values_NKD[sources].transpose(1, 2)
+            grouped = q.shape[1] > k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling, enable_gqa=grouped)
+            outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, keep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
@@ -206,7 +262,7 @@ def ragged_attention(
     value: Tensor,
     attention_mask: Any,
     *,
-    ragged: PackedLayout | StepLayout | None = None,
+    ragged: PackedLayout | LiveLayout | StepLayout | None = None,
     scaling: float | None = None,
     **options: Any,
 ):

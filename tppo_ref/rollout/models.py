@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.attention import PackedLayout, use_ragged_attention
-from tppo_ref.rollout.packing import TokenBatch, pack
+from tppo_ref.rollout.packing import Packed, TokenBatch, pack
 
 # A logit chunk holds at most this many numbers unless `logit_chunk_tokens` says otherwise: half a gigabyte in float32.
 LOGIT_CHUNK_NUMBERS = 2**27
@@ -51,7 +51,9 @@ def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor 
     return logits
 
 
-NO_ROWS = TokenBatch([[0]], [[0]])  # what an empty batch is fed instead: a model cannot read nothing
+def no_rows(batch: TokenBatch) -> TokenBatch:
+    """What an empty batch is fed instead, with the same passes: a model cannot read nothing."""
+    return TokenBatch([[0]], [[0]], live_from=None if batch.live_from is None else [0], prefix=batch.prefix)
 
 
 class _Backbone(nn.Module):
@@ -80,6 +82,13 @@ class _Backbone(nn.Module):
         """Last hidden states [N, width] of one ragged row [1, N]."""
         out = self.hf.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, ragged=layout)
         return out.last_hidden_state[0]
+
+    def read(self, packed: Packed) -> Tensor:
+        """Last hidden states [N, width] of a packed batch, its constant prefix read before, without gradient."""
+        if packed.prefix is not None:
+            with torch.no_grad():
+                self.hidden(*packed.prefix)
+        return self.hidden(packed.input_ids, packed.position_ids, packed.layout)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights under transformers' names: what a rollout engine loads."""
@@ -123,12 +132,12 @@ class PolicyModel(_Backbone):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Log-probability of each response token under the sampling distribution, at least float32 [B, T]."""
         if not len(batch):  # a spare micro-batch: weightless, but every parameter is in its graph, as sharded ones need
-            return self._forward(NO_ROWS)[:0, :0].clone()  # not self(...): the hooks of a sharded module must run once
+            return self._forward(no_rows(batch))[:0, :0].clone()  # not self(...): the hooks of a sharded module must run once
         return self._forward(batch)
 
     def _forward(self, batch: TokenBatch) -> Tensor:
         packed = pack(batch, self.device)
-        hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout).index_select(0, packed.predictor_M)
+        hidden = self.read(packed).index_select(0, packed.predictor_M)
         chunk = self.logit_chunk_tokens
         if len(hidden) <= chunk:
             return packed.unpack(self._token_logprobs(hidden, packed.target_M, packed.column_M))
@@ -153,13 +162,13 @@ class ValueModel(_Backbone):
 
     def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         if not len(batch):
-            value_BT, last_value_B = self._forward(NO_ROWS)
+            value_BT, last_value_B = self._forward(no_rows(batch))
             return value_BT[:0, :0].clone(), last_value_B[:0].clone()
         return self._forward(batch)
 
     def _forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         packed = pack(batch, self.device)
-        hidden = self.hidden(packed.input_ids, packed.position_ids, packed.layout)
+        hidden = self.read(packed)
         read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
         head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
         value = at_least_float32(head(read)[:, 0])

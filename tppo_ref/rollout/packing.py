@@ -11,24 +11,32 @@ import torch
 from torch import Tensor
 
 from tppo_ref.method.records import Response
-from tppo_ref.rollout.attention import PackedLayout
+from tppo_ref.rollout.attention import LiveLayout, PackedLayout, PrefixKeys
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
     """What the models are fed: B prompts, each with its response tokens so far (whole, from response column 0).
 
-    `detach_before`, where given, holds one column per row: attention reads the prompt and the response columns before
-    it as constants, so that no gradient flows through them. Biased, cheap to reason about, off by default.
+    live_from   None: every token is differentiated through, and every response column has an output. Else one column per row:
+                the prompt and the response columns before it are read without gradient, their keys and values are constants, and
+                outputs exist from that column on, 0 before it. An empty batch keeps its empty list, so that all ranks make the
+                same passes
+    prefix      with live_from: keys and values of those constants, filled by the first pass that reads them, then kept. None: each
+                pass makes its own
     """
 
     prompt_ids: Sequence[Sequence[int]]
     response_ids: Sequence[Sequence[int]]
-    detach_before: Sequence[int] | None = None
+    live_from: Sequence[int] | None = None
+    prefix: PrefixKeys | None = None
 
     @classmethod
-    def of(cls, responses: Sequence[Response], detach_before: Sequence[int] | None = None) -> TokenBatch:
-        return cls([r.prompt.token_ids for r in responses], [r.token_ids for r in responses], detach_before)
+    def of(
+        cls, responses: Sequence[Response], live_from: Sequence[int] | None = None, prefix: PrefixKeys | None = None
+    ) -> TokenBatch:
+        """Prompts and tokens of some responses."""
+        return cls([r.prompt.token_ids for r in responses], [r.token_ids for r in responses], live_from, prefix)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -41,8 +49,9 @@ class TokenBatch:
 
 @dataclasses.dataclass
 class Packed:
-    """A TokenBatch end to end, longest row first. M response tokens in packed order; N tokens in all.
+    """A TokenBatch end to end, longest row first. M response tokens with outputs, in packed order; N tokens in all.
 
+    prefix          what is read before, without gradient: (input_ids, position_ids, layout); None: nothing
     predictor_M     place in [0, N) of the token whose hidden state predicts the response token
     target_M        the response token
     column_M        its response column
@@ -52,7 +61,8 @@ class Packed:
 
     input_ids: Tensor
     position_ids: Tensor
-    layout: PackedLayout
+    layout: PackedLayout | LiveLayout
+    prefix: tuple[Tensor, Tensor, PackedLayout] | None
     predictor_M: Tensor
     target_M: Tensor
     column_M: Tensor
@@ -61,7 +71,7 @@ class Packed:
     shape: tuple[int, int]
 
     def unpack(self, x_M: Tensor) -> Tensor:
-        """[M] -> [B, T], 0 in padding; differentiable."""
+        """[M] -> [B, T], 0 in padding and where there is no output; differentiable."""
         rows, columns = self.shape
         # A copy at the end, not a view: sharded modules must not return views.
         return x_M.new_zeros(rows * columns).index_copy(0, self.cell_M, x_M).view(rows, columns).clone()
@@ -72,34 +82,59 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     num_prompt = np.array([len(ids) for ids in batch.prompt_ids], dtype=np.int64)
     num_response = np.array([len(ids) for ids in batch.response_ids], dtype=np.int64)
     if (num_prompt == 0).any():
-        raise ValueError(f"prompt_ids[{int(num_prompt.argmin())}] is empty; expected at least one token")
+        raise ValueError(f"prompt_ids[{int(num_prompt.argmin())}]: got no tokens; expected at least one")
     lengths = num_prompt + num_response
+    constant = np.zeros_like(lengths) if batch.live_from is None else _num_constant(batch.live_from, num_prompt, num_response)
     order = np.argsort(-lengths, kind="stable")
-    rows = itertools.chain.from_iterable((*batch.prompt_ids[b], *batch.response_ids[b]) for b in order)
-    ids = np.fromiter(rows, dtype=np.int64, count=int(lengths.sum()))
-    begin = np.empty_like(lengths)
-    begin[order] = np.cumsum(lengths[order]) - lengths[order]
-    row_N = np.repeat(order, lengths[order])
-    position_N = np.arange(len(ids)) - begin[row_N]
-    column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
-    response_M = np.flatnonzero(column_N >= 0)
-    num_columns = int(num_response.max(initial=0))
-    cell_M = row_N[response_M] * num_columns + column_N[response_M]
-    constant = None
-    if batch.detach_before is not None:
-        constant = torch.from_numpy(column_N < np.asarray(batch.detach_before, dtype=np.int64)[row_N])
+    rows = [np.fromiter(itertools.chain(batch.prompt_ids[b], batch.response_ids[b]), np.int64, lengths[b]) for b in order]
 
     def to(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
+    live = (lengths - constant)[order]
+    ids = np.concatenate([row[constant[b] :] for row, b in zip(rows, order, strict=True)])
+    begin = np.empty_like(lengths)  # of each row's live tokens
+    begin[order] = np.cumsum(live) - live
+    row_N = np.repeat(order, live)
+    position_N = np.arange(len(ids)) - begin[row_N] + constant[row_N]
+    column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
+    response_M = np.flatnonzero((column_N >= 0) & (position_N > constant[row_N] if batch.live_from is not None else True))
+    num_columns = int(num_response.max(initial=0))
+    layout: PackedLayout | LiveLayout
+    prefix = None
+    if batch.live_from is None:
+        layout = PackedLayout(lengths[order].tolist(), device)
+    else:
+        kept = batch.prefix or PrefixKeys()
+        layout = LiveLayout(kept, constant[order], live, device)
+        if not kept.filled:
+            prefix = _prefix([row[: constant[b]] for row, b in zip(rows, order, strict=True)], kept, device)
     return Packed(
         input_ids=to(ids)[None],
         position_ids=to(position_N)[None],
-        layout=PackedLayout(lengths[order].tolist(), device, constant),
+        layout=layout,
+        prefix=prefix,
         predictor_M=to(response_M - 1),
         target_M=to(ids[response_M]),
         column_M=to(column_N[response_M]),
-        cell_M=to(cell_M),
-        last_B=to(begin + lengths - 1),
+        cell_M=to(row_N[response_M] * num_columns + column_N[response_M]),
+        last_B=to(begin + lengths - constant - 1),
         shape=(len(batch), num_columns),
     )
+
+
+def _num_constant(live_from: Sequence[int], num_prompt: np.ndarray, num_response: np.ndarray) -> np.ndarray:
+    """Tokens of each row that are read without gradient: all before the one whose hidden state predicts column `live_from`."""
+    column_B = np.asarray(live_from, dtype=np.int64)
+    if ((column_B < 0) | (column_B > num_response)).any():
+        raise ValueError(f"live_from: got {list(live_from)}; expected a column of each response, 0 to {num_response.tolist()}")
+    return num_prompt + column_B - 1
+
+
+def _prefix(rows: list[np.ndarray], kept: PrefixKeys, device: torch.device) -> tuple[Tensor, Tensor, PackedLayout]:
+    """The constant tokens end to end. Never empty: sharded models gather their weights in each pass, on every rank or on none."""
+    if not sum(map(len, rows)):
+        rows = [np.zeros(1, dtype=np.int64)]
+    ids, positions = np.concatenate(rows), np.concatenate([np.arange(len(row)) for row in rows])
+    layout = PackedLayout([len(row) for row in rows], device, record=kept)
+    return torch.from_numpy(ids).to(device)[None], torch.from_numpy(positions).to(device)[None], layout
