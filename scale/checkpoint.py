@@ -188,7 +188,7 @@ def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
         for learner in (trainer.policy_learner, trainer.value_learner):
             saved = state[learner.name]
             set_state_dict(learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"])
-            if not states[0]["trainer"]["updated_steps"][learner.name]:  # never updated: what was saved is the filling
+            if not states[0]["trainer"]["learners"][learner.name]["num_steps"]:  # never updated: what was saved is the filling
                 learner.optimiser.state.clear()
         if trainer.ewma is not None:
             set_model_state_dict(trainer.ewma.module, state["ewma"])

@@ -126,12 +126,16 @@ class ScaleSession(Session):
                             f"give a multiple")  # fmt: skip
         self.policy, value = build_models(self.scale, world, self.task, weights=self.start is None)
         slots = config.rollout.slots // world.num_engines
+        if config.rollout.responses_per_step % world.num_engines:
+            raise UserError(f"algo.rollout.responses_per_step: got {config.rollout.responses_per_step}; expected a multiple of the "
+                            f"{world.num_engines} engines; give one")  # fmt: skip
         self.engine = build_engine(self.scale, world, self.task, slots)
         self.scorer: ShapingScorer = ShapingScorer(self.task, self.scale)
         self._leave_out_bad_references()
         rollout = config.rollout
         schedule = SlotSchedule(slots=slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
-                                refill=rollout.refill)  # fmt: skip
+                                refill=rollout.refill,
+                                responses_per_step=rollout.responses_per_step // world.num_engines)  # fmt: skip
         stream = SampleStream(self.task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed,
                               rank=world.engine, world=world.num_engines)  # fmt: skip
         batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed, part=world.part, parts=world.tensor_parallel)

@@ -146,7 +146,7 @@ def make_trainer(method: str = "tppo", *, policy_spy=None, value_spy=None, paral
     config = replace_fields(config, {name.replace("__", "."): x for name, x in changes.items()})
     rollout = config.rollout
     schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
-                            refill=rollout.refill)  # fmt: skip
+                            refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
     stream = SampleStream(make_prompts(), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
     engine = TorchEngine(policy, slots=rollout.slots, max_context_tokens=rollout.max_response_tokens + 4, end_token_id=END_ID)
     return Trainer(

@@ -71,7 +71,9 @@ def gradients(model, total):
 
 def loss_of(outputs):
     flat = [x for row in outputs for x in row]
-    return sum((w * x for w, x in zip(weights(len(flat)), flat, strict=True)), torch.zeros((), dtype=torch.float64, requires_grad=True))
+    return sum(
+        (w * x for w, x in zip(weights(len(flat)), flat, strict=True)), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    )
 
 
 @st.composite
@@ -131,7 +133,10 @@ def test_a_critics_values_and_gradient():
     model = make("llama", critic=True)
     expected = defined_outputs(model, RAGGED)
     value_BT, last_B = model(RAGGED)
-    got = [[*row[start : len(r)], last] for row, r, start, last in zip(value_BT, RAGGED.response_ids, RAGGED.live_from, last_B, strict=True)]
+    got = [
+        [*row[start : len(r)], last]
+        for row, r, start, last in zip(value_BT, RAGGED.response_ids, RAGGED.live_from, last_B, strict=True)
+    ]
     torch.testing.assert_close(loss_of(got), loss_of(expected), rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(gradients(model, loss_of(got)), gradients(model, loss_of(expected)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)

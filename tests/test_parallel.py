@@ -13,7 +13,7 @@ import torch
 from helpers import make_policy, make_value
 
 from tppo_ref.loop.estimates import estimate_advantages
-from tppo_ref.loop.forward import clip_centre, forward
+from tppo_ref.loop.forward import forward
 from tppo_ref.loop.learner import Learner
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.rows import Rows, response_mask
@@ -136,11 +136,10 @@ def policy_update(rows: list[int], parallel: Any) -> tuple[list[torch.Tensor], d
     step = Rows.of([WindowSlice(responses[i], begins[i], len(responses[i])) for i in rows], ADVANTAGE)
     fed = [len(r.prompt.token_ids) + len(r) for r in step.responses]
     plan = learner.plan(step.train_BT.sum(1).tolist(), fed, np.random.default_rng(0))
-    before = forward(step, plan, policy=policy, value=value, parallel=parallel, step=1)
+    before = forward(step, plan, config, policy=policy, value=value, parallel=parallel, key=(0, 1))
     advantages, _ = estimate_advantages(step, before, ADVANTAGE, window=6, parallel=parallel)
     gradients = watched_gradients(learner)
-    centre = clip_centre(step, before.logprob_BT, config)
-    metrics = update_policy(learner, step, advantages.scaled_BT, centre, [plan], step=1)
+    metrics = update_policy(learner, step, before, advantages.scaled_BT, [plan], step=1)
     return gradients, metrics
 
 

@@ -94,7 +94,7 @@ def build(instance: Instance, setting: Setting) -> Trainer:
         value = NetworkValue(mdp, value_N, hidden=setting.hidden, seed=2 * setting.seed + 1)
     rollout = config.rollout
     schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
-                            refill=rollout.refill)  # fmt: skip
+                            refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
     stream = SampleStream([PROMPT], samples_per_prompt=2**62, seed=setting.seed)  # one endless group: sample i is index i
     batcher = SuccessiveBatcher(schedule, stream, run_seed=setting.seed)
     return Trainer(config, policy=policy, value=value, engine=MDPEngine(policy), batcher=batcher, scorer=MDPScorer(mdp))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +15,9 @@ from tppo_ref.loop.learner import Plan
 from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig
-from tppo_ref.method.errors import NonFiniteError
+from tppo_ref.method.errors import NonFiniteError, UserError
 from tppo_ref.method.losses import importance_weights
+from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.packing import TokenBatch
 
 
@@ -24,45 +27,82 @@ class Forward:
 
     values_BT       V before each token by this step's critic, the whole row
     last_value_B    V after the row's last token
-    logprob_BT      under the policy before the update; the behaviour policy's where they are not recomputed
+    logprob_BT      under the policy before the update, on the tokens of the run; the engine's where those are taken
+    gap             mean |recomputed - engine's| log-probability of this step's tokens, on the rank where it is largest; NaN where
+                    none was recomputed
+    prefixes        keys and values of each micro-batch's constant prefix, by the micro-batch's identity; empty unless kept
     """
 
     values_BT: Tensor
     last_value_B: Tensor
     logprob_BT: Tensor
+    gap: float
+    prefixes: dict[int, PrefixKeys]
+
+
+CHECKED_SHARE = 0.05  # of the micro-batches, where the engine's log-probabilities are taken
 
 
 @torch.no_grad()
 def forward(
     rows: Rows,
     plan: Plan,
+    config: PolicyConfig,
     *,
-    policy: Callable[[TokenBatch], Tensor] | None,
+    policy: Callable[[TokenBatch], Tensor],
     value: Callable[[TokenBatch], tuple[Tensor, Tensor]],
     parallel: Parallel,
-    step: int,
+    key: tuple[int, int],
 ) -> Forward:
-    """Values and old log-probabilities of all rows. policy: None takes the engine's log-probabilities.
+    """Values of all rows, and log-probabilities of their runs: recomputed, or the engine's, of which a random twentieth of the
+    micro-batches is recomputed all the same and compared.
 
-    They are computed in the micro-batches of the first epoch's `plan`: the first ratio is then exactly 1. NonFiniteError, on all
-    ranks or none, where an output is not finite.
+    They are computed in the micro-batches of the first epoch's `plan`, fed as in the update: the first ratio is then exactly 1.
+    key: (seed, step), which chooses the micro-batches that are compared. On all ranks or none: NonFiniteError where an output is
+    not finite, UserError where the engine's log-probabilities are further off than config.engine_gap_limit.
     """
     values_BT, logprob_BT = torch.zeros_like(rows.behaviour_BT), torch.zeros_like(rows.behaviour_BT)
     last_value_B = rows.behaviour_BT.new_zeros(len(rows.responses))
-    for micro_batch in (micro for mini in plan for micro in mini):
-        batch = rows.batch(micro_batch)
-        index = torch.tensor(micro_batch, dtype=torch.long, device=rows.cut_B.device)  # long: an empty list would make it float
-        value_bt, last_value_b = value(batch)
+    seen_B, prefixes = torch.zeros_like(rows.cut_B), dict[int, PrefixKeys]()
+    constant, takes_engines = config.prefix == "constant", config.old_logprobs == "engine"
+    micro_batches = [micro for mini in plan for micro in mini]
+    # The same on every rank: sharded models gather their weights in each pass.
+    chosen = np.random.default_rng(key).random(len(micro_batches)) < (CHECKED_SHARE if takes_engines else 1.0)
+    for micro, recompute in zip(micro_batches, chosen.tolist(), strict=True):
+        index = torch.tensor(micro, dtype=torch.long, device=rows.cut_B.device)  # long: an empty list would make it float
+        value_bt, last_value_b = value(rows.batch(micro))
         values_BT[index, : value_bt.shape[1]], last_value_B[index] = value_bt, last_value_b
-        if policy is not None:
-            logprob_bt = policy(batch)
-            logprob_BT[index, : logprob_bt.shape[1]] = logprob_bt
+        if recompute:
+            kept = PrefixKeys() if config.keep_prefix else None
+            logprob_bt = policy(rows.batch(micro, constant_prefix=constant, kept=kept))
+            logprob_BT[index, : logprob_bt.shape[1]], seen_B[index] = logprob_bt, True
+            if kept is not None:
+                prefixes[id(micro)] = kept
+    gap = _check_outputs(rows, values_BT, last_value_B, logprob_BT, seen_B, parallel, step=key[1])
+    if takes_engines:
+        if gap > config.engine_gap_limit:
+            raise UserError(
+                f"policy.old_logprobs: got engine, whose log-probabilities differ from the trainer's by {gap:.2g} in step "
+                f"{key[1]}; expected at most {config.engine_gap_limit:g} on average (policy.engine_gap_limit); use recompute"
+            )
+        logprob_BT = rows.behaviour_BT
+    return Forward(values_BT, last_value_B, logprob_BT, gap, prefixes)
+
+
+def _check_outputs(
+    rows: Rows, values_BT: Tensor, last_value_B: Tensor, logprob_BT: Tensor, seen_B: Tensor, parallel: Parallel, step: int
+) -> float:
+    """`Forward.gap`; NonFiniteError where an output is not finite."""
     outputs = (("log-probability", logprob_BT), ("value", values_BT), ("value", last_value_B))
-    bad = parallel.max([not bool(torch.isfinite(tensor).all()) for _, tensor in outputs])  # all ranks stop, or none
+    compared_BT = rows.new_BT & seen_B[:, None]
+    gap = -1.0  # a rank with nothing to compare
+    if bool(compared_BT.any()):
+        gap = float((logprob_BT - rows.behaviour_BT)[compared_BT].abs().mean())
+    *bad, gap = parallel.max([*(not bool(torch.isfinite(tensor).all()) for _, tensor in outputs), gap])  # all ranks stop, or none
     for (name, _), is_bad in zip(outputs, bad, strict=True):
         if is_bad:
             raise NonFiniteError(f"step {step}: a {name} is not finite; stopped before the update")
-    return Forward(values_BT, last_value_B, rows.behaviour_BT if policy is None else logprob_BT)
+    return gap if gap >= 0 else math.nan
 
 
 def remember_values(rows: Rows, values_BT: Tensor) -> None:

@@ -25,6 +25,7 @@ class Learner:
         self.module: Any = module  # a torch module with named_tensors and save_pretrained (models.py, scale's sharded ones)
         self.optimiser = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.num_steps = 0  # training steps that updated this model: the learning rate's warm-up counts these
+        self.num_updates = 0  # optimiser steps
         self.grad_norms: list[float] = []
 
     def begin_step(self) -> None:
@@ -50,7 +51,7 @@ class Learner:
         mini_batches = split_mini_batches(trained_tokens, fed_tokens, wanted, rng)
         plan = [pack(rows, fed_tokens, self.config.micro_batch_tokens) for rows in mini_batches]
         most = self.parallel.max([len(micro_batches) for micro_batches in plan])
-        return [micro + [[]] * (int(n) - len(micro)) for micro, n in zip(plan, most, strict=True)]
+        return [[*micro, *([] for _ in range(int(n) - len(micro)))] for micro, n in zip(plan, most, strict=True)]
 
     def update(self, micro_batches: list[list[int]], loss: Callable[[list[int]], torch.Tensor], step: int) -> None:
         """One optimiser step on the sum of the micro-batches' losses, each already divided by the mini-batch's token count.
@@ -69,6 +70,7 @@ class Learner:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)  # four bytes a parameter, which decoding can use
         self.grad_norms.append(norm)
+        self.num_updates += 1
 
     def _refuse_non_finite(self, loss: float, norm: float, step: int) -> None:
         (bad,) = self.parallel.max([not (math.isfinite(loss) and math.isfinite(norm))])
@@ -83,6 +85,13 @@ class Learner:
         raise NonFiniteError(
             f"step {step}: the {self.name}'s {what}; stopped before the update; lower {self.name}.lr or {self.name}.max_grad_norm"
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """What is known beside the module and its optimiser, whose tensors are stored apart."""
+        return {"num_steps": self.num_steps, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_steps, self.num_updates = state["num_steps"], state["num_updates"]
 
     def metrics(self) -> dict[str, float]:
         norms = self.grad_norms

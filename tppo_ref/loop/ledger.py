@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tppo_ref.loop.forward import Forward
 from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.rows import Rows
 from tppo_ref.method.records import End, WindowSlice
@@ -50,14 +49,16 @@ class PhaseClock:
 class Ledger:
     """This rank's books over a run.
 
-    tokens     response tokens by what became of them (OUTCOMES)
-    verdicts   responses by the status of their verification
+    tokens       response tokens by what became of them (OUTCOMES)
+    verdicts     responses by the status of their verification
+    updates_at   by version of the policy's weights, its optimiser steps until then
     """
 
     def __init__(self, parallel: Parallel):
         self.parallel = parallel
         self.tokens: Counter[str] = Counter()
         self.verdicts: Counter[str] = Counter()
+        self.updates_at: dict[int, int] = {0: 0}
 
     def enter_scores(self, slices: Sequence[WindowSlice], scores: Mapping[int, tuple[float, str]]) -> None:
         """Write each ended response's score into its record, and count the verdict."""
@@ -66,7 +67,7 @@ class Ledger:
             self.verdicts[status] += 1
 
     def settle(
-        self, rows: Rows, forward: Forward, batcher: SuccessiveBatcher, *, defers: bool, warming_up: bool, sampled_with: int
+        self, rows: Rows, batcher: SuccessiveBatcher, *, defers: bool, warming_up: bool, sampled_with: int
     ) -> dict[str, float]:
         """Enter a step's rows, and return the ledger/ and policy/ metrics of what was trained, how old it was, what was fed.
 
@@ -75,7 +76,7 @@ class Ledger:
         sampled_with   version of the policy that sampled this step's window; ages count from it
         AssertionError where a token is lost or counted twice.
         """
-        age_sum, age_max = self._enter(rows, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
+        age_sum, age_max, lag_sum = self._enter(rows, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
         num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
         new_BT, in_flight = rows.new_BT, batcher.own_in_flight
         total = self._sum(
@@ -87,27 +88,30 @@ class Ledger:
                 "policy/tokens": num_trained,
                 "policy/prefix_tokens": rows.num_fed - float(new_BT.sum()),
                 "policy/staleness": float(age_sum),
+                "policy/lag_updates": float(lag_sum),
             }
         )
-        total["policy/staleness"] /= max(total["policy/tokens"], 1)
+        for name in ("policy/staleness", "policy/lag_updates"):
+            total[name] /= max(total["policy/tokens"], 1)
         accounted = sum(total[f"ledger/{name}"] for name in (*OUTCOMES, "pending"))
         generated = total["ledger/generated"]
         assert generated == accounted, f"{generated} tokens generated, {accounted} accounted for"
-        gap = -1.0  # a rank with nothing to compare
-        if forward.logprob_BT is not rows.behaviour_BT and bool(new_BT.any()):
-            gap = float((forward.logprob_BT - rows.behaviour_BT)[new_BT].abs().mean())
-        gap, oldest = self.parallel.max([gap, age_max])
-        return total | {"policy/logprob_gap": gap if gap >= 0 else math.nan, "policy/staleness_max": oldest}
+        first_version = min((r.versions[0] for r in in_flight), default=sampled_with)
+        oldest, minus_first = self.parallel.max([age_max, -first_version])  # over all ranks: ended responses move between them
+        self.updates_at = {version: n for version, n in self.updates_at.items() if version >= -minus_first}
+        return total | {"policy/staleness_max": oldest}
 
-    def _enter(self, rows: Rows, *, defers: bool, warming_up: bool, sampled_with: int) -> tuple[int, int]:
-        """Moves each row's `num_settled`; the sum and the largest of the trained tokens' ages, in versions."""
-        age_sum, age_max = 0, 0
+    def _enter(self, rows: Rows, *, defers: bool, warming_up: bool, sampled_with: int) -> tuple[int, int, int]:
+        """Moves each row's `num_settled`. Of the trained tokens: sum and maximum of their ages in versions, and the sum of their
+        ages in updates of the policy."""
+        age_sum, age_max, lag_sum, now = 0, 0, 0, self.updates_at[sampled_with]
         for response, trained in zip(rows.responses, rows.train_BT.sum(1).tolist(), strict=True):
             unsettled = len(response) - response.num_settled
             versions = response.versions[response.num_settled : response.num_settled + trained]
             if versions and not warming_up:
                 age_sum += sampled_with * trained - sum(versions)
                 age_max = max(age_max, sampled_with - min(versions))
+                lag_sum += sum((now - self.updates_at[v]) * n for v, n in Counter(versions).items())
             if warming_up:
                 self.tokens["excluded_warmup"] += unsettled
                 response.num_settled = len(response)
@@ -118,7 +122,7 @@ class Ledger:
                 self.tokens["trained"] += trained
                 self.tokens["excluded_tail"] += unsettled - trained
                 response.num_settled = len(response)
-        return age_sum, age_max
+        return age_sum, age_max, lag_sum
 
     def window_metrics(self, slices: Sequence[WindowSlice], batcher: SuccessiveBatcher, rollout_s: float) -> dict[str, float]:
         """The rollout/, response/ and verify/ metrics of one window, over all ranks."""
@@ -150,11 +154,12 @@ class Ledger:
         return dict(zip(numbers, self.parallel.sum(numbers.values()), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts)}
+        return {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts), "updates_at": list(self.updates_at.items())}
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """The books of `states` added up: one rank's own, all ranks' on the one that takes them over, or none."""
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]], books: Sequence[Mapping[str, Any]]) -> None:
+        """What ranks saved. books: of `states` those whose counts this rank takes over: its own, all ranks', or none."""
+        self.updates_at = {version: n for state in states for version, n in state["updates_at"]}
         self.tokens, self.verdicts = Counter(), Counter()
-        for state in states:
+        for state in books:
             self.tokens.update(state["tokens"])
             self.verdicts.update(state["verdicts"])

@@ -18,8 +18,10 @@ class RolloutConfig:
     """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The port: 24k. [M]"""
     min_response_tokens: int = 0
     """The end token is forbidden before this many tokens. [O]"""
-    refill: Literal["immediate", "step"] = "immediate"
-    """A freed slot takes the next prompt in the same window, or waits for the next. [S]"""
+    refill: Literal["immediate", "step", "batch"] = "immediate"
+    """A freed slot takes the next prompt in the same window, waits for the next, or (synchronous) goes on up to a batch. [S]"""
+    responses_per_step: int = 0
+    """refill batch: responses begun, and ended, in each step; 0 = as many as slots. [O]"""
     samples_per_prompt: int = 1
     """Independent samples of each prompt. The port: 16. [O]"""
     temperature: float = 1.0
@@ -77,7 +79,7 @@ class PolicyConfig:
     lm_loss_weight: float = 0.1
     """Weight of the LM loss on responses that ended correct in this step. [P]"""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
-    """Clip centre for this step's tokens: recomputed before the update, or the engine's. [P]"""
+    """Clip centre for this step's tokens: recomputed before the update, or the engine's, of which a twentieth is checked. [P]"""
     importance: Literal["none", "truncated", "masked"] = "none"
     """Weight pi_start/pi_behaviour per token; none: older tokens are clipped around their behaviour policy. [O]"""
     importance_cap: float = 2.0
@@ -86,8 +88,14 @@ class PolicyConfig:
     """This window's tokens, ended or not (T-PPO), or whole responses once, when they end (partial rollouts). [S]"""
     ewma_decay: float = 0.0
     """PPO-EWMA (arXiv 2110.00641): clip around an exponential average of the weights with this decay; 0 = off. [O]"""
-    detach_prefix: bool = False
-    """Read the prompt and earlier windows as constants: no gradient through them. Biased. [O]"""
+    prefix: Literal["full", "constant"] = "full"
+    """Prompt and earlier windows: differentiated through, or read without gradient, which costs a third (a departure). [P]"""
+    keep_prefix: bool = False
+    """constant prefix: its keys and values of the old log-probabilities' pass serve the first epoch; stale after an update. [O]"""
+    min_new_tokens: int = 0
+    """A cut response trains once it holds this many untrained tokens, and always when it ends; 0 = in each window. [S]"""
+    engine_gap_limit: float = 0.03
+    """old_logprobs engine: stop where a recomputed sample of them differs by more than this on average, in nats. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from tppo_ref.loop.estimates import Advantages, estimate_advantages
-from tppo_ref.loop.forward import Forward, clip_centre, dtype_of, forward, remember_values
+from tppo_ref.loop.forward import Forward, dtype_of, forward, remember_values
 from tppo_ref.loop.learner import Learner, Plan
 from tppo_ref.loop.ledger import Ledger, PhaseClock
 from tppo_ref.loop.parallel import Parallel, SingleProcess
@@ -103,34 +103,34 @@ class Trainer:
         with clock("forward"):
             rows = self._rows()
             plans = self._plans(self.policy_learner, rows.responses, rows.train_BT)
-            policy = self.policy_learner.module if config.policy.old_logprobs == "recompute" else None
             before = forward(
-                rows, plans[0], policy=policy, value=self.value_learner.module, parallel=self.parallel, step=self.num_steps
-            )
+                rows, plans[0], config.policy, policy=self.policy_learner.module, value=self.value_learner.module,
+                parallel=self.parallel, key=(config.run.seed, self.num_steps),
+            )  # fmt: skip
             remember_values(rows, before.values_BT)
             advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout.window, self.parallel)
         with clock("policy"):
             if not warming_up:
-                centre = clip_centre(rows, before.logprob_BT, config.policy)
                 metrics |= update_policy(
-                    self.policy_learner, rows, advantages.scaled_BT, centre, plans, step=self.num_steps, ewma=self.ewma
+                    self.policy_learner, rows, before, advantages.scaled_BT, plans, step=self.num_steps, ewma=self.ewma
                 )
         with clock("value"):
             if config.value.update == "joint":
-                batch = joint_batch(rows, before, advantages)
+                batch = joint_batch(rows, before, advantages, constant_prefix=config.policy.prefix == "constant")
             else:
                 batch = self._ended_batch()
                 plans = self._plans(self.value_learner, batch.responses, batch.mask_BT)
             metrics |= update_value(self.value_learner, batch, plans, step=self.num_steps)
         with clock("sync"):
             self.version += 1
+            self.ledger.updates_at[self.version] = self.policy_learner.num_updates
             self.engine.load_weights(self.policy_learner.module.named_tensors(), self.version)
         if self.observer:
             self.observer(rows, before, advantages, batch)
         num_responses, num_held = self.parallel.sum([len(batch.responses), len(self.held)])
-        metrics |= {"value/responses": num_responses, "value/held": num_held}
+        metrics |= {"value/responses": num_responses, "value/held": num_held, "policy/logprob_gap": before.gap}
         defers, sampled_with = config.advantage.tail == "defer", self.version - 1
-        metrics |= self.ledger.settle(rows, before, self.batcher, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
+        metrics |= self.ledger.settle(rows, self.batcher, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
         metrics |= self.ledger.window_metrics(self.slices, self.batcher, clock.seconds["rollout"])
         metrics |= clock.metrics()
         self.train_s += metrics["time/step_s"]
@@ -138,12 +138,15 @@ class Trainer:
 
     def _rows(self) -> Rows:
         """The step's rows. Ended responses may move to a rank with less to do; one that runs stays where it is decoded."""
-        ended = [s.response.ended for s in self.slices]
-        trains = [e or self.config.policy.train_on == "window" for e in ended]
-        work = [s.response.num_fed if t else 0 for s, t in zip(self.slices, trains, strict=True)]
-        self.slices = self.parallel.rebalance(self.slices, work, ended)
-        chosen = [s for s in self.slices if self.config.policy.train_on == "window" or s.response.ended]
+        work = [s.response.num_fed if self._trains(s.response) else 0 for s in self.slices]
+        self.slices = self.parallel.rebalance(self.slices, work, [s.response.ended for s in self.slices])
+        chosen = [s for s in self.slices if self._trains(s.response)]
         return Rows.of(chosen, self.config.advantage, self.device, self.dtype)
+
+    def _trains(self, response: Response) -> bool:
+        """Whether a response is one of the step's rows: always when it ended; while RUNNING, with enough untrained tokens."""
+        policy = self.config.policy
+        return response.ended or (policy.train_on == "window" and len(response) - response.num_settled >= policy.min_new_tokens)
 
     def _ended_batch(self) -> ValueBatch:
         """T-PPO's value batch: the responses that ended, all of them or as many full batches as there are."""
@@ -165,7 +168,7 @@ class Trainer:
             "version": self.version,
             "train_s": self.train_s,
             "ledger": self.ledger.state_dict(),
-            "updated_steps": {learner.name: learner.num_steps for learner in (self.policy_learner, self.value_learner)},
+            "learners": {learner.name: learner.state_dict() for learner in (self.policy_learner, self.value_learner)},
             "ewma_weight": self.ewma.weight if self.ewma else None,
             "held": [response.state_dict() for response in self.held],
             "batcher": self.batcher.state_dict(),
@@ -183,7 +186,7 @@ class Trainer:
         self.num_steps, self.version = first["num_steps"], first["version"]
         self.train_s = max(state["train_s"] for state in states)
         for learner in (self.policy_learner, self.value_learner):
-            learner.num_steps = first["updated_steps"][learner.name]
+            learner.load_state_dict(first["learners"][learner.name])
         if self.ewma is not None:
             self.ewma.weight = first["ewma_weight"]
         if own is not None:
@@ -194,5 +197,5 @@ class Trainer:
             held = everything[self.parallel.rank :: self.parallel.world]
             books = [state["ledger"] for state in states] if self.parallel.rank == 0 else []
         self.held = [Response.from_state_dict(response) for response in held]
-        self.ledger.load_state_dict(books)
+        self.ledger.load_state_dict([state["ledger"] for state in states], books)
         self.batcher.load_state_dict([state["batcher"] for state in states])

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tppo_ref.loop.forward import ClipCentre
+from tppo_ref.loop.forward import ClipCentre, Forward, clip_centre
 from tppo_ref.loop.learner import Learner, Plan
 from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.rows import Rows
@@ -83,17 +83,19 @@ def optimiser_steps(learner: Learner, plans: Iterable[Plan], *masks_BT: Tensor) 
 class PolicyLoss:
     """The policy's loss on a micro-batch: clipped surrogate + lm_loss_weight x the LM loss on tokens of right responses."""
 
-    def __init__(self, learner: Learner, rows: Rows, scaled_BT: Tensor, centre: ClipCentre, ewma: Ewma | None):
+    def __init__(self, learner: Learner, rows: Rows, before: Forward, scaled_BT: Tensor, ewma: Ewma | None):
         assert isinstance(learner.config, PolicyConfig)
-        self.config, self.module, self.ewma = learner.config, learner.module, ewma
-        self.rows, self.scaled_BT, self.centre, self.positive_BT = rows, scaled_BT, centre, rows.positive_BT
+        self.config, self.learner, self.ewma = learner.config, learner, ewma
+        self.rows, self.scaled_BT, self.positive_BT = rows, scaled_BT, rows.positive_BT
+        self.centre = clip_centre(rows, before.logprob_BT, self.config)
+        self.prefixes = dict(before.prefixes)  # each serves its micro-batch once: in the first epoch
         self.sums, self.ratio_max = Sums(), 0.0
 
     def __call__(self, micro: list[int], tokens: float, positive: float) -> Tensor:
         """tokens, positive: those of the mini-batch over all ranks and micro-batches, the two losses' denominators."""
         config, rows = self.config, self.rows
-        batch = rows.batch(micro, detach_prefix=config.detach_prefix)
-        logprob_bt = self.module(batch)
+        batch = rows.batch(micro, constant_prefix=config.prefix == "constant", kept=self.prefixes.pop(id(micro), None))
+        logprob_bt = self.learner.module(batch)
         part = (micro, slice(0, logprob_bt.shape[1]))
         centre, train_bt = self.centre.of_part(part), rows.train_BT[part]
         if self.ewma is not None:
@@ -104,7 +106,8 @@ class PolicyLoss:
         )  # fmt: skip
         self.ratio_max = max(self.ratio_max, stats.pop("ratio_max"))
         num_tokens = int(train_bt.sum())
-        self.sums.add(loss=float(total.detach()) * tokens, tokens=num_tokens, **stats)
+        updates_before = len(self.learner.grad_norms)  # in this step
+        self.sums.add(loss=float(total.detach()) * tokens, tokens=num_tokens, lag=updates_before * num_tokens, **stats)
         if self.ewma is not None:
             self.sums.add(weight_clipped=centre.clipped_share * num_tokens)
         if positive and config.lm_loss_weight:
@@ -118,8 +121,8 @@ class PolicyLoss:
 def update_policy(
     learner: Learner,
     rows: Rows,
+    before: Forward,
     scaled_BT: Tensor,
-    centre: ClipCentre,
     plans: Sequence[Plan],
     *,
     step: int,
@@ -127,20 +130,20 @@ def update_policy(
 ) -> dict[str, float]:
     """All epochs of the policy's update on one step's rows.
 
-    scaled_BT: advantages [B, T]. centre: the clip's; with `ewma`, PPO-EWMA's averaged policy, it is the average's instead, which
-    moves after each optimiser step. Each loss is a token mean over its mini-batch, all ranks and micro-batches together. Returns
-    the policy/ metrics, means over the tokens of all mini-batches.
+    before: what the policy said before the update, which centres the clip; with `ewma`, PPO-EWMA's averaged policy, it is the
+    average's instead, which moves after each optimiser step. scaled_BT: advantages [B, T]. Each loss is a token mean over its
+    mini-batch, all ranks and micro-batches together. Returns the policy/ metrics, means over the tokens of all mini-batches.
     """
-    loss = PolicyLoss(learner, rows, scaled_BT, centre, ewma)
+    loss = PolicyLoss(learner, rows, before, scaled_BT, ewma)
     learner.begin_step()
     for mini_batch, (tokens, positive) in optimiser_steps(learner, plans, rows.train_BT, loss.positive_BT):
         learner.update(mini_batch, partial(loss, tokens=tokens, positive=positive), step)
         if ewma is not None:
             ewma.move(learner.module)
     if ewma is None:
-        loss.sums.add(weight_clipped=centre.clipped_share * loss.sums.by_name["tokens"])
+        loss.sums.add(weight_clipped=loss.centre.clipped_share * loss.sums.by_name["tokens"])
     (ratio_max,) = learner.parallel.max([loss.ratio_max])
-    names = ("tokens", "positive", "loss", "lm_loss", "clipped_tokens", "dual_clipped_tokens", "kl_sum", "weight_clipped")
+    names = ("tokens", "positive", "loss", "lm_loss", "clipped_tokens", "dual_clipped_tokens", "kl_sum", "weight_clipped", "lag")
     total = loss.sums.over_ranks(learner.parallel, names)
     tokens = max(total["tokens"], 1)
     return learner.metrics() | {
@@ -151,6 +154,7 @@ def update_policy(
         "policy/kl": total["kl_sum"] / tokens,
         "policy/ratio_max": ratio_max,
         "policy/weight_clipped_share": total["weight_clipped"] / tokens,
+        "policy/lag_in_step": total["lag"] / tokens,
     }
 
 
@@ -164,7 +168,8 @@ class ValueLoss:
     def __call__(self, micro: list[int], tokens: float) -> Tensor:
         """tokens: the mini-batch's, over all ranks and micro-batches, the loss's denominator."""
         batch, config = self.batch, self.config
-        value_bt, _ = self.module(TokenBatch.of([batch.responses[row] for row in micro]))
+        live_from = None if batch.live_from is None else [batch.live_from[row] for row in micro]
+        value_bt, _ = self.module(TokenBatch.of([batch.responses[row] for row in micro], live_from))
         part = (micro, slice(0, value_bt.shape[1]))
         targets_bt, mask_bt = batch.targets_BT[part], batch.mask_BT[part]
         total, stats = value_loss(

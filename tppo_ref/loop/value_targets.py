@@ -24,17 +24,20 @@ class ValueBatch:
     targets_BT   what V should say
     mask_BT      bool, the tokens it is trained on
     anchor_BT    what V said when the token was first fed to it: its clip moves around this; None: no clip
+    live_from    per row the first column that is differentiated through (TokenBatch); None: all
     """
 
     responses: Sequence[Response]
     targets_BT: Tensor
     mask_BT: Tensor
     anchor_BT: Tensor | None
+    live_from: Sequence[int] | None = None
 
 
-def joint_batch(rows: Rows, forward: Forward, advantages: Advantages) -> ValueBatch:
+def joint_batch(rows: Rows, forward: Forward, advantages: Advantages, *, constant_prefix: bool = False) -> ValueBatch:
     """PPO's joint update: this step's policy tokens, target A + V with the policy's lambda, anchored at this step's values."""
-    return ValueBatch(rows.responses, advantages.raw_BT + forward.values_BT, rows.train_BT, forward.values_BT)
+    live_from = [r.num_settled for r in rows.responses] if constant_prefix else None
+    return ValueBatch(rows.responses, advantages.raw_BT + forward.values_BT, rows.train_BT, forward.values_BT, live_from)
 
 
 def independent_batch(responses: Sequence[Response], *, gamma: float, device: torch.device | str, dtype: torch.dtype) -> ValueBatch:

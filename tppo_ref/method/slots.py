@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from tppo_ref.method.errors import refusal
 from tppo_ref.method.records import End
 
-Refill = Literal["immediate", "step"]
+Refill = Literal["immediate", "step", "batch"]
 
 
 class Grant(NamedTuple):
@@ -36,22 +36,35 @@ class SlotSchedule:
     window               decode steps per window
     max_response_tokens  cap on a response over all of its windows; a continued response gets what is left of it, never more
     refill               "immediate": a slot whose response ended takes the next one in the same window (the paper's word);
-                         "step": it waits for the next window (as read in the authors' port)
+                         "step": it waits for the next window (as read in the authors' port);
+                         "batch": synchronous PPO, where a window has no edge: a freed slot takes the next response until
+                         `responses_per_step` have begun, and the window closes when all of them have ended
+    responses_per_step   of "batch"; 0: as many as slots
 
     One window: `open_window`, then `finish` at each decode step with which something finished, until `running` is empty.
     `draw` hands out the id of the next response, or None when there are no more. With window >= max_response_tokens and
-    refill="step" every response ends in the window that began it: that is synchronous PPO.
+    refill="step" every response ends in the window that began it: that is "batch" with as many responses as slots.
 
     Invariants: a slot holds one response; the segments of a response sum to at most max_response_tokens; no grant reaches beyond
     the window's edge; with immediate refill every slot is busy at every decode step while `draw` lasts.
     """
 
-    def __init__(self, *, slots: int, window: int, max_response_tokens: int, refill: Refill = "immediate"):
+    def __init__(
+        self, *, slots: int, window: int, max_response_tokens: int, refill: Refill = "immediate", responses_per_step: int = 0
+    ):
         for name, number in (("slots", slots), ("window", window), ("max_response_tokens", max_response_tokens)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(refusal(name, repr(number), "an integer of at least 1"))
-        if refill not in ("immediate", "step"):
-            raise ValueError(refusal("refill", repr(refill), "one of immediate, step"))
+        if refill not in ("immediate", "step", "batch"):
+            raise ValueError(refusal("refill", repr(refill), "one of immediate, step, batch"))
+        if refill != "batch" and responses_per_step:
+            raise ValueError(refusal("responses_per_step", repr(responses_per_step), f"0 with refill {refill}"))
+        if refill == "batch" and 0 < responses_per_step < slots:
+            raise ValueError(refusal("responses_per_step", repr(responses_per_step), f"0, or at least as many as slots ({slots})"))
+        if refill == "batch":
+            window = max_response_tokens * (responses_per_step or slots)  # an edge that nothing reaches
+        self.responses_per_step = responses_per_step or slots
+        self.begun = 0  # responses drawn in this window
         self.slots, self.window, self.max_response_tokens, self.refill = slots, window, max_response_tokens, refill
         self.carried: list[tuple[int, int] | None] = [None] * slots  # per slot: (response, tokens so far), RUNNING at the edge
         self.running: dict[int, tuple[int, int, int, int]] = {}  # response -> (slot, tokens so far, granted, begin step)
@@ -59,6 +72,7 @@ class SlotSchedule:
     def open_window(self, draw: Callable[[], int | None]) -> list[Grant]:
         """Grants at decode step 0: carried responses go on in their slots, the free slots draw."""
         assert not self.running, "open_window: the last window is still open"
+        self.begun = 0
         carried, self.carried = self.carried, [None] * self.slots
         grants = [self._grant(slot, 0, seated, draw) for slot, seated in enumerate(carried)]
         return [grant for grant in grants if grant]
@@ -84,7 +98,7 @@ class SlotSchedule:
                 end = End.RUNNING
                 self.carried[slot] = (response, num_tokens)
             segments.append(Segment(slot, response, begin, now, end))
-            if end is not End.RUNNING and self.refill == "immediate" and now < self.window:
+            if end is not End.RUNNING and self.refill != "step" and now < self.window:
                 grant = self._grant(slot, now, None, draw)
                 if grant:
                     grants.append(grant)
@@ -92,9 +106,12 @@ class SlotSchedule:
 
     def _grant(self, slot: int, now: int, seated: tuple[int, int] | None, draw: Callable[[], int | None]) -> Grant | None:
         if seated is None:
+            if self.refill == "batch" and self.begun == self.responses_per_step:
+                return None
             drawn = draw()
             if drawn is None:
                 return None
+            self.begun += 1
             seated = (drawn, 0)
         response, num_tokens = seated
         granted = min(self.window - now, self.max_response_tokens - num_tokens)

@@ -157,8 +157,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "tppo-zero-cut": {"advantage.cut_value": "zero"},
     "tppo-defer": {"advantage.tail": "defer"},
     "tppo-ewma": {"policy.ewma_decay": 0.9},
-    "ppo": {"rollout.window": WHOLE, "rollout.refill": "step", "value.update": "joint"},
-    "ppo-dual": {"rollout.window": WHOLE, "rollout.refill": "step"},
+    "tppo-once": {"policy.prefix": "constant", "policy.old_logprobs": "engine"},
+    "ppo": {"rollout.window": WHOLE, "rollout.refill": "batch", "value.update": "joint"},
+    "ppo-dual": {"rollout.window": WHOLE, "rollout.refill": "batch"},
     "partial-is": {"policy.train_on": "ended", "policy.importance": "truncated"},
 }
 """Named methods, as overrides of the defaults. None is another code path: the loop is one."""

@@ -59,6 +59,15 @@ GLOSSARY: dict[str, Metric] = {
         "weight versions between sampling and training, mean over trained tokens", "step", "versions", "T-PPO: 0"
     ),
     "policy/staleness_max": Metric("the same, the largest", "step", "versions", "below run.staleness_warning"),
+    "policy/lag_updates": Metric(
+        "policy updates between a trained token's sampling and the step that trains it, mean; the next comes on top",
+        "trained tokens",
+        "updates",
+        "0 where each window's tokens train in it",
+    ),
+    "policy/lag_in_step": Metric(
+        "updates of this step before the one that trains the token, mean", "trained tokens", "updates", "half of policy/updates"
+    ),
     "policy/updates": Metric("optimiser steps", "step", "updates", "steady"),
     "policy/loss": Metric("clipped surrogate, token mean", "step", "1", "around 0"),
     "policy/lm_loss": Metric("positive-example LM loss, token mean, before its weight", "step", "nats", "falls"),

@@ -94,7 +94,7 @@ class Session:
         self._leave_out_bad_references()
         rollout = config.rollout
         schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
-                                refill=rollout.refill)  # fmt: skip
+                                refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
         stream = SampleStream(self.task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
         trainer = Trainer(
             config, policy=self.policy, value=value, engine=make_engine(config, self.task, self.policy, rollout.slots),

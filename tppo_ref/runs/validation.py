@@ -18,10 +18,11 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 POSITIVE = (
     "policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
-    "task.verifier_timeout_s", "advantage.clamp", "policy.importance_cap",
+    "task.verifier_timeout_s", "advantage.clamp", "policy.importance_cap", "policy.engine_gap_limit",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "advantage.tail_tokens", "rollout.min_response_tokens", "policy.mini_batch_tokens", "value.mini_batch_tokens",
+    "advantage.tail_tokens", "rollout.min_response_tokens", "rollout.responses_per_step", "policy.min_new_tokens",
+    "policy.mini_batch_tokens", "value.mini_batch_tokens",
     "policy.lr_warmup_steps", "value.lr_warmup_steps", "value.warmup_steps", "value.batch_responses", "run.checkpoint_every",
     "run.eval_every_s", "model.logit_chunk_tokens", "policy.lm_loss_weight", "policy.weight_decay", "value.weight_decay",
     "value.pretrain_responses", "policy.clip_low", "policy.clip_high", "run.seed",
@@ -59,6 +60,17 @@ def check(config: Config) -> None:
     if config.policy.importance != "none" and config.policy.old_logprobs == "engine":
         raise UserError(
             f"policy.old_logprobs: importance weights ({config.policy.importance}) need recomputed log-probabilities, got engine"
+        )
+    batch = rollout.responses_per_step
+    if batch and rollout.refill != "batch":
+        raise UserError(
+            f"rollout.responses_per_step: got {batch} with refill {rollout.refill}; expected 0; only refill batch has a batch"
+        )
+    if 0 < batch < rollout.slots:
+        raise UserError(f"rollout.responses_per_step: got {batch}; expected at least rollout.slots ({rollout.slots}), or 0")
+    if config.policy.keep_prefix and (config.policy.prefix, config.policy.old_logprobs) != ("constant", "recompute"):
+        raise UserError(
+            "policy.keep_prefix: got true; expected false, or policy.prefix constant with old_logprobs recompute, which fills it"
         )
     for path in ("value.clip_low", "value.clip_high"):
         if (bound := get_field(config, path)) is not None and not bound >= 0:
