@@ -358,7 +358,7 @@ def test_every_method_is_a_set_of_fields_that_can_run(method):
     assert config.run.method == method
     if method.startswith("ppo"):
         assert config.rollout.window == config.rollout.max_response_tokens
-        assert config.rollout.refill == "step"
+        assert config.rollout.refill == "batch"
 
 
 def test_the_defaults_can_run_and_the_papers_are_the_papers():

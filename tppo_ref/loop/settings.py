@@ -21,7 +21,7 @@ class RolloutConfig:
     refill: Literal["immediate", "step", "batch"] = "immediate"
     """A freed slot takes the next prompt in the same window, waits for the next, or (synchronous) goes on up to a batch. [S]"""
     responses_per_step: int = 0
-    """refill batch: responses begun, and ended, in each step; 0 = as many as slots. [O]"""
+    """Responses begun, and ended, in each step with refill batch; 0 = as many as slots. [O]"""
     samples_per_prompt: int = 1
     """Independent samples of each prompt. The port: 16. [O]"""
     temperature: float = 1.0
@@ -91,11 +91,11 @@ class PolicyConfig:
     prefix: Literal["full", "constant"] = "full"
     """Prompt and earlier windows: differentiated through, or read without gradient, which costs a third (a departure). [P]"""
     keep_prefix: bool = False
-    """constant prefix: its keys and values of the old log-probabilities' pass serve the first epoch; stale after an update. [O]"""
+    """Keep the constant prefix's keys and values of the pass before the update; they serve the first epoch, and grow stale. [O]"""
     min_new_tokens: int = 0
     """A cut response trains once it holds this many untrained tokens, and always when it ends; 0 = in each window. [S]"""
     engine_gap_limit: float = 0.03
-    """old_logprobs engine: stop where a recomputed sample of them differs by more than this on average, in nats. [O]"""
+    """Stop where the engine's numbers, recomputed for a sample, are off by more than this on average, in nats. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
