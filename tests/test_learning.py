@@ -557,7 +557,7 @@ def test_a_mistake_is_one_line_that_says_what_was_expected(options, message):
 def test_overrides_have_the_last_word_and_methods_win_over_the_window():
     mdp = instances.thinking(length=8).mdp
     ppo = Setting(method="ppo", window=3).config(mdp)
-    assert (ppo.rollout.window, ppo.rollout.max_response_tokens, ppo.rollout.refill) == (8, 8, "step")
+    assert (ppo.rollout.window, ppo.rollout.max_response_tokens, ppo.rollout.refill) == (8, 8, "batch")
     assert ppo.policy.mini_batch_tokens == Setting(window=3).config(mdp).policy.mini_batch_tokens == 96  # equal in both arms
     assert Setting(method="ppo", overrides={"value.update": "independent"}).config(mdp).value.update == "independent"
     assert Setting(critic="oracle").config(mdp).value.lr == 0
