@@ -626,7 +626,7 @@ def test_without_a_render_mode_a_warning_names_the_remedy(env):
         (lambda: TokenEnv("cliff", lenght=3), r"cliff: got parameter 'lenght'"),
         (lambda: TokenEnv(load("cliff"), length=3), r"parameters: got length; expected none beside an MDP that is built already"),
         (lambda: TokenEnv("cliff", render_mode="human"), r"render_mode: got 'human'; expected None, ansi or rgb_array"),
-        (lambda: TokenEnv("cliff", illegal="skip"), r"illegal: got 'skip'; expected \"redraw\" or \"error\""),
+        (lambda: TokenEnv("cliff", illegal="skip"), r"illegal: got 'skip'; expected one of redraw, error"),
         (lambda: TokenVectorEnv("cliff", num_envs=0), r"num_envs: got 0"),
         (lambda: TokenVectorEnv("cliff", autoreset_mode="Sometimes"), r"Sometimes"),
         (lambda: WindowCut(TokenEnv("cliff"), 0), r"window: got 0; expected an integer of at least 1"),

@@ -48,6 +48,7 @@ class _OnNodes(torch.nn.Module):
         return pad(batch.response_ids, torch.long)
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """What the engine takes over: every parameter, by its name."""
         return self.named_parameters()
 
 
@@ -74,6 +75,7 @@ class _Table(torch.nn.Module):
         self.row.copy_(start_R)
 
     def forward(self, node_n: Tensor) -> Tensor:
+        """The numbers of some nodes, [n, ...]."""
         return self.row[self.row_N[node_n]]
 
 
@@ -101,6 +103,7 @@ class _Network(torch.nn.Module):
         self.base_N = self.base_N - (self(torch.arange(len(x_N))) - self.base_N)
 
     def forward(self, node_n: Tensor) -> Tensor:
+        """The numbers of some nodes, [n, ...]."""
         one_hot = torch.nn.functional.one_hot(self.state_N[node_n], self.num_states).float()
         correction = self.layers(torch.cat([one_hot, self.left_N[node_n, None]], dim=-1))
         return self.base_N[node_n] + correction.reshape(len(node_n), *self.shape)
@@ -114,6 +117,7 @@ class NodePolicy(_OnNodes):
         self.logits = logits  # nodes [n] -> [n, A]
 
     def forward(self, batch: TokenBatch) -> Tensor:
+        """Log-probability of each token given its node, [B, T]; padding holds some number."""
         edge_BT = self.edges(batch)
         node_n, place_BT = self.node_E[edge_BT].unique(return_inverse=True)
         logprob_nA = self.logits(node_n).masked_fill(~self.legal_NA[node_n], -math.inf).log_softmax(-1)
@@ -165,6 +169,7 @@ class NodeValue(_OnNodes):
         self.values = values  # nodes [n] -> [n]
 
     def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """V before each token, [B, T], and after the last one, [B]."""
         edge_BT = self.edges(batch)
         next_B = self.next_E[torch.tensor([row[-1] for row in batch.response_ids], dtype=torch.long)]
         node_n, place = torch.cat([self.node_E[edge_BT].flatten(), next_B.clamp(min=0)]).unique(return_inverse=True)
@@ -234,6 +239,7 @@ class MDPEngine:
 
     @property
     def num_running(self) -> int:
+        """Requests that were submitted and have not finished."""
         return self._state.shape[1]
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -273,6 +279,7 @@ class MDPEngine:
         return place
 
     def step(self) -> list[Decoded]:
+        """One token for every running request; those that finished by it."""
         state = self._state
         cdf_nK = self._cdf_NK[state[NODE]]
         point_n = uniform(state[SEED] + state[DONE]) * cdf_nK[:, -1]
@@ -333,8 +340,10 @@ class MDPScorer:
         self._scores: dict[int, tuple[float, str]] = {}
 
     def submit(self, response: Response) -> None:
+        """Scores an ended response at once: nothing here takes time."""
         self._scores[response.id] = (float(self.mdp.reward_E[response.token_ids].sum()), "ok")
 
     def collect(self) -> dict[int, tuple[float, str]]:
+        """Response id -> (sum of its rewards, "ok"), of all that were submitted since the last call."""
         scores, self._scores = self._scores, {}
         return scores

@@ -112,12 +112,14 @@ class TokenEnv(gymnasium.Env[Observation, Any]):
         self._slots = Slots(self.mdp, 1, illegal, self._draw)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Begins a response. seed fixes all that follows; there are no options."""
         _check_options(options)
         super().reset(seed=seed)
         self._slots.begin(np.zeros(1, dtype=np.int64))
         return self._observe()
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One token. The observation after an end is state S with the tokens that were left."""
         slots = self._slots
         if slots.node_B[0] == ENDED:
             raise ResetNeeded("step(): got no running response; expected reset() before it")
@@ -180,6 +182,7 @@ class TokenVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
+        """Begins a response in every row, or in those of options["reset_mask"], bool [B]."""
         options = dict(options or {})
         mask_B = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
         _check_options(options)
@@ -197,6 +200,7 @@ class TokenVectorEnv(VectorEnv[Observation, NDArray[Any], NDArray[Any]]):
         return self._slots.observations(), self._masked(self._slots.infos(), mask_B)
 
     def step(self, actions: NDArray[Any]) -> tuple[Observation, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """One token in every row that runs; what becomes of the others: `autoreset_mode`."""
         slots, infos = self._slots, {}
         token_B = _tokens(actions, self.num_envs, self.mdp.num_tokens)
         idle_B = slots.node_B == ENDED
@@ -280,6 +284,7 @@ class WindowCut(gymnasium.Wrapper, RecordConstructorArgs):
         self._cut: tuple[Any, dict[str, Any]] | None = None  # where the response goes on
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Opens a window: on the response that was cut, or on another one (see `after`)."""
         if self._cut is not None and self.after == "continue" and seed is None and not options:
             observation, info = self._cut
             self._window_index += 1
@@ -291,6 +296,7 @@ class WindowCut(gymnasium.Wrapper, RecordConstructorArgs):
         return observation, info | {"window": self._window_index}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """One token; truncated where it fills the window and the response goes on."""
         if self._cut is not None:
             raise ResetNeeded("step(): got a full window; expected reset() before it")
         observation, reward, terminated, truncated, info = self.env.step(action)

@@ -74,6 +74,7 @@ class Examination:
 
     @property
     def title(self) -> str:
+        """What was examined, for the head of a table or a figure."""
         c = self.config
         return f"{self.rollouts.mdp.name}, critic {c.critic}, gamma {c.gamma:g}, lambda {c.lam:g}"
 

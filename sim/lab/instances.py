@@ -35,6 +35,7 @@ class _Graph:
         self.rows: list[tuple[int, int, float, float, int]] = []
 
     def add(self, state: int, token: int, next_: int, reward: float = 0.0, prob: float = 1.0) -> None:
+        """One outcome."""
         self.rows.append((state, token, prob, reward, next_))
 
     def answer(self, state: int, token: int, p_right: float, reward: float = 0.0) -> None:
@@ -44,6 +45,7 @@ class _Graph:
                 self.add(state, token, ENDED, reward + verdict, prob)
 
     def edges(self) -> Edges:
+        """All outcomes as arrays."""
         state, token, prob, reward, next_ = zip(*self.rows, strict=True)
         return Edges(np.array(state), np.array(token), np.array(prob), np.array(reward), np.array(next_))
 

@@ -77,6 +77,7 @@ class Setting:
 
     @property
     def oracle(self) -> bool:
+        """Whether the critic is set to the true value after each step instead of being trained."""
         return isinstance(self.critic, str) and self.critic == "oracle"
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sim.lab.checks import Floats, Ints
+from sim.lab.checks import Floats, Ints, check_choice
 from sim.lab.token_mdp import TokenMDP
 from sim.lab.unrolled import ENDED
 from tppo_ref.method.records import End
@@ -29,8 +29,7 @@ class Slots:
     """
 
     def __init__(self, mdp: TokenMDP, num: int, illegal: Illegal, draw: Callable[[Ints], Floats]):
-        if illegal not in ("redraw", "error"):
-            raise ValueError(f'illegal: got {illegal!r}; expected "redraw" or "error"')
+        check_choice("illegal", illegal, ("redraw", "error"))
         self.mdp, self.illegal, self.draw = mdp, illegal, draw
         pair_E = mdp.node_E * mdp.num_tokens + mdp.token_E
         self.edge_E = np.argsort(pair_E, kind="stable")  # outcomes of one (node, token) side by side
@@ -42,6 +41,7 @@ class Slots:
         self.token_BT = np.full((num, mdp.max_tokens), -1)
 
     def begin(self, rows_R: Ints) -> None:
+        """A new response in these rows, at a first state drawn for each."""
         self.node_B[rows_R] = _place(self.below_start, 0, len(self.below_start) - 1, self.draw(rows_R))
         self.end_B[rows_R] = End.RUNNING
         self.token_BT[rows_R] = -1
@@ -49,6 +49,7 @@ class Slots:
             x_B[rows_R] = 0
 
     def step(self, rows_R: Ints, token_R: Ints) -> None:
+        """One token in each of these rows. ValueError for an illegal one where those are errors."""
         mdp, node_R = self.mdp, self.node_B[rows_R]
         token_R = self._legal(rows_R, node_R, token_R)
         pair_R = node_R * mdp.num_tokens + token_R
@@ -79,6 +80,7 @@ class Slots:
 
     @property
     def ended_B(self) -> NDArray[np.bool_]:
+        """By an end token or by the cap."""
         return self.end_B != End.RUNNING
 
     def observations(self) -> dict[str, Ints]:

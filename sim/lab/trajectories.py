@@ -40,6 +40,7 @@ class Trajectories:
 
     @property
     def cut_B(self) -> NDArray[np.bool_]:
+        """The stretch ended while its response was RUNNING."""
         return self.end_B == End.RUNNING
 
 

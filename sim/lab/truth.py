@@ -53,6 +53,7 @@ def optimum(mdp: TokenMDP) -> Solution:
 
 
 def mean_length(solution: Solution) -> float:
+    """Expected tokens of a response: every node is passed at most once."""
     return float(solution.visits_N.sum())
 
 
