@@ -361,7 +361,7 @@ def test_other_mistakes_are_named(thinking):
     sure = np.where(mdp.legal_NA, [0.0, 1.0], 0)
     with pytest.raises(ValueError, match="behaviour_NA: got token 0 at node 0; expected tokens that policy_NA takes"):
         Rollouts(mdp, sure, policy_NA)
-    with pytest.raises(ValueError, match="the true policy gradient is 0"):
+    with pytest.raises(ValueError, match="policy: got a true gradient of 0"):
         gradient_errors(Rollouts(mdp, sure), v, ESTIMATORS["egae"], [2])
 
 

@@ -1,4 +1,4 @@
-"""theory.md's bounds on what a cut does to an advantage, by dynamic programming: P4 for any critic, P2's bracket for the exact one.
+"""Bounds of docs/theory.md on what a cut does to an advantage, exactly: P4 for any critic, the bracket of P2 for the exact one.
 
 For the token a_t at node s_t, cut after l tokens, n = l - t known tokens, A GAE over the whole response and B the estimate from
 the cut row, both with the same critic V and trace parameter, e = V - V^pi:
@@ -7,7 +7,7 @@ the cut row, both with the same critic V and trace parameter, e = V - V^pi:
          f = gamma (1 - lam) / (1 - gamma lam)
 
 with f = 0 at lam = 1 and |e| the largest error. `step` is what the rule's guess of V(s_l) may miss: for "previous" (EGAE,
-the case of theory.md) Lip, the largest |V(s') - V(s)| over one live step s -> s'; by the same proof 0 for "critic" and the largest
+the paper's) Lip, the largest |V(s') - V(s)| over one live step s -> s'; by the same proof 0 for "critic" and the largest
 |V| for "zero". A trace parameter that depends on the response's own length has no such bound.
 """
 

@@ -1,7 +1,7 @@
 """The Trainer on a token MDP: T-PPO and its relatives as learners whose every number can be checked against the exact one.
 
 `learn` builds a tppo_ref `Config`, steps the real `Trainer`, and after each step writes a `Record`: the policy's exact return,
-the critic's true error, whom the critic's batch over-represents (theory.md F6) and how old its targets are. Advantages, masks,
+the critic's true error, whom the critic's batch over-represents (docs/theory.md F6) and how old its targets are. Advantages, masks,
 losses and schedules are tppo_ref's alone; agents.py holds what the Trainer drives, setting.py builds it, recorder.py watches it.
 
     history = learn(instances.load("thinking"), method="tppo", window=8, steps=100, seed=0)

@@ -1,6 +1,6 @@
 """What one training step sees of a token MDP, enumerated: every stretch of tokens between window edges, with its probability.
 
-By P6 (theory.md) an advantage depends on nothing before its stretch, so windows are enumerated one by one, each from the nodes
+By P6 (docs/theory.md) an advantage depends on nothing before its stretch, so windows are enumerated one by one, each from the nodes
 at which it begins, weighted by the probability of getting there. The picture is a step long after the start: responses of every
 age are in flight, each window of a response counts as often as responses reach it, and the sum over windows is one response.
 
