@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
     "value-joint": Arm(fields={"value.update": "joint"}),
     "ppo": Arm("ppo", PPO_LR),
     "ppo-dual": Arm("ppo-dual", PPO_LR),
-    "tail-none": Arm(fields={"advantage.tail": "none"}),
+    "tail-none": Arm(fields={"advantage.tail_tokens": 0}),
     "tail-defer": Arm(fields={"advantage.tail": "defer"}),
 }
 

@@ -129,8 +129,8 @@ def test_bounds_are_given_where_theory_has_them_and_none_elsewhere(thinking):
 def test_tail_rules_train_the_share_that_they_say(thinking):
     v = thinking.solution.value_N
     share = {tail: [row.trained_share for row in by_distance(thinking, v, Estimator(tail=tail, tail_tokens=2), 4)]
-             for tail in ("none", "exclude", "defer", "drop")}  # fmt: skip
-    assert share["none"] == pytest.approx([1, 1, 1, 1])
+             for tail in ("exclude", "defer", "drop")}  # fmt: skip
+    assert [row.trained_share for row in by_distance(thinking, v, Estimator(), 4)] == pytest.approx([1, 1, 1, 1])
     assert share["defer"] == pytest.approx([1, 1, 1, 1])
     assert share["drop"] == pytest.approx([0, 0, 1, 1])
     assert share["exclude"] == pytest.approx([0.1, 0.19, 1, 1])  # the rows that end there: p_end is 0.1
@@ -286,13 +286,14 @@ def test_critics_err_as_they_say(thinking):
         ({"lam": float("nan")}, "lam: got nan"),
         ({"lam_alpha": 0.0}, "lam_alpha: got 0.0"),
         ({"cut_value": "last"}, "cut_value: got 'last'; expected one of previous, critic, zero, none, monte-carlo"),
-        ({"tail": "skip"}, "tail: got 'skip'; expected one of none, exclude, defer, drop"),
-        ({"tail_tokens": 0}, "tail_tokens: got 0; expected an integer of at least 1"),
+        ({"tail": "skip"}, "tail: got 'skip'; expected one of exclude, defer, drop"),
+        ({"tail": "none"}, "tail: got 'none'"),
+        ({"tail_tokens": -1}, "tail_tokens: got -1; expected an integer of at least 0"),
         ({"train_on": "all"}, "train_on: got 'all'"),
         ({"importance": "some"}, "importance: got 'some'"),
         ({"importance_cap": 0.0}, "importance_cap: got 0.0"),
         ({"train_on": "ended"}, "cut_value: got 'previous' with train_on='ended'; expected none or monte-carlo"),
-        ({"cut_value": "none", "tail": "defer"}, "tail: got 'defer' with cut_value='none'; expected none"),
+        ({"cut_value": "none", "tail_tokens": 2}, "tail_tokens: got 2 with cut_value='none'; expected 0"),
     ],
 )
 def test_an_estimator_that_means_nothing_is_refused(options, words):
@@ -470,7 +471,7 @@ def test_the_length_adaptive_lambda_is_drawn_like_any_other(capsys, tmp_path):
         (("--lam", "-1"), ("lam: got -1.0", "[0, 1]")),
         (("--window", "0"), ("window: got 0",)),
         (("--window", "4.5"), ("window: got '4.5'; expected an integer",)),
-        (("--tail", "0"), ("tail_tokens: got 0",)),
+        (("--tail", "0"), ("tail: got 0",)),
         (("--estimators", "egae", "egae"), ("estimators", "egae egae")),
         (("--estimators", "vtrace"), ("estimator: got 'vtrace'",)),
         (("--tolerance", "-1"), ("tolerance: got -1.0",)),

@@ -232,10 +232,10 @@ def every_window(mdp: TokenMDP) -> range:
 
 RULES = [
     Estimator(), Estimator(cut_value="critic"), Estimator(cut_value="zero"), Estimator(cut_value="none"), Estimator(cut_value="monte-carlo"),
-    Estimator(lam_alpha=0.6), Estimator(lam_alpha=3.0, cut_value="none"), Estimator(lam_alpha=3.0, tail="exclude"),
+    Estimator(lam_alpha=0.6), Estimator(lam_alpha=3.0, cut_value="none"), Estimator(lam_alpha=3.0, tail="exclude", tail_tokens=2),
     *(Estimator(tail=tail, tail_tokens=k) for tail in ("exclude", "defer", "drop") for k in (1, 2, 5)),
     *(Estimator(cut_value="none", train_on="ended", importance=i, importance_cap=1.1) for i in ("none", "truncated", "masked", "exact")),
-    Estimator(tail="defer", importance="truncated", importance_cap=1.1),
+    Estimator(tail="defer", tail_tokens=2, importance="truncated", importance_cap=1.1),
 ]  # fmt: skip
 
 
@@ -626,10 +626,15 @@ P7 = {  # (gradient error / norm of the gradient)^2 of `thinking`, windows of 3,
 }  # fmt: skip
 
 
+def tail_rule(tail: str, tail_tokens: int, lam: float = 0.95) -> Estimator:
+    """The estimator of a row of P7's table."""
+    return Estimator(lam=lam) if tail == "none" else Estimator(lam=lam, tail=tail, tail_tokens=tail_tokens)
+
+
 @pytest.mark.parametrize("tail", P7)
 def test_p7_the_gradient_error_of_each_tail_rule_in_exact_numbers(tail):
     mdp, policy_NA, _ = instances.thinking(length=5, p_end=0.5, start=0.0, gain=0.5)
-    rule = Estimator(lam=0.5, tail=tail, tail_tokens=2)
+    rule = tail_rule(tail, 2, lam=0.5)
     assert squared_error(Listing(mdp, policy_NA, Fraction), rule, 3) == P7[tail]
     rollouts = Rollouts(mdp, policy_NA)
     found = gradient_errors(rollouts, rollouts.solution.value_N, rule, [3])[3]
@@ -644,7 +649,7 @@ def test_refuted_excluding_the_tail_helps_by_gamma_lambda_to_the_k():
     mdp, policy_NA, _ = instances.thinking(length=5, p_end=0.5, start=0.0, gain=0.5)
     rollouts = Rollouts(mdp, policy_NA)
     rescaled = {
-        tail: gradient_errors(rollouts, rollouts.solution.value_N, Estimator(lam=0.5, tail=tail), [3])[3].rescaled
+        tail: gradient_errors(rollouts, rollouts.solution.value_N, tail_rule(tail, 2, lam=0.5), [3])[3].rescaled
         for tail in ("none", "exclude")
     }
     assert rescaled["exclude"] > 2 * rescaled["none"]
@@ -655,7 +660,7 @@ def test_p7_with_gamma_1_and_a_final_reward_excluding_one_token_changes_nothing(
     mdp, policy_NA, _ = instances.thinking(length=7)
     rollouts = Rollouts(mdp, policy_NA)
     v = rollouts.solution.value_N
-    found = [expected_gradient(rollouts, v, Estimator(tail=tail, tail_tokens=1), 3) for tail in ("none", "exclude")]
+    found = [expected_gradient(rollouts, v, tail_rule(tail, 1), 3) for tail in ("none", "exclude")]
     np.testing.assert_allclose(found[0].gradient, found[1].gradient, atol=1e-15, rtol=0)
     excluded, sampled = 0.9**3 + 0.9**6, sum(0.9**t for t in range(7))  # p_end is 0.1
     assert [f.trained_share for f in found] == pytest.approx([1, 1 - excluded / sampled])
@@ -678,7 +683,7 @@ def test_refuted_deferring_the_tail_never_hurts(lam):
     mdp, policy_NA = two_lotteries()
     listing, rollouts = Listing(mdp, policy_NA, Fraction), Rollouts(mdp, policy_NA)
     for tail, expected in (("none", Fraction(1, 4)), ("defer", lam**2 / 2)):
-        rule = Estimator(lam=float(lam), tail=tail, tail_tokens=1)
+        rule = tail_rule(tail, 1, lam=float(lam))
         assert squared_error(listing, rule, 1) == expected
         found = gradient_errors(rollouts, rollouts.solution.value_N, rule, [1])[1]
         assert found.relative**2 == pytest.approx(float(expected), abs=CLOSE)

@@ -97,6 +97,8 @@ def _refuse(capfd, tmp_path, cache):
         (["--advantage.lam", "nan"], ("advantage.lam", "nan")),
         (["--advantage.gamma", "-0.1"], ("advantage.gamma", "-0.1")),
         (["--advantage.tail", "keep"], ("advantage.tail", "keep", "defer")),
+        (["--advantage.tail", "none"], ("advantage.tail", "none; give advantage.tail_tokens 0")),
+        (["--run.method", "tppo-defer", "--advantage.tail_tokens", "0"], ("advantage.tail: got defer with tail_tokens 0",)),
         (["--advantage.lam_alpha", "0"], ("advantage.lam_alpha: got 0", "positive", "null")),
         (["--advantage.length_adaptive_lam", "false"], ("length_adaptive_lam: no such option; give advantage.lam_alpha null",)),
         (["--policy.lr", "0"], ("policy.lr", "positive")),

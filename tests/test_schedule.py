@@ -187,7 +187,7 @@ def test_the_schedule_is_the_batchers_where_the_prompts_run_out(plan, limit):
 
 
 @LAW
-@given(plans(), st.sampled_from(["none", "exclude", "defer"]), st.integers(0, 4), st.booleans())
+@given(plans(), st.sampled_from(["exclude", "defer"]), st.integers(0, 4), st.booleans())
 def test_the_counts_of_a_step_are_those_of_the_trainers_masks_on_the_batchers_records(plan, tail, tail_tokens, pipelined):
     if tail == "defer":
         tail_tokens = min(tail_tokens, plan["window"])
@@ -200,7 +200,7 @@ def test_the_counts_of_a_step_are_those_of_the_trainers_masks_on_the_batchers_re
         lengths, cut = [len(s.response) for s in slices], [not s.response.ended for s in slices]
         settled = [s.response.num_settled for s in slices]
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-        masks = policy_token_mask(mask, torch.tensor(settled), torch.tensor(cut), skip_tail=0 if tail == "none" else tail_tokens)
+        masks = policy_token_mask(mask, torch.tensor(settled), torch.tensor(cut), skip_tail=tail_tokens)
         ages = [
             step - s.response.versions[t] for s, row in zip(slices, masks, strict=True) for t in row.nonzero().flatten().tolist()
         ]
@@ -414,7 +414,7 @@ def systems(draw):
     apart = kind == "async" or draw(st.booleans())
     more = {"train_costs": costs, "pipelined": kind != "async" and draw(st.booleans())} if apart else {}
     if kind == "windowed":
-        tail = draw(st.sampled_from(["none", "exclude", "defer"]))
+        tail = draw(st.sampled_from(["exclude", "defer"]))
         return windowed(plan, costs, tail=tail, tail_tokens=draw(st.integers(0, min(plan["window"], 3))), **more)
     setup = setup_of(plan["lengths"], plan["cap"], slots=plan["slots"], num_replicas=plan["num_replicas"],
                      prompt_tokens=plan["prompt"], costs=costs, **more)  # fmt: skip
@@ -524,7 +524,7 @@ def test_rows_of_samples_that_are_done_are_dropped_and_nothing_changes(make):
 def gain(costs: Line, lengths, *, slots: int, window: int, steps: int, refill="immediate", seed=0, prompt_tokens=1) -> float:
     """Trained tokens per second of T-PPO / PPO, without a tail."""
     base = {"slots": slots, "costs": costs, "seed": seed, "prompt_tokens": prompt_tokens}
-    many = run(tppo(setup_of(lengths, **base), window=window, refill=refill, tail="none"), steps=steps * lengths.cap // window)
+    many = run(tppo(setup_of(lengths, **base), window=window, refill=refill, tail_tokens=0), steps=steps * lengths.cap // window)
     once = run(ppo(setup_of(lengths, **base)), steps=steps)
     return (many.total("trained") / many.seconds) / (once.total("trained") / once.seconds)
 
@@ -582,7 +582,7 @@ def test_one_slot_gains_nothing():
     """Seven responses of 56 tokens take PPO seven steps, and T-PPO seven windows of 8 tokens."""
     costs, lengths = Line(context_s=0.01), [1, 2, 3, 5, 8, 13, 24]
     once, many = (
-        make(setup_of(lengths, slots=1, costs=costs, prompt_tokens=3)) for make in (ppo, lambda s: tppo(s, window=8, tail="none"))
+        make(setup_of(lengths, slots=1, costs=costs, prompt_tokens=3)) for make in (ppo, lambda s: tppo(s, window=8, tail_tokens=0))
     )
     once, many = run(once, steps=21), run(many, steps=21)
     pairs = sum(3 * n + n * (n - 1) // 2 for n in lengths)
@@ -904,7 +904,7 @@ def test_run_stops_at_the_first_limit():
     (lambda: setup_of([3], pipelined=True), "train_costs"),
     (lambda: setup_of([3], updates_per_step=True), "updates_per_step is True"),
     (lambda: tppo(setup_of([3]), window=4, tail="defer", tail_tokens=5), "at most the window"),
-    (lambda: tppo(setup_of([3]), window=4, tail="drop"), "tail is 'drop'"),
+    (lambda: tppo(setup_of([3]), window=4, tail="drop"), "tail: got 'drop'; expected one of exclude, defer"),
     (lambda: tppo(setup_of([3]), window=0), "window"),
     (lambda: PartialRollouts(setup_of([3]), batch_responses=9), "in_flight is 4"),
     (lambda: TailBatching(setup_of([3]), batch_responses=3, in_flight=2), "in_flight is 2"),

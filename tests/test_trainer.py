@@ -38,8 +38,7 @@ from tppo_ref.runs.glossary import GLOSSARY, glossary_markdown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TAILS = ("exclude", "defer", "none")
-TAIL_TOKENS = 2  # helpers.SMALL_RUN
+TAILS = {"exclude": ("exclude", 2), "defer": ("defer", 2), "none": ("exclude", 0)}  # advantage.tail, advantage.tail_tokens
 
 
 # -------------------------------------------------------------------------------------------------------------- F1: the ledger
@@ -81,13 +80,16 @@ def columns(mask_T: torch.Tensor) -> list[int]:
     return mask_T.nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("tail", "tail_tokens"), TAILS.values(), ids=TAILS)
 @pytest.mark.parametrize("method", METHODS)
-def test_F1_generated_is_trained_plus_excluded_plus_pending_at_every_step(method, tail, monkeypatch):
+def test_F1_generated_is_trained_plus_excluded_plus_pending_at_every_step(method, tail, tail_tokens, monkeypatch):
     """An independent ledger, from the text: which columns of which response the policy's loss must hold in each step."""
     spy = LossSpy().install(monkeypatch)
     epochs, warmup = 2, 1
-    trainer = make_trainer(method, policy_spy=spy.see, advantage__tail=tail, policy__epochs=epochs, value__warmup_steps=warmup)
+    trainer = make_trainer(
+        method, policy_spy=spy.see, advantage__tail=tail, advantage__tail_tokens=tail_tokens, policy__epochs=epochs,
+        value__warmup_steps=warmup,
+    )  # fmt: skip
     settled: collections.Counter[int] = collections.Counter()
     ever_trained: collections.Counter[tuple[int, int]] = collections.Counter()
     trained = tail_excluded = warmup_excluded = generated = 0
@@ -101,7 +103,7 @@ def test_F1_generated_is_trained_plus_excluded_plus_pending_at_every_step(method
                 continue  # trains once, when it ends
             begin, settled[r.id] = settled[r.id], n
             cut = r.end is End.RUNNING
-            stop = max(begin, n - TAIL_TOKENS) if cut and tail != "none" else n
+            stop = max(begin, n - tail_tokens) if cut else n
             if step <= warmup:
                 warmup_excluded += n - begin
                 continue

@@ -27,7 +27,7 @@ from sim.clock.trace import StepRecord, Trace, check_conservation
 from tppo_ref.method.records import End
 from tppo_ref.method.slots import Grant, Refill, Segment, SlotSchedule
 
-Tail = Literal["none", "exclude", "defer"]
+Tail = Literal["exclude", "defer"]
 
 
 class System(Protocol):
@@ -122,8 +122,8 @@ def drive_window(
 class Windowed:
     """T-PPO: windows of `window` decode steps. PPO is the same with the window as long as a response and refill="step".
 
-    tail   last `tail_tokens` of a cut row: trained at once ("none"), left out for good ("exclude"), or trained in the next window
-           ("defer"); the masks are those of `tppo_ref.method.masks`
+    tail   last `tail_tokens` of a cut row: left out for good ("exclude"), or trained in the next window ("defer"); the masks are
+           those of `tppo_ref.method.masks`
 
     `segments` are the last step's: the replica of each, and rows (slot, sample, begin, stop, end), in decode steps.
     """
@@ -132,12 +132,12 @@ class Windowed:
         self, setup: Setup, *, window: int, refill: Refill = "immediate", tail: Tail = "exclude", tail_tokens: int = 8,
         name: str = "tppo",
     ):  # fmt: skip
-        if tail not in ("none", "exclude", "defer"):
-            raise ValueError(f"tail is {tail!r}, expected 'none', 'exclude' or 'defer'")
+        if tail not in ("exclude", "defer"):
+            raise ValueError(f"tail: got {tail!r}; expected one of exclude, defer")
         check_count("tail_tokens", tail_tokens, least=0)
         if tail == "defer" and tail_tokens > window:
             raise ValueError(f"tail_tokens is {tail_tokens}, expected at most the window, {window}, to train in the next")
-        self.setup, self.name, self.tail, self.tail_tokens = setup, name, tail, 0 if tail == "none" else tail_tokens
+        self.setup, self.name, self.tail, self.tail_tokens = setup, name, tail, tail_tokens
         self.schedules = [
             SlotSchedule(slots=setup.share(setup.slots, r), window=window, max_response_tokens=setup.lengths.cap, refill=refill)
             for r in range(setup.num_replicas)

@@ -143,7 +143,7 @@ def _before_a_cut(rollouts: Rollouts, window: int, offset: int) -> np.ndarray:
 def _bounds(rollouts: Rollouts, critic_N: Floats, estimator: Estimator, window: int, offset: int) -> tuple[Floats, Floats]:
     """P4's and P2's bounds, [N, A], NaN where they say nothing."""
     first = second = np.full(rollouts.mdp.legal_NA.shape, np.nan)
-    if estimator.tail != "none" or estimator.lam_alpha is not None:
+    if estimator.tail_tokens or estimator.lam_alpha is not None:
         return first, second
     if estimator.cut_value == "none" or estimator.cut_value == "monte-carlo":
         return first, second

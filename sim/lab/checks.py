@@ -15,10 +15,10 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def check_count(name: str, x: Any) -> int:
-    """A whole number of at least 1; True is none."""
-    if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 1:
-        raise ValueError(f"{name}: got {x!r}; expected an integer of at least 1")
+def check_count(name: str, x: Any, *, least: int = 1) -> int:
+    """A whole number of at least `least`; True is none."""
+    if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < least:
+        raise ValueError(f"{name}: got {x!r}; expected an integer of at least {least}")
     return int(x)
 
 

@@ -19,7 +19,7 @@ from tppo_ref.method.losses import importance_weights
 from tppo_ref.method.masks import policy_token_mask
 
 CutValue = Literal["previous", "critic", "zero", "none", "monte-carlo"]
-Tail = Literal["none", "exclude", "defer", "drop"]
+Tail = Literal["exclude", "defer", "drop"]
 Importance = Literal["none", "truncated", "masked", "exact"]
 
 
@@ -32,9 +32,9 @@ class Estimator:
                     half a window [P])
     cut_value       what stands for V(s_l) at a cut: "previous" (EGAE), "critic" (cut-GAE), "zero" (takes the cut for an end);
                     "none": nothing is cut, GAE over the whole response; "monte-carlo": nothing is cut, full return minus V
-    tail            the last tokens before a cut are: "none" trained at once; "exclude" never trained, where the row is cut [P];
-                    "defer" trained in the next window; "drop" the positions l-k .. l-1 are never trained, ended or not
-    tail_tokens     k of these
+    tail            the last k tokens before a cut are: "exclude" never trained, where the row is cut [P]; "defer" trained in the
+                    next window; "drop" the positions l-k .. l-1 are never trained, ended or not
+    tail_tokens     k; 0: every token is trained at once
     train_on        "window": each token in the step that samples it (or the next, deferred); "ended": whole responses in the step
                     in which they end, uncut (partial rollouts)
     importance      weight of tokens that an older policy sampled: "none" 1, "truncated" min(ratio, cap), "masked" 0 above the cap,
@@ -48,8 +48,8 @@ class Estimator:
     lam: float = 0.95
     lam_alpha: float | None = None
     cut_value: CutValue = "previous"
-    tail: Tail = "none"
-    tail_tokens: int = 2
+    tail: Tail = "exclude"
+    tail_tokens: int = 0
     train_on: Literal["window", "ended"] = "window"
     importance: Importance = "none"
     importance_cap: float = 2.0
@@ -59,15 +59,15 @@ class Estimator:
         for name, choice in choices.items():
             check_choice(name, getattr(self, name), get_args(choice))
         check_unit("lam", self.lam)
-        check_count("tail_tokens", self.tail_tokens)
+        check_count("tail_tokens", self.tail_tokens, least=0)
         if self.lam_alpha is not None and not 0 < self.lam_alpha < math.inf:
             raise ValueError(f"lam_alpha: got {self.lam_alpha!r}; expected None or a positive finite number")
         if not 0 < self.importance_cap < math.inf:
             raise ValueError(f"importance_cap: got {self.importance_cap!r}; expected a positive finite number")
         if self.cuts and self.train_on == "ended":
             raise ValueError(f"cut_value: got {self.cut_value!r} with train_on='ended'; expected none or monte-carlo")
-        if not self.cuts and self.tail != "none":
-            raise ValueError(f"tail: got {self.tail!r} with cut_value={self.cut_value!r}; expected none: nothing is cut")
+        if not self.cuts and self.tail_tokens:
+            raise ValueError(f"tail_tokens: got {self.tail_tokens} with cut_value={self.cut_value!r}; expected 0: nothing is cut")
 
     @property
     def cuts(self) -> bool:
@@ -78,7 +78,7 @@ class Estimator:
     def uncut(self) -> Estimator:
         """The same on whole responses, all sampled in one step: what is left of its error is the critic's (and lambda's)."""
         whole: CutValue = "none" if self.cuts else self.cut_value
-        return dataclasses.replace(self, cut_value=whole, tail="none", train_on="window", importance="none")
+        return dataclasses.replace(self, cut_value=whole, tail_tokens=0, train_on="window", importance="none")
 
     def rows(self, rollouts: Rollouts, window: int, offset: int | None = None) -> Stretches:
         """What a step with that window hands to this estimator."""
@@ -96,9 +96,9 @@ ESTIMATORS: dict[str, Estimator] = {
     "zero-cut": Estimator(cut_value="zero"),
     "gae": Estimator(cut_value="none"),
     "monte-carlo": Estimator(cut_value="monte-carlo"),
-    "egae-exclude": Estimator(tail="exclude"),
-    "egae-defer": Estimator(tail="defer"),
-    "egae-drop": Estimator(tail="drop"),
+    "egae-exclude": Estimator(tail="exclude", tail_tokens=2),
+    "egae-defer": Estimator(tail="defer", tail_tokens=2),
+    "egae-drop": Estimator(tail="drop", tail_tokens=2),
     "egae-adaptive": Estimator(lam_alpha=0.05),
     "partial": Estimator(cut_value="none", train_on="ended"),
     "partial-is": Estimator(cut_value="none", train_on="ended", importance="truncated"),

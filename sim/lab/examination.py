@@ -12,7 +12,7 @@ from typing import Literal
 from sim.command import option
 from sim.lab import instances
 from sim.lab.bias import AtDistance, by_distance, every_offset
-from sim.lab.checks import Floats
+from sim.lab.checks import Floats, check_count
 from sim.lab.critics import CRITICS, critic
 from sim.lab.estimators import ESTIMATORS, Estimator, named
 from sim.lab.gradients import GradientError, gradient_errors, knee
@@ -83,6 +83,7 @@ def examine(config: BiasConfig) -> Examination:
     """Builds what the config names and computes everything. ValueError for what cannot be built or enumerated."""
     if len(set(config.estimators)) < len(config.estimators):
         raise ValueError(f"estimators: got {' '.join(config.estimators)}; expected different ones")
+    check_count("tail", config.tail)
     estimators = {name: _adapted(named(name), config) for name in config.estimators}
     mdp, policy_NA, story = instances.load(config.instance, gamma=config.gamma, **_parameters(config.set))
     rollouts = Rollouts(mdp, policy_NA, older_policy(mdp, policy_NA, config.behind) if config.behind else None)
@@ -102,7 +103,7 @@ def examine(config: BiasConfig) -> Examination:
 def _adapted(estimator: Estimator, config: BiasConfig) -> Estimator:
     """The named estimator with the config's lambda, alpha and tail."""
     alpha = None if estimator.lam_alpha is None else config.alpha
-    return dataclasses.replace(estimator, lam=config.lam, lam_alpha=alpha, tail_tokens=config.tail)
+    return dataclasses.replace(estimator, lam=config.lam, lam_alpha=alpha, tail_tokens=config.tail if estimator.tail_tokens else 0)
 
 
 def _parameters(pairs: Sequence[str]) -> dict[str, float]:

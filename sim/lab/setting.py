@@ -22,7 +22,7 @@ from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import field_paths, replace_fields
 
 DEFAULTS: dict[str, Any] = {
-    "advantage.tail": "none",  # 8 of 8k tokens is little; of a window of 8 it is all of it
+    "advantage.tail_tokens": 0,  # 8 of 8k tokens is little; of a window of 8 it is all of it
     "policy.weight_decay": 0.0, "value.weight_decay": 0.0,  # it would pull logits to uniform and values to 0
     "policy.lm_loss_weight": 0.0,  # a second loss would hide what the first one does
 }  # fmt: skip

@@ -66,17 +66,14 @@ class Ledger:
             response.score, status = scores[response.id]
             self.verdicts[status] += 1
 
-    def settle(
-        self, rows: Rows, batcher: SuccessiveBatcher, *, defers: bool, warming_up: bool, sampled_with: int
-    ) -> dict[str, float]:
+    def settle(self, rows: Rows, batcher: SuccessiveBatcher, *, warming_up: bool, sampled_with: int) -> dict[str, float]:
         """Enter a step's rows, and return the ledger/ and policy/ metrics of what was trained, how old it was, what was fed.
 
-        defers         whether a tail that was not trained waits for the next window, or is excluded for good
         warming_up     whether the value model was trained alone: then all of the rows' tokens are excluded
         sampled_with   version of the policy that sampled this step's window; ages count from it
         AssertionError where a token is lost or counted twice.
         """
-        age_sum, age_max, lag_sum = self._enter(rows, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
+        age_sum, age_max, lag_sum = self._enter(rows, warming_up=warming_up, sampled_with=sampled_with)
         num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
         new_BT, in_flight = rows.new_BT, batcher.own_in_flight
         total = self._sum(
@@ -101,27 +98,24 @@ class Ledger:
         self.updates_at = {version: n for version, n in self.updates_at.items() if version >= -minus_first}
         return total | {"policy/staleness_max": oldest}
 
-    def _enter(self, rows: Rows, *, defers: bool, warming_up: bool, sampled_with: int) -> tuple[int, int, int]:
+    def _enter(self, rows: Rows, *, warming_up: bool, sampled_with: int) -> tuple[int, int, int]:
         """Moves each row's `num_settled`. Of the trained tokens: sum and maximum of their ages in versions, and the sum of their
         ages in updates of the policy."""
         age_sum, age_max, lag_sum, now = 0, 0, 0, self.updates_at[sampled_with]
-        for response, trained in zip(rows.responses, rows.train_BT.sum(1).tolist(), strict=True):
-            unsettled = len(response) - response.num_settled
+        trained_B, settled_B = rows.train_BT.sum(1).tolist(), rows.settled_B.tolist()
+        for response, trained, settled in zip(rows.responses, trained_B, settled_B, strict=True):
             versions = response.versions[response.num_settled : response.num_settled + trained]
             if versions and not warming_up:
                 age_sum += sampled_with * trained - sum(versions)
                 age_max = max(age_max, sampled_with - min(versions))
                 lag_sum += sum((now - self.updates_at[v]) * n for v, n in Counter(versions).items())
             if warming_up:
-                self.tokens["excluded_warmup"] += unsettled
+                self.tokens["excluded_warmup"] += len(response) - response.num_settled
                 response.num_settled = len(response)
-            elif defers:
-                self.tokens["trained"] += trained
-                response.num_settled += trained
             else:
                 self.tokens["trained"] += trained
-                self.tokens["excluded_tail"] += unsettled - trained
-                response.num_settled = len(response)
+                self.tokens["excluded_tail"] += settled - response.num_settled - trained
+                response.num_settled = settled
         return age_sum, age_max, lag_sum
 
     def window_metrics(self, slices: Sequence[WindowSlice], batcher: SuccessiveBatcher, rollout_s: float) -> dict[str, float]:

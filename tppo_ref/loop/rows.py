@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tppo_ref.loop.settings import AdvantageConfig
-from tppo_ref.method.masks import policy_token_mask
+from tppo_ref.method.masks import num_settled, policy_token_mask
 from tppo_ref.method.records import Response, WindowSlice
 from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.packing import TokenBatch
@@ -57,6 +57,7 @@ class Rows:
     window_begin_B  column of the first token that this step sampled
     run_BT          bool, tokens that the policy has yet to see, tail included: `egae` is computed on them
     train_BT        bool, of these the ones in the loss
+    settled_B       tokens that the policy is done with after this step; the others wait for the next window
     cut_B           bool, RUNNING at the window's edge
     behaviour_BT    log-probability of each token under the policy that sampled it; its dtype is the step's: float32, or float64
                     where the models are
@@ -66,6 +67,7 @@ class Rows:
     window_begin_B: Tensor
     run_BT: Tensor
     train_BT: Tensor
+    settled_B: Tensor
     cut_B: Tensor
     behaviour_BT: Tensor
 
@@ -79,16 +81,17 @@ class Rows:
     ) -> Rows:
         """The rows of what a window sampled: one slice per response."""
         responses = [s.response for s in slices]
-        mask_BT = response_mask([len(r) for r in responses], device)
+        length_B = torch.tensor([len(r) for r in responses], dtype=torch.long, device=device)
+        mask_BT = response_mask(length_B.tolist(), device)
         # The one place where "cut" is derived: a row is cut when its response is RUNNING at the window's edge.
         cut_B = torch.tensor([not r.ended for r in responses], dtype=torch.bool, device=device)
         start_B = torch.tensor([r.num_settled for r in responses], dtype=torch.long, device=device)
-        skip_tail = 0 if config.tail == "none" else config.tail_tokens
         return cls(
             responses=tuple(responses),
             window_begin_B=torch.tensor([s.begin for s in slices], dtype=torch.long, device=device),
             run_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=0),
-            train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=skip_tail),
+            train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=config.tail_tokens),
+            settled_B=num_settled(length_B, start_B, cut_B, skip_tail=config.tail_tokens, tail=config.tail),
             cut_B=cut_B,
             behaviour_BT=pad([r.logprobs for r in responses], dtype, device),
         )

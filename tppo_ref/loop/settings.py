@@ -40,10 +40,10 @@ class AdvantageConfig:
     """alpha of max(lam, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING; none = lam at every length. [P]"""
     cut_value: Literal["previous", "critic", "zero"] = "previous"
     """V(s_l) at a cut: the paper's V(s_{l-1}), the critic's own, or 0 (treats a cut as an end). [S]"""
-    tail: Literal["exclude", "defer", "none"] = "exclude"
-    """Last tokens of a cut row: left out for good (the port), trained in the next window (theory.md P7), or trained. [P]"""
+    tail: Literal["exclude", "defer"] = "exclude"
+    """Last tokens of a cut row: left out for good (the port), or trained in the next window (docs/theory.md, P7). [P]"""
     tail_tokens: int = 8
-    """Length of that tail, in tokens. [P]"""
+    """Length of that tail, in tokens; 0 = none, all are trained at once. [P]"""
     whiten: bool = True
     """Whiten advantages over the step's trained tokens, all ranks. [P]"""
     clamp: float = 10.0

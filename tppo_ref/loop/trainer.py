@@ -129,8 +129,7 @@ class Trainer:
             self.observer(rows, before, advantages, batch)
         num_responses, num_held = self.parallel.sum([len(batch.responses), len(self.held)])
         metrics |= {"value/responses": num_responses, "value/held": num_held, "policy/logprob_gap": before.gap}
-        defers, sampled_with = config.advantage.tail == "defer", self.version - 1
-        metrics |= self.ledger.settle(rows, self.batcher, defers=defers, warming_up=warming_up, sampled_with=sampled_with)
+        metrics |= self.ledger.settle(rows, self.batcher, warming_up=warming_up, sampled_with=self.version - 1)
         metrics |= self.ledger.window_metrics(self.slices, self.batcher, clock.seconds["rollout"])
         metrics |= clock.metrics()
         self.train_s += metrics["time/step_s"]

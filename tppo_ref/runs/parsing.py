@@ -16,8 +16,9 @@ ConfigT = TypeVar("ConfigT")
 
 GONE = {
     "advantage.length_adaptive_lam": "give advantage.lam_alpha null for a lambda that does not grow",
+    "advantage.tail none": "give advantage.tail_tokens 0 to train the tail at once",
 }
-"""Fields that there were: what to give in their place."""
+"""Fields, and values of a field, that there were: what to give in their place."""
 
 
 def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
@@ -126,5 +127,7 @@ def _one_line(message: str, names: Sequence[str]) -> str:
     if match := re.search(r"(?:Option|Key) '(\S+?)' is not accepted|does not accept option '(\S+)'", message):
         name = match.group(1) or match.group(2)
         return f"{name}: no such field{_instead(name, [*names, *{n.partition('.')[0] for n in names}])}"
+    if match := re.search(r"(\S+?)\"?: Expected a \S.* Got value: (\S+)$", message):
+        message += _instead(" ".join(match.groups()).lstrip('"'), ())
     message = re.sub(r"Parser key \"(\S+?)\": ", r"\1: ", message)
     return re.sub(r"Expected a (?:<class '(\w+)'>|typing\.)", r"expected \1", message).replace(" Got value:", " got")

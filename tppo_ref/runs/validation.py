@@ -45,6 +45,9 @@ def check(config: Config) -> None:
     alpha = config.advantage.lam_alpha
     if alpha is not None and not 0 < alpha < float("inf"):
         raise UserError(refusal("advantage.lam_alpha", str(alpha), "a positive number, or null for a lambda of one length"))
+    if config.advantage.tail == "defer" and not config.advantage.tail_tokens:
+        remedy = "drop it or choose another run.method"
+        raise UserError(refusal("advantage.tail", "defer with tail_tokens 0", "a tail to train in the next window", remedy))
     for path, number in (("advantage.lam", lam), ("advantage.gamma", gamma)):
         if not 0 <= number <= 1:
             raise UserError(f"{path}: expected a number from 0 to 1, got {number}")
