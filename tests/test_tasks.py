@@ -285,7 +285,7 @@ def test_built_in_tasks_keep_the_protocol(name):
      ("xyz", {}, "chain, fork, length, jsonl"),
      ("chain", {"num_tran": 3}, "task: got the option 'num_tran'; expected one of the options of chain: "),
      ("chain", {"num_tran": 3}, "; did you mean num_train?"),
-     ("fork", {"num_test": 0}, "num_test is 0"), ("length", {"long_share": 1.5}, "long_share is 1.5")],
+     ("fork", {"num_test": 0}, "task fork: num_test: got 0; expected at least 1"), ("length", {"long_share": 1.5}, "long_share: got 1.5; expected a share")],
 )  # fmt: skip
 def test_a_mistake_in_a_name_or_an_option_is_named(name, options, message):
     with pytest.raises(UserError) as caught:
@@ -297,7 +297,7 @@ def test_every_name_of_the_registry_is_a_task():
     assert set(TASKS) == {*BUILT_IN, "jsonl"}
     for name in BUILT_IN:
         assert load_task(name).name == name
-    with pytest.raises(UserError, match="no split 'validation'"):
+    with pytest.raises(UserError, match="split: got 'validation'"):
         BUILT["chain"].prompts("validation")
 
 
@@ -348,25 +348,25 @@ def test_keys_can_be_named_and_a_chat_template_used(tmp_path):
         (b"{oops}\n", ["invalid JSON", "one JSON object per line"]),
         (b'{"prompt": "a", "answer": \n', ["invalid JSON"]),
         (b"[" * 100_000 + b"\n", ["invalid JSON"]),
-        (b'{"prompt": "\xff", "answer": "1"}\n', ["not UTF-8", "byte 13"]),
+        (b'{"prompt": "\xff", "answer": "1"}\n', ["no UTF-8", "byte 13"]),
         (b"[1, 2]\n", ["a JSON list", "expected an object"]),
         (b'"text"\n', ["a JSON str"]),
-        ({"prompt": "a"}, ["no 'answer'", "'prompt'"]),
-        ({"promt": "a", "answer": "1"}, ["no 'prompt' or 'question'", "'promt'"]),
+        ({"prompt": "a"}, ["got the keys 'prompt'", "expected 'answer'"]),
+        ({"promt": "a", "answer": "1"}, ["expected 'prompt' or 'question'", "'promt'"]),
         ({"prompt": "a", "question": "b", "answer": "1"}, ["both 'prompt' and 'question'", "prompt_key"]),
-        ({"prompt": 3, "answer": "1"}, ["'prompt' is int", "expected a text"]),
-        ({"prompt": "a", "answer": None}, ["'answer' is NoneType", "a text or a number"]),
-        ({"prompt": "a", "answer": True}, ["'answer' is bool"]),
-        ({"prompt": " ", "answer": "1"}, ["'prompt' is empty"]),
+        ({"prompt": 3, "answer": "1"}, ["'prompt': got int", "expected a text"]),
+        ({"prompt": "a", "answer": None}, ["'answer': got NoneType", "a text or a number"]),
+        ({"prompt": "a", "answer": True}, ["'answer': got bool"]),
+        ({"prompt": " ", "answer": "1"}, ["'prompt': got nothing but white space"]),
         (b'{"prompt": "\\ud800", "answer": "1"}\n', ["surrogate"]),
-        ({"prompt": "a" * 33, "answer": "1"}, ["has 33 tokens", "allowed are 32", "raise max_prompt_tokens"]),
-        ({"prompt": "a", "answer": "1", "id": 5}, ["id 5 is that of line 2 too"]),
-        (b'{"prompt": "a", "answer": NaN}\n', ["'answer' is nan", "finite"]),
-        (b'{"prompt": "a", "answer": -Infinity}\n', ["'answer' is -inf"]),
-        (b'{"prompt": "a", "answer": 1e999}\n', ["'answer' is inf"]),
+        ({"prompt": "a" * 33, "answer": "1"}, ["got a prompt of 33 tokens", "at most 32", "raise task.max_prompt_tokens"]),
+        ({"prompt": "a", "answer": "1", "id": 5}, ["got id 5, as in line 2"]),
+        (b'{"prompt": "a", "answer": NaN}\n', ["'answer': got nan", "finite"]),
+        (b'{"prompt": "a", "answer": -Infinity}\n', ["'answer': got -inf"]),
+        (b'{"prompt": "a", "answer": 1e999}\n', ["'answer': got inf"]),
         (b'{"prompt": "a", "answer": "1", "answer": "2"}\n', ["key 'answer' stands there twice"]),
         (b'{"prompt": "a", "answer": "1", "more": {"x": 1, "x": 1}}\n', ["key 'x' stands there twice"]),
-        ({"prompt": "It is\n#### 42", "answer": "6 x 7?"}, ["the prompt ends with #### and a number", "swapped"]),
+        ({"prompt": "It is\n#### 42", "answer": "6 x 7?"}, ["a prompt that ends with #### and a number", "swapped"]),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, bad, messages):
@@ -380,15 +380,15 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path, bad, messages):
 
 
 def test_a_missing_an_empty_and_a_single_file_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"none\.jsonl', which cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.jsonl', which cannot be read \(No such file"):
         load_task("jsonl", train=str(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match=r"train\.jsonl' is empty"):
+    with pytest.raises(UserError, match=r"train\.jsonl', which is empty"):
         load_task("jsonl", train=write(tmp_path, b"\n \n"))
     with pytest.raises(UserError, match="at least 2"):
         load_task("jsonl", train=write(tmp_path, GOOD))
-    with pytest.raises(UserError, match=r"tokenizer folder .* does not exist"):
+    with pytest.raises(UserError, match=r"task.tokenizer: got .*, which is no folder"):
         load_task("jsonl", train=write(tmp_path, GOOD, GOOD), tokenizer=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"tokenizer folder .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"task.tokenizer: got .*, which cannot be loaded"):
         load_task("jsonl", train=write(tmp_path, GOOD, GOOD), tokenizer=str(tmp_path))
 
 
@@ -411,7 +411,7 @@ def test_a_path_with_a_nul_is_no_traceback():
 def test_a_prompt_of_no_tokens_is_refused_by_its_line(tmp_path, monkeypatch):
     """As a folder without a tokenizer encodes everything: to nothing."""
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text, add_special_tokens=True: list(text.strip("x").encode()))
-    with pytest.raises(UserError, match=r"train\.jsonl:2: the prompt encodes to no tokens"):
+    with pytest.raises(UserError, match=r"train\.jsonl:2: got a prompt that encodes to no tokens"):
         load_task("jsonl", train=write(tmp_path, GOOD, {"prompt": "xx", "answer": "1"}))
 
 
@@ -433,7 +433,7 @@ def test_prompts_are_left_out_of_training_by_id_and_stay_in_the_test_split(tmp_p
     assert [p.id for p in task.prompts("train")] == [0, 2, 4, 5, 6, 7]
     assert [p.id for p in task.prompts("test")] == [8, 9]
     assert task.where(4).endswith("train.jsonl:5")
-    with pytest.raises(UserError, match="no reference of which is right"):
+    with pytest.raises(UserError, match="all of whose references fail"):
         task.leave_out(set(range(10)))
 
 

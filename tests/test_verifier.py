@@ -225,7 +225,7 @@ def test_a_function_that_cannot_be_imported_is_refused_at_once(toy, tmp_path, na
     with pytest.raises(UserError, match=reason) as caught:
         Verifier(name, 1.0)
     assert name in str(caught.value)
-    assert "Expected" in str(caught.value)
+    assert "expected" in str(caught.value)
 
 
 def test_an_import_that_never_ends_is_refused_in_time(toy, tmp_path):
@@ -255,6 +255,16 @@ def test_an_import_has_a_minute_or_as_long_as_a_verification(toy):
     for timeout_s, startup_s in ((5.0, 60.0), (300.0, 300.0)):
         with Verifier(f"{toy}:echo", timeout_s) as verifier:
             assert verifier.startup_timeout_s == startup_s
+
+
+def test_a_wait_for_an_import_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tppo_ref.tasks.verifier.TOLD_AFTER_S", 0.0)
+    (tmp_path / "late_verifier.py").write_text("import time\ntime.sleep(1.5)\ndef verify(*a):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with caplog.at_level("INFO"), Verifier("late_verifier:verify", 20.0):
+        assert [r.getMessage() for r in caplog.records] == [
+            "waiting for verifier late_verifier:verify to be imported (60 s at most)"
+        ]
 
 
 def test_a_slow_import_within_its_limit_is_no_failure(tmp_path, monkeypatch):

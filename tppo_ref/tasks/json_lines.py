@@ -8,12 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 
 
-def reason(error: OSError | ValueError) -> str:
-    """Why a file cannot be read, without its name."""
-    return getattr(error, "strerror", None) or str(error)
+def unreadable(file: Path, error: OSError | ValueError) -> UserError:
+    """The refusal of a file that the system does not open."""
+    why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return UserError(refusal("prompt file", f"{str(file)!r}, which cannot be read ({why})", "a file of prompts"))
 
 
 def check_regular(file: Path) -> None:
@@ -21,10 +22,10 @@ def check_regular(file: Path) -> None:
     try:
         mode = file.stat().st_mode
     except (OSError, ValueError) as error:
-        raise UserError(f"prompt file: got {str(file)!r}, which cannot be read: {reason(error)}; expected a file") from error
+        raise unreadable(file, error) from error
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
-        raise UserError(f"prompt file: got {str(file)!r}, a {kind}; expected a regular file; write the prompts into one")
+        raise UserError(refusal("prompt file", f"{str(file)!r}, a {kind}", "a regular file", "write the prompts into one"))
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def read_lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"prompt file: got {str(file)!r}, which cannot be read: {reason(error)}; expected a file") from error
+        raise unreadable(file, error) from error
     rows: list[tuple[int, dict[str, Any]]] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
         where = f"{file}:{number}"
@@ -49,19 +50,19 @@ def read_lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             place = f"byte {error.start + 1} of the line"
-            raise UserError(f"{where}: not UTF-8 ({place}); expected one JSON object in UTF-8.") from error
+            raise UserError(refusal(where, f"what is no UTF-8 ({place})", "one JSON object in UTF-8")) from error
         if not line:
             continue
         try:
             row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: invalid JSON ({error}); expected one JSON object per line.") from error
+            raise UserError(refusal(where, f"invalid JSON ({error})", "one JSON object per line")) from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}; expected an object with a prompt and an answer.")
+            raise UserError(refusal(where, f"a JSON {type(row).__name__}", "an object with a prompt and an answer"))
         rows.append((number, row))
     if not rows:
-        raise UserError(f"prompt file {str(file)!r} is empty; expected one JSON object per line.")
+        raise UserError(refusal("prompt file", f"{str(file)!r}, which is empty", "one JSON object per line"))
     return rows
 
 
-__all__ = ["check_regular", "read_lines", "reason"]
+__all__ = ["check_regular", "read_lines", "unreadable"]

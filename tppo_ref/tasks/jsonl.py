@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.method.records import Prompt
 from tppo_ref.tasks.json_lines import read_lines
 from tppo_ref.tasks.numerals import read_numeral
@@ -102,16 +102,18 @@ def load_tokenizer(tokenizer: str) -> Any:
     if tokenizer == "bytes":
         return ByteTokenizer()
     if not Path(tokenizer).is_dir():
-        raise UserError(f"tokenizer folder {tokenizer!r} does not exist; expected a folder written by save_pretrained, or 'bytes'.")
+        raise UserError(refusal("task.tokenizer", f"{tokenizer!r}, which is no folder", "one written by save_pretrained, or bytes"))
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"tokenizer folder {tokenizer!r} cannot be loaded: {reason}") from error
+        raise UserError(
+            refusal("task.tokenizer", f"{tokenizer!r}, which cannot be loaded ({reason})", "a tokenizer's folder")
+        ) from error
     if loaded.eos_token_id is None:
-        raise UserError(f"tokenizer folder {tokenizer!r} has no end token; set eos_token in its configuration.")
+        raise UserError(refusal("task.tokenizer", f"{tokenizer!r} without an end token", "one", "set its eos_token"))
     return loaded
 
 
@@ -144,11 +146,11 @@ class JsonlTask:
         max_prompt_tokens: int = 1024,
     ) -> None:
         if not 0.0 < test_share < 1.0:
-            raise UserError(f"task 'jsonl': test_share is {test_share}, expected a share between 0 and 1.")
+            raise UserError(refusal("test_share", f"{test_share}", "a share between 0 and 1"))
         if max_prompt_tokens < 1:
-            raise UserError(f"task 'jsonl': max_prompt_tokens is {max_prompt_tokens}, expected at least 1.")
+            raise UserError(refusal("task.max_prompt_tokens", f"{max_prompt_tokens}", "at least 1"))
         if prompt_key == answer_key:
-            raise UserError(f"task.prompt_key: got {prompt_key!r}, which is task.answer_key too; expected two keys")
+            raise UserError(refusal("task.prompt_key", f"{prompt_key!r}, which is task.answer_key too", "two keys"))
         self.options = {
             "train": train, "test": test, "test_share": test_share, "tokenizer": tokenizer,
             "chat_template": chat_template, "verifier": verifier, "prompt_key": prompt_key, "answer_key": answer_key,
@@ -156,7 +158,7 @@ class JsonlTask:
         }  # fmt: skip
         self.tokenizer = load_tokenizer(tokenizer)
         if chat_template and not self.tokenizer.chat_template:
-            raise UserError(f"tokenizer {tokenizer!r} has no chat template; leave chat_template off.")
+            raise UserError(refusal("task.chat_template", f"true with {tokenizer!r}, which has none", "false"))
         self.vocab_size = len(self.tokenizer)
         self.end_token_id = int(self.tokenizer.eos_token_id)
         self.verifier = verifier
@@ -170,7 +172,7 @@ class JsonlTask:
             test_prompts = self._read(Path(test), first_id=len(train_prompts))
         else:
             if len(train_prompts) < 2:
-                raise UserError(f"prompt file {train!r} has one prompt and no test file is given; expected at least 2.")
+                raise UserError(refusal("task.path", f"{train!r} with one prompt", "at least 2", "or give task.eval_path"))
             num_test = min(len(train_prompts) - 1, math.ceil(test_share * len(train_prompts)))
             train_prompts, test_prompts = train_prompts[:-num_test], train_prompts[-num_test:]
         self._prompts = {"train": tuple(train_prompts), "test": tuple(test_prompts)}
@@ -180,7 +182,7 @@ class JsonlTask:
     def prompts(self, split: str) -> Sequence[Prompt]:
         """The prompts of "train" or "test", in the order of the file."""
         if split not in self._prompts:
-            raise UserError(f"task 'jsonl' has no split {split!r}, expected 'train' or 'test'.")
+            raise UserError(refusal("split", repr(split), "'train' or 'test'"))
         return self._prompts[split]
 
     def where(self, prompt_id: int) -> str:
@@ -191,8 +193,8 @@ class JsonlTask:
         """Takes train prompts out, those that no response can answer (`references`). UserError where none would be left."""
         kept = tuple(prompt for prompt in self._prompts["train"] if prompt.id not in prompt_ids)
         if not kept:
-            raise UserError(f"task.path: got {self.options['train']!r}, no reference of which is right by its own verifier; "
-                            f"expected answers that {self.verifier} can read")  # fmt: skip
+            raise UserError(refusal("task.path", f"{self.options['train']!r}, all of whose references fail against themselves",
+                                    "answers that the verifier can read", "see check-data"))  # fmt: skip
         self._prompts["train"] = kept
 
     def response_text(self, token_ids: Sequence[int]) -> str:
@@ -213,13 +215,15 @@ class JsonlTask:
             if "id" in row:
                 key = json.dumps(row["id"], sort_keys=True)
                 if key in lines_by_id:
-                    raise UserError(f"{where}: id {key} is that of line {lines_by_id[key]} too; expected unique ids.")
+                    raise UserError(refusal(where, f"id {key}, as in line {lines_by_id[key]}", "unique ids"))
                 lines_by_id[key] = number
             if "####" not in answer and states_number(text):
-                raise UserError(f"{where}: the prompt ends with #### and a number, the answer has no ####; are the keys swapped?")
+                raise UserError(refusal(where, "a prompt that ends with #### and a number", "an answer that does", "swapped keys?"))
             token_ids = self._encode(text, where)
             if not token_ids:
-                raise UserError(f"{where}: the prompt encodes to no tokens; expected at least one; is the tokenizer the model's?")
+                raise UserError(
+                    refusal(where, "a prompt that encodes to no tokens", "at least one", "is it the model's tokenizer?")
+                )
             if self._admits(token_ids, where):
                 self._where.append(where)
                 prompts.append(Prompt(id=first_id + len(prompts), token_ids=token_ids, answer=answer))
@@ -232,36 +236,34 @@ class JsonlTask:
     def _admits(self, token_ids: Sequence[int], where: str) -> bool:
         """Whether a prompt is taken. Here a longer one than allowed is an error, never cut."""
         if len(token_ids) > self.max_prompt_tokens:
-            raise UserError(
-                f"{where}: the prompt has {len(token_ids)} tokens, allowed are {self.max_prompt_tokens}; "
-                "shorten or remove it, or raise max_prompt_tokens."
-            )
+            raise UserError(refusal(where, f"a prompt of {len(token_ids)} tokens", f"at most {self.max_prompt_tokens}",
+                                    "shorten or remove it, or raise task.max_prompt_tokens"))  # fmt: skip
         return True
 
     def _text_of(self, row: dict[str, Any], keys: Sequence[str], where: str, *, numbers: bool) -> str:
         found = [key for key in keys if key in row]
         expected = " or ".join(repr(key) for key in keys)
         if not found:
-            raise UserError(f"{where}: no {expected}; the keys there are {', '.join(map(repr, row)) or 'none'}.")
+            raise UserError(refusal(where, f"the keys {', '.join(map(repr, row)) or 'none'}", expected))
         if len(found) > 1:
-            raise UserError(f"{where}: both {' and '.join(map(repr, found))}; expected one of them, or set prompt_key.")
+            raise UserError(refusal(where, f"both {' and '.join(map(repr, found))}", "one of them", "or set task.prompt_key"))
         value = row[found[0]]
         if numbers and isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value):
-                raise UserError(f"{where}: {found[0]!r} is {value}; expected a finite number.")
+                raise UserError(refusal(f"{where}: {found[0]!r}", f"{value}", "a finite number"))
             return str(value)
         if not isinstance(value, str):
             kind = "a text or a number" if numbers else "a text"
-            raise UserError(f"{where}: {found[0]!r} is {type(value).__name__}; expected {kind}.")
+            raise UserError(refusal(f"{where}: {found[0]!r}", type(value).__name__, kind))
         if not value.strip():
-            raise UserError(f"{where}: {found[0]!r} is empty; expected a text.")
+            raise UserError(refusal(f"{where}: {found[0]!r}", "nothing but white space", "a text"))
         return value
 
     def _encode(self, text: str, where: str) -> tuple[int, ...]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: the prompt holds half of a surrogate pair; expected valid Unicode.") from error
+            raise UserError(refusal(where, "a prompt with half of a surrogate pair", "valid Unicode")) from error
         if not self._chat:
             return tuple(self.tokenizer.encode(text))
         if isinstance(self.tokenizer, ByteTokenizer):

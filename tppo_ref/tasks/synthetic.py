@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.method.records import Prompt
 
 DIGITS = tuple("0123456789")
@@ -81,9 +81,9 @@ class SyntheticTask:
     def __init__(self, *, seed: int = 0, num_train: int = 4096, num_test: int = 256, long_share: float = 0.06) -> None:
         for option, value in (("num_train", num_train), ("num_test", num_test)):
             if value < 1:
-                raise UserError(f"task {self.name!r}: {option} is {value}, expected at least 1.")
+                raise UserError(refusal(f"task {self.name}: {option}", f"{value}", "at least 1"))
         if not 0.0 <= long_share <= 1.0:
-            raise UserError(f"task {self.name!r}: long_share is {long_share}, expected a share in [0, 1].")
+            raise UserError(refusal(f"task {self.name}: long_share", f"{long_share}", "a share in [0, 1]"))
         self.options = {"seed": seed, "num_train": num_train, "num_test": num_test, "long_share": long_share}
         self.seed, self.num_train, self.num_test, self.long_share = seed, num_train, num_test, long_share
         self.tokens = (*COMMON_TOKENS, *self.own_tokens)
@@ -117,7 +117,7 @@ class SyntheticTask:
     def prompts(self, split: str) -> Sequence[Prompt]:
         """The prompts of "train" or "test"; ids of the test split follow those of the train split."""
         if split not in ("train", "test"):
-            raise UserError(f"task {self.name!r} has no split {split!r}, expected 'train' or 'test'.")
+            raise UserError(refusal("split", repr(split), "'train' or 'test'"))
         if split not in self._prompts:
             first_id, num = (0, self.num_train) if split == "train" else (self.num_train, self.num_test)
             problems = self.problems(split, num, self.seed, self.long_share)

@@ -8,92 +8,28 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import json
+import logging
 import math
 import os
 import selectors
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Hashable, Sequence
-from typing import IO, Any, NamedTuple
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
+from tppo_ref.tasks.verifier_process import STATUSES, Request, Score, Worker
 
-STATUSES = ("ok", "timeout", "error", "bad_score")
+log = logging.getLogger("tppo_ref")
+
 MAX_SENT = 32
 """Requests that a worker holds at a time: enough to hide a pipe's latency, few enough to share between workers."""
 LINGER_S = 0.01
 """While nobody waits, the thread acts this often at most: every time it runs, it takes the interpreter from decoding."""
+TOLD_AFTER_S = 5.0
+"""An import that takes longer is told, once."""
 STARTUP_S = 60.0
 """An import may take this long on a busy machine: sympy's takes seconds on an idle one."""
-MAX_LINE_BYTES = 1 << 16
-"""A worker's answer is shorter than this; a longer one is the verifier writing into the protocol."""
-
-
-class Score(NamedTuple):
-    """A verdict: the value that training uses, how it came about ("ok", "timeout", "error", "bad_score"), and why."""
-
-    value: float
-    status: str
-    detail: str = ""
-
-
-@dataclasses.dataclass
-class _Request:
-    seq: int
-    response_id: Hashable
-    line: bytes
-
-
-class _Worker:
-    """One process with its pipes, and the requests that it was sent and has not answered, in order."""
-
-    def __init__(self, name: str, timeout_s: float, startup_timeout_s: float) -> None:
-        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed in kill)
-        # The worker finds what this process finds, the folder of the running script included, and no more (-P).
-        command = [sys.executable, "-P", "-m", "tppo_ref.tasks.verifier_worker", name, repr(timeout_s), repr(startup_timeout_s)]
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.stderr,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C reaches the parent only, and the worker's children die with it
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.stdin, self.stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.stdin, False)
-        os.set_blocking(self.stdout, False)
-        self.sent: collections.deque[_Request] = collections.deque()
-        self.unwritten = bytearray()
-        self.unread = bytearray()
-        self.ready = False
-        self.clock_s = time.monotonic()
-        """When the worker was started, or began the first of `sent`."""
-
-    def kill(self) -> None:
-        """Ends the process and its children now, and closes the pipes."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout, self.stderr):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-        self.process.wait()
-
-    def last_words(self) -> str:
-        """The last line that the process wrote to stderr before it was ready."""
-        self.stderr.seek(0)
-        lines = self.stderr.read().decode("utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "nothing on stderr"
 
 
 class Verifier:
@@ -120,18 +56,18 @@ class Verifier:
         startup_timeout_s = max(STARTUP_S, timeout_s) if startup_timeout_s is None else startup_timeout_s
         for name, value in (("timeout_s", timeout_s), ("startup_timeout_s", startup_timeout_s)):
             if not (math.isfinite(value) and value > 0):
-                raise UserError(f"verifier: {name} is {value}, expected seconds above 0.")
+                raise UserError(refusal(f"verifier: {name}", f"{value}", "seconds above 0"))
         if num_workers < 1:
-            raise UserError(f"verifier: num_workers is {num_workers}, expected at least 1.")
+            raise UserError(refusal("verifier: num_workers", f"{num_workers}", "at least 1"))
         if not math.isfinite(failure_score):
-            raise UserError(f"verifier: failure_score is {failure_score}, expected a finite number.")
+            raise UserError(refusal("verifier: failure_score", f"{failure_score}", "a finite number"))
         self.verifier, self.timeout_s, self.failure_score = verifier, timeout_s, failure_score
         self.startup_timeout_s = startup_timeout_s
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(STATUSES, 0))
         self._changed = threading.Condition()
         self._hurry = threading.Event()
         # Guarded by _changed:
-        self._queue: collections.deque[_Request] = collections.deque()
+        self._queue: collections.deque[Request] = collections.deque()
         self._pending: dict[Hashable, None] = {}
         self._scores: dict[Hashable, Score] = {}
         self._failure: BaseException | None = None
@@ -142,7 +78,7 @@ class Verifier:
         self._closing = False
         self._next_seq = 0
         # The thread's own:
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
@@ -179,7 +115,7 @@ class Verifier:
             line = json.dumps([seq, answer, token_ids, text]).encode("ascii") + b"\n"
             self._next_seq += 1
             self._pending[response_id] = None
-            self._queue.append(_Request(seq, response_id, line))
+            self._queue.append(Request(seq, response_id, line))
             if len(self._queue) >= MAX_SENT:
                 self._hurry.set()
             if self._asleep:
@@ -263,12 +199,16 @@ class Verifier:
 
     def _wait_until_ready(self, num_workers: int) -> None:
         # The thread enforces startup_timeout_s and reports a failure; the margin here is for a machine under load.
-        deadline_s = time.monotonic() + 2 * self.startup_timeout_s + 10.0
+        begin_s, longest_s, told = time.monotonic(), 2 * self.startup_timeout_s + 10.0, False
         with self._changed:
             while self._num_ready < num_workers:
                 self._raise_failure()
-                if time.monotonic() > deadline_s:
-                    raise UserError(f"verifier {self.verifier}: waited {2 * self.startup_timeout_s + 10:g} s for its workers.")
+                waited_s = time.monotonic() - begin_s
+                if waited_s > longest_s:
+                    raise UserError(refusal("verifier", f"{self.verifier!r}, not ready after {longest_s:g} s", "a ready process"))
+                if waited_s > TOLD_AFTER_S and not told:
+                    told = True
+                    log.info("waiting for verifier %s to be imported (%g s at most)", self.verifier, self.startup_timeout_s)
                 self._changed.wait(1.0)
 
     # The thread's side.
@@ -294,7 +234,7 @@ class Verifier:
             self._selector.close()
 
     def _start_worker(self) -> None:
-        worker = _Worker(self.verifier, self.timeout_s, self.startup_timeout_s)
+        worker = Worker(self.verifier, self.timeout_s, self.startup_timeout_s)
         self._workers.append(worker)
         self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
 
@@ -324,14 +264,8 @@ class Verifier:
                 self._write(worker)
         return may_linger
 
-    def _write(self, worker: _Worker) -> None:
-        try:
-            written = os.write(worker.stdin, worker.unwritten)
-        except BlockingIOError:
-            written = 0
-        except BrokenPipeError:
-            return  # the end of its stdout says the same, after its last answers
-        del worker.unwritten[:written]
+    def _write(self, worker: Worker) -> None:
+        worker.write()
         registered = worker.stdin in self._selector.get_map()
         if worker.unwritten and not registered:
             self._selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
@@ -339,10 +273,8 @@ class Verifier:
             self._selector.unregister(worker.stdin)
 
     def _wait_and_read(self, longest_s: float) -> None:
-        now_s = time.monotonic()
-        deadlines_s = [self._deadline_s(worker) for worker in self._workers]
-        wait_s = max(0.0, min([deadline_s - now_s for deadline_s in deadlines_s] + [longest_s]))
-        events = self._selector.select(wait_s)
+        first_s = min((worker.deadline_s for worker in self._workers), default=math.inf)
+        events = self._selector.select(max(0.0, min(first_s - time.monotonic(), longest_s)))
         with self._changed:
             self._asleep = False
         for key, mask in events:
@@ -353,60 +285,27 @@ class Verifier:
             elif mask & selectors.EVENT_READ and worker in self._workers:
                 self._read(worker)
 
-    def _deadline_s(self, worker: _Worker) -> float:
-        if not worker.ready:
-            return worker.clock_s + self.startup_timeout_s
-        return worker.clock_s + self.timeout_s if worker.sent else math.inf
-
-    def _read(self, worker: _Worker) -> None:
+    def _read(self, worker: Worker) -> None:
+        lines, problem = worker.read()
+        scores: list[tuple[Request, Score]] = []
         try:
-            data = os.read(worker.stdout, 1 << 16)
-        except BlockingIOError:
-            return
-        worker.unread += data
-        *lines, rest = worker.unread.split(b"\n")
-        worker.unread = bytearray(rest)
-        scores: list[tuple[_Request, Score]] = []
-        problem = "its answer is too long" if len(rest) > MAX_LINE_BYTES else ""
-        for line in lines:
-            problem = problem or self._understand(worker, bytes(line), scores)
+            for line in lines:
+                said = worker.take(line, self.failure_score)
+                if isinstance(said, bool):
+                    with self._changed:
+                        self._num_ready, self.checks_references = self._num_ready + 1, said
+                        self._changed.notify_all()
+                else:
+                    scores.append(said)
+        except ValueError:
+            problem = "its process sent a line that is no answer"
         if scores:
             worker.clock_s = time.monotonic()
             self._publish(scores)
-        if not data and not problem:
-            try:
-                problem = f"the verifier's process ended with code {worker.process.wait(timeout=0.5)}"
-            except subprocess.TimeoutExpired:
-                problem = "the verifier closed the pipes of its process"
         if problem:
             self._replace(worker, "error", problem)
 
-    def _understand(self, worker: _Worker, line: bytes, scores: list[tuple[_Request, Score]]) -> str:
-        """Takes one line of a worker into `scores`; what is wrong with it, or an empty string."""
-        try:
-            message: Any = json.loads(line)
-            kind = message[0]
-            if kind == "ready":
-                worker.ready = True
-                with self._changed:
-                    self._num_ready, self.checks_references = self._num_ready + 1, bool(message[1])
-                    self._changed.notify_all()
-                return ""
-            if kind == "fatal":
-                raise UserError(
-                    f"verifier {self.verifier!r} cannot be used: {message[1]}. Expected the dotted name of an importable "
-                    "module, a colon and a function, such as tppo_ref.tasks.chain:verify."
-                )
-            seq, status, value, detail = message
-            if not worker.sent or seq != worker.sent[0].seq or status not in STATUSES:
-                raise ValueError
-            score = Score(float(value) if status == "ok" else self.failure_score, status, detail)
-        except (ValueError, TypeError, KeyError, IndexError):
-            return "its process sent a line that is no answer"
-        scores.append((worker.sent.popleft(), score))
-        return ""
-
-    def _publish(self, scores: list[tuple[_Request, Score]]) -> None:
+    def _publish(self, scores: list[tuple[Request, Score]]) -> None:
         with self._changed:
             for request, score in scores:
                 del self._pending[request.response_id]
@@ -417,22 +316,19 @@ class Verifier:
 
     def _check_clocks(self) -> None:
         for worker in list(self._workers):
-            if time.monotonic() < self._deadline_s(worker):
+            if time.monotonic() < worker.deadline_s:
                 continue
             if not worker.ready:
-                raise UserError(
-                    f"verifier {self.verifier!r}: not imported within {self.startup_timeout_s:g} s "
-                    f"({worker.last_words()}); make its module lighter, or raise task.verifier_timeout_s beyond that."
-                )
+                raise worker.not_imported()
             head = worker.sent[0]
             self._read(worker)  # its answer may be in the pipe, when this thread was kept from running
             if worker in self._workers and worker.sent and worker.sent[0] is head:
                 self._replace(worker, "timeout", f"no answer within {self.timeout_s:g} s")
 
-    def _replace(self, worker: _Worker, status: str, detail: str) -> None:
+    def _replace(self, worker: Worker, status: str, detail: str) -> None:
         """Blames the request that the worker was at, gives the later ones back to the queue, starts a new worker."""
         if not worker.ready:
-            raise UserError(f"verifier {self.verifier!r}: its process did not start: {detail} ({worker.last_words()}).")
+            raise worker.not_started(detail)
         self._workers.remove(worker)
         self._selector.unregister(worker.stdout)
         if worker.stdin in self._selector.get_map():
