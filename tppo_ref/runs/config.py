@@ -42,7 +42,7 @@ class TaskConfig:
     verifier: str | None = None
     """Dotted name module:function of a verifier of your own; none = the task's. [O]"""
     verifier_timeout_s: float = 5.0
-    """Wall-clock seconds after which a verification is killed, counted and scored as failed. [O]"""
+    """Wall-clock seconds after which a verification is killed, counted and scored as failed; an import has 60, or this. [O]"""
     verifier_workers: int = 1
     """Verifier processes. [O]"""
     failure_score: float = -1.0
