@@ -35,9 +35,11 @@ class ValueBatch:
 
 
 def joint_batch(rows: Rows, forward: Forward, advantages: Advantages, *, constant_prefix: bool = False) -> ValueBatch:
-    """PPO's joint update: this step's policy tokens, target A + V with the policy's lambda, anchored at this step's values."""
+    """PPO's joint update: this step's policy tokens, target A + V with the policy's lambda. V is of this step; the anchor is, too,
+    but for deferred tokens, whose value was stored with their window."""
     live_from = [r.num_settled for r in rows.responses] if constant_prefix else None
-    return ValueBatch(rows.responses, advantages.raw_BT + forward.values_BT, rows.train_BT, forward.values_BT, live_from)
+    anchor_BT = pad([r.values for r in rows.responses], forward.values_BT.dtype, forward.values_BT.device)
+    return ValueBatch(rows.responses, advantages.raw_BT + forward.values_BT, rows.train_BT, anchor_BT, live_from)
 
 
 def independent_batch(responses: Sequence[Response], *, gamma: float, device: torch.device | str, dtype: torch.dtype) -> ValueBatch:
