@@ -83,7 +83,7 @@ class Ledger:
                 "ledger/pending": sum(len(r) - r.num_settled for r in in_flight),
                 "ledger/in_flight": len(in_flight),
                 "policy/tokens": num_trained,
-                "policy/prefix_tokens": rows.num_fed - float(new_BT.sum()),
+                "policy/prefix_tokens": rows.num_fed_again,
                 "policy/staleness": float(age_sum),
                 "policy/lag_updates": float(lag_sum),
             }

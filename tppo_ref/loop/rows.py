@@ -59,6 +59,7 @@ class Rows:
     train_BT        bool, of these the ones in the loss
     settled_B       tokens that the policy is done with after this step; the others wait for the next window
     cut_B           bool, RUNNING at the window's edge
+    num_fed_again   prompt tokens, and response tokens that an earlier step has fed to the models already
     behaviour_BT    log-probability of each token under the policy that sampled it; its dtype is the step's: float32, or float64
                     where the models are
     """
@@ -69,6 +70,7 @@ class Rows:
     train_BT: Tensor
     settled_B: Tensor
     cut_B: Tensor
+    num_fed_again: int
     behaviour_BT: Tensor
 
     @classmethod
@@ -93,6 +95,7 @@ class Rows:
             train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=config.tail_tokens),
             settled_B=num_settled(length_B, start_B, cut_B, skip_tail=config.tail_tokens, tail=config.tail),
             cut_B=cut_B,
+            num_fed_again=sum(len(r.prompt.token_ids) + len(r.values) for r in responses),  # values: one per token fed so far
             behaviour_BT=pad([r.logprobs for r in responses], dtype, device),
         )
 
@@ -112,11 +115,6 @@ class Rows:
     def rewards_BT(self) -> Tensor:
         """`terminal_rewards` of the rows, in the step's dtype."""
         return terminal_rewards(self.responses, self.cut_B.device, self.behaviour_BT.dtype)
-
-    @property
-    def num_fed(self) -> int:
-        """Tokens that a model reads of all rows: prompts and responses."""
-        return sum(r.num_fed for r in self.responses)
 
     def batch(self, rows: Sequence[int], *, constant_prefix: bool = False, kept: PrefixKeys | None = None) -> TokenBatch:
         """What the models are fed of some rows. constant_prefix: no gradient through what the policy has done with, nor through

@@ -54,7 +54,9 @@ GLOSSARY: dict[str, Metric] = {
     "advantage/clamped_share": Metric("whitened advantages beyond advantage.clamp / trained tokens", "step", "share", "below 0.01"),
     "advantage/lam_mean": Metric("lambda, mean over rows", "step", "1", "0.95 to 1"),
     "policy/tokens": Metric("trained tokens", "step", "tokens", "near rollout/tokens"),
-    "policy/prefix_tokens": Metric("prompt and earlier response tokens fed again", "step", "tokens", "grows with length/window"),
+    "policy/prefix_tokens": Metric(
+        "prompt tokens, and response tokens that an earlier step has fed already", "step", "tokens", "grows with length/window"
+    ),
     "policy/staleness": Metric(
         "weight versions between sampling and training, mean over trained tokens", "step", "versions", "T-PPO: 0"
     ),
