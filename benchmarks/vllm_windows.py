@@ -60,7 +60,7 @@ def run(arm: str, seed: int, out: Path) -> dict[str, Any]:
         "occupancy": round(float(np.mean([row["rollout/occupancy"] for row in steps])), 4),
         "rollout_share": round(total["time/rollout_s"] / total["time/step_s"], 3),
         "ms_per_decode_step": round(1e3 * total["time/rollout_s"] / total["rollout/decode_steps"], 2),
-        "length_mean": round(length, 1), "length_max": int(max(row["response/length_max"] for row in steps)),
+        "length_mean": round(length, 1), "length_max": int(max(row["response/length_max"] or 0 for row in steps)),
     }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_the_bridge_to_vllm_crosses_something(vllm_bridge):
     _, scale = vllm_bridge
     assert any(begin > 0 for row in scale for _, begin, *_ in row["tokens"]), "no response was continued"
     assert all(row["policy/grad_norm"] > 0 for row in scale[1:])
-    assert any(row["value/grad_norm"] > 0 for row in scale)
+    assert any((row["value/grad_norm"] or 0) > 0 for row in scale)
     assert all(row["policy/logprob_gap"] > 0 for row in scale), "another engine than the trainer's own rounds differently"
 
 
@@ -117,9 +117,9 @@ def test_the_bridge_crosses_something(bridge):
     ref, _ = bridge
     assert any(row["response/cut_share"] > 0 for row in ref)
     assert any(begin > 0 for row in ref for _, begin, *_ in row["tokens"])
-    assert ref[0].get("policy/grad_norm", 0) == 0
+    assert ref[0]["policy/updates"] == 0
     assert all(row["policy/grad_norm"] > 0 for row in ref[1:])
-    assert any(row["value/grad_norm"] > 0 for row in ref)
+    assert any((row["value/grad_norm"] or 0) > 0 for row in ref)
 
 
 # ------------------------------------------------------------------------------------- a restart, a planted clash of names

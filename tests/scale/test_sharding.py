@@ -130,9 +130,7 @@ def test_every_metric_of_the_step_agrees(results, plain, world, case):
     expected = {k: v for k, v in plain[0].items() if not k.startswith(timed)}
     assert set(found) == set(expected)
     for name, number in expected.items():
-        # log-probability gap: the maximum over ranks of each one's mean
-        if name != "policy/logprob_gap" or world == 1:
-            assert found[name] == pytest.approx(number, rel=1e-4, abs=1e-5, nan_ok=True), name
+        assert found[name] == pytest.approx(number, rel=1e-4, abs=1e-5, nan_ok=True), name
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

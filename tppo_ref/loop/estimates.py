@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from tppo_ref.loop.forward import Forward
-from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import AdvantageConfig
 from tppo_ref.method.advantages import egae, lambda_of_rows, whiten
@@ -42,8 +43,8 @@ def estimate_advantages(
     )  # fmt: skip
     raw = raw_BT[rows.train_BT].double()
     n, total, squares = parallel.sum([raw.numel(), float(raw.sum()), float(raw.square().sum())])
-    mean = total / n if n else 0.0
-    std = max(squares / n - mean * mean, 0.0) ** 0.5 if n else 0.0
+    mean = per(total, n)
+    std = max(squares / n - mean * mean, 0.0) ** 0.5 if n else math.nan
     scaled_BT, clamped = torch.where(rows.train_BT, raw_BT, 0.0), 0.0
     if config.whiten and n:
         whitened_BT = whiten(raw_BT, rows.train_BT, mean=mean, std=std)
@@ -53,6 +54,6 @@ def estimate_advantages(
     return Advantages(raw_BT, scaled_BT), {
         "advantage/mean": mean,
         "advantage/std": std,
-        "advantage/clamped_share": clamped / n if n else 0.0,
-        "advantage/lam_mean": lam_sum / num_rows if num_rows else config.lam,
+        "advantage/clamped_share": per(clamped, n),
+        "advantage/lam_mean": per(lam_sum, num_rows),
     }

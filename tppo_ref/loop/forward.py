@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tppo_ref.loop.learner import Plan
-from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig
 from tppo_ref.method.errors import NonFiniteError, UserError
@@ -28,8 +27,7 @@ class Forward:
     values_BT       V before each token by this step's critic, the whole row
     last_value_B    V after the row's last token
     logprob_BT      under the policy before the update, on the tokens of the run; the engine's where those are taken
-    gap             mean |recomputed - engine's| log-probability of this step's tokens, on the rank where it is largest; NaN where
-                    none was recomputed
+    gap             mean |recomputed - engine's| log-probability of this step's tokens, all ranks; NaN where none was recomputed
     prefixes        keys and values of each micro-batch's constant prefix, by the micro-batch's identity; empty unless kept
     """
 
@@ -95,14 +93,12 @@ def _check_outputs(
     """`Forward.gap`; NonFiniteError where an output is not finite."""
     outputs = (("log-probability", logprob_BT), ("value", values_BT), ("value", last_value_B))
     compared_BT = rows.new_BT & seen_B[:, None]
-    gap = -1.0  # a rank with nothing to compare
-    if bool(compared_BT.any()):
-        gap = float((logprob_BT - rows.behaviour_BT)[compared_BT].abs().mean())
-    *bad, gap = parallel.max([*(not bool(torch.isfinite(tensor).all()) for _, tensor in outputs), gap])  # all ranks stop, or none
+    gap_N = (logprob_BT - rows.behaviour_BT)[compared_BT].abs().double()
+    bad = parallel.max([not bool(torch.isfinite(tensor).all()) for _, tensor in outputs])  # all ranks stop, or none
     for (name, _), is_bad in zip(outputs, bad, strict=True):
         if is_bad:
             raise NonFiniteError(f"step {step}: a {name} is not finite; stopped before the update")
-    return gap if gap >= 0 else math.nan
+    return per(*parallel.sum([float(gap_N.sum()), len(gap_N)]))
 
 
 def remember_values(rows: Rows, values_BT: Tensor) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tppo_ref.loop.minibatches import pack, split_mini_batches
-from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.settings import PolicyConfig, ValueConfig
 from tppo_ref.method.errors import NonFiniteError
 
@@ -23,9 +23,9 @@ class Learner:
     def __init__(self, name: str, module: torch.nn.Module, config: PolicyConfig | ValueConfig, parallel: Parallel):
         self.name, self.config, self.parallel = name, config, parallel
         self.module: Any = module  # a torch module with named_tensors and save_pretrained (models.py, scale's sharded ones)
-        self.optimiser = torch.optim.AdamW(module.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.num_steps = 0  # training steps that updated this model: the learning rate's warm-up counts these
         self.num_updates = 0  # optimiser steps
+        self.optimiser = torch.optim.AdamW(module.parameters(), lr=self._warm_lr(1), weight_decay=config.weight_decay)
         self.grad_norms: list[float] = []
 
     def begin_step(self) -> None:
@@ -34,9 +34,13 @@ class Learner:
 
     def _warm_up(self) -> None:
         self.num_steps += 1
-        warm = min(1.0, self.num_steps / self.config.lr_warmup_steps) if self.config.lr_warmup_steps else 1.0
         for group in self.optimiser.param_groups:
-            group["lr"] = self.config.lr * warm
+            group["lr"] = self._warm_lr(self.num_steps)
+
+    def _warm_lr(self, num_steps: int) -> float:
+        """The learning rate of the num_steps-th training step that updates this model; the first is 1."""
+        warmup = self.config.lr_warmup_steps
+        return self.config.lr * (min(1.0, num_steps / warmup) if warmup else 1.0)
 
     @property
     def lr(self) -> float:
@@ -96,4 +100,4 @@ class Learner:
     def metrics(self) -> dict[str, float]:
         norms = self.grad_norms
         return {f"{self.name}/updates": len(norms), f"{self.name}/lr": self.lr,
-                f"{self.name}/grad_norm": sum(norms) / len(norms) if norms else 0.0}  # fmt: skip
+                f"{self.name}/grad_norm": per(sum(norms), len(norms))}  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.method.records import End, WindowSlice
 from tppo_ref.rollout.batcher import SuccessiveBatcher
@@ -75,7 +75,7 @@ class Ledger:
         """
         age_sum, age_max, lag_sum = self._enter(rows, warming_up=warming_up, sampled_with=sampled_with)
         num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
-        new_BT, in_flight = rows.new_BT, batcher.own_in_flight
+        in_flight = batcher.own_in_flight
         total = self._sum(
             {f"ledger/{name}": self.tokens[name] for name in OUTCOMES}
             | {
@@ -89,14 +89,14 @@ class Ledger:
             }
         )
         for name in ("policy/staleness", "policy/lag_updates"):
-            total[name] /= max(total["policy/tokens"], 1)
+            total[name] = per(total[name], total["policy/tokens"])
         accounted = sum(total[f"ledger/{name}"] for name in (*OUTCOMES, "pending"))
         generated = total["ledger/generated"]
         assert generated == accounted, f"{generated} tokens generated, {accounted} accounted for"
         first_version = min((r.versions[0] for r in in_flight), default=sampled_with)
         oldest, minus_first = self.parallel.max([age_max, -first_version])  # over all ranks: ended responses move between them
         self.updates_at = {version: n for version, n in self.updates_at.items() if version >= -minus_first}
-        return total | {"policy/staleness_max": oldest}
+        return total | {"policy/staleness_max": oldest if total["policy/tokens"] else math.nan}
 
     def _enter(self, rows: Rows, *, warming_up: bool, sampled_with: int) -> tuple[int, int, int]:
         """Moves each row's `num_settled`. Of the trained tokens: sum and maximum of their ages in versions, and the sum of their
@@ -130,16 +130,14 @@ class Ledger:
         })  # fmt: skip
         longest, steps, rollout_s = self.parallel.max([max(map(len, ended), default=0), batcher.num_steps, rollout_s])
         occupancy = total["tokens"] / max(total["slot_steps"], 1)
-
-        def per_ended(name: str) -> float:
-            return total[name] / total["ended"] if total["ended"] else math.nan
-
+        length, score, right, capped = (per(total[name], total["ended"]) for name in ("length", "score", "right", "capped"))
         return {
             "rollout/decode_steps": steps, "rollout/tokens": total["tokens"], "rollout/tokens_per_s": total["tokens"] / rollout_s,
             "rollout/occupancy": occupancy, "rollout/idle_s": (1 - occupancy) * rollout_s, "response/rows": total["rows"],
             "response/ended": total["ended"], "response/cut_share": (total["rows"] - total["ended"]) / max(total["rows"], 1),
-            "response/capped_share": per_ended("capped"), "response/length_mean": per_ended("length"),
-            "response/length_max": longest, "response/score_mean": per_ended("score"), "response/accuracy": per_ended("right"),
+            "response/capped_share": capped, "response/length_mean": length,
+            "response/length_max": longest if total["ended"] else math.nan,
+            "response/score_mean": score, "response/accuracy": right,
             "verify/timeouts": total["timeout"], "verify/errors": total["error"],
         }  # fmt: skip
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 Thing = TypeVar("Thing")
+
+
+def per(total: float, n: float) -> float:
+    """total / n, and NaN where there was nothing to count: a mean of nothing is not 0. A run's metrics.jsonl has null for it."""
+    return total / n if n else math.nan
 
 
 class Parallel(Protocol):

@@ -110,10 +110,10 @@ class Trainer:
             remember_values(rows, before.values_BT)
             advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout.window, self.parallel)
         with clock("policy"):
-            if not warming_up:
-                metrics |= update_policy(
-                    self.policy_learner, rows, before, advantages.scaled_BT, plans, step=self.num_steps, ewma=self.ewma
-                )
+            metrics |= update_policy(
+                self.policy_learner, rows, before, advantages.scaled_BT, [] if warming_up else plans, step=self.num_steps,
+                ewma=self.ewma,
+            )  # fmt: skip
         with clock("value"):
             if config.value.update == "joint":
                 batch = joint_batch(rows, before, advantages, constant_prefix=config.policy.prefix == "constant")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tppo_ref.loop.forward import ClipCentre, Forward, clip_centre
 from tppo_ref.loop.learner import Learner, Plan
-from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig, ValueConfig
 from tppo_ref.loop.value_targets import ValueBatch
@@ -110,11 +110,12 @@ class PolicyLoss:
         self.sums.add(loss=float(total.detach()) * tokens, tokens=num_tokens, lag=updates_before * num_tokens, **stats)
         if self.ewma is not None:
             self.sums.add(weight_clipped=centre.clipped_share * num_tokens)
-        if positive and config.lm_loss_weight:
+        if positive:
             positive_bt = self.positive_BT[part]
             lm = positive_lm_loss(logprob_bt, positive_bt, denominator=positive)
             self.sums.add(lm_loss=float(lm.detach()) * positive, positive=int(positive_bt.sum()))
-            total = total + config.lm_loss_weight * lm
+            if config.lm_loss_weight:
+                total = total + config.lm_loss_weight * lm
         return total
 
 
@@ -145,16 +146,16 @@ def update_policy(
     (ratio_max,) = learner.parallel.max([loss.ratio_max])
     names = ("tokens", "positive", "loss", "lm_loss", "clipped_tokens", "dual_clipped_tokens", "kl_sum", "weight_clipped", "lag")
     total = loss.sums.over_ranks(learner.parallel, names)
-    tokens = max(total["tokens"], 1)
+    tokens = total["tokens"]
     return learner.metrics() | {
-        "policy/loss": total["loss"] / tokens,
-        "policy/lm_loss": total["lm_loss"] / max(total["positive"], 1),
-        "policy/clipped_share": total["clipped_tokens"] / tokens,
-        "policy/dual_clipped_share": total["dual_clipped_tokens"] / tokens,
-        "policy/kl": total["kl_sum"] / tokens,
-        "policy/ratio_max": ratio_max,
-        "policy/weight_clipped_share": total["weight_clipped"] / tokens,
-        "policy/lag_in_step": total["lag"] / tokens,
+        "policy/loss": per(total["loss"], tokens),
+        "policy/lm_loss": per(total["lm_loss"], total["positive"]),
+        "policy/clipped_share": per(total["clipped_tokens"], tokens),
+        "policy/dual_clipped_share": per(total["dual_clipped_tokens"], tokens),
+        "policy/kl": per(total["kl_sum"], tokens),
+        "policy/ratio_max": ratio_max if tokens else math.nan,
+        "policy/weight_clipped_share": per(total["weight_clipped"], tokens),
+        "policy/lag_in_step": per(total["lag"], tokens),
     }
 
 
@@ -191,16 +192,18 @@ def update_value(learner: Learner, batch: ValueBatch, plans: Sequence[Plan], *, 
     for mini_batch, (tokens,) in optimiser_steps(learner, plans, batch.mask_BT):
         learner.update(mini_batch, partial(loss, tokens=tokens), step)
     total = loss.sums.over_ranks(learner.parallel, ("n", "t", "tt", "e", "ee", "loss", "value_clipped_tokens"))
-    n = max(total["n"], 1)
+    n = total["n"]
     return learner.metrics() | {
-        "value/tokens": total["n"],
-        "value/loss": total["loss"] / n,
-        "value/clipped_share": total["value_clipped_tokens"] / n,
+        "value/tokens": n,
+        "value/loss": per(total["loss"], n),
+        "value/clipped_share": per(total["value_clipped_tokens"], n),
         "value/explained_variance": explained_variance(n, total["t"], total["tt"], total["e"], total["ee"]),
     }
 
 
 def explained_variance(n: float, target: float, target_squares: float, error: float, error_squares: float) -> float:
-    """1 - Var(error) / Var(target) from sums over n tokens; NaN where the targets do not vary."""
+    """1 - Var(error) / Var(target) from sums over n tokens; NaN where the targets do not vary, or there are none."""
+    if not n:
+        return math.nan
     variance = target_squares / n - (target / n) ** 2
     return 1 - (error_squares / n - (error / n) ** 2) / variance if variance > 1e-12 else math.nan
