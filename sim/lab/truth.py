@@ -72,10 +72,11 @@ def critic_error(mdp: TokenMDP, value_N: Floats, true_N: Floats, visits_N: Float
 
     third_N = mdp.depth_N * 3 // mdp.max_tokens
     thirds = {f"critic_rms_{name}": rms(visits_N * (third_N == i)) for i, name in enumerate(("early", "middle", "late"))}
-    moments = (float(visits_N @ x) for x in (true_N, true_N**2, error_N, error_N**2))
+    share_N = visits_N / visits_N.sum()
+    variances = (float(share_N @ (x_N - share_N @ x_N) ** 2) for x_N in (true_N, error_N))
     return thirds | {
         "critic_rms": rms(visits_N),
         "critic_bias": float(visits_N @ error_N / visits_N.sum()),
         "critic_max": float(np.abs(error_N[visits_N >= OFTEN_VISITED]).max(initial=0.0)),
-        "explained_variance": explained_variance(float(visits_N.sum()), *moments),
+        "explained_variance": explained_variance(*variances),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tppo_ref.loop.forward import Forward
-from tppo_ref.loop.parallel import Parallel, per
+from tppo_ref.loop.parallel import Parallel, mean_and_variance, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import AdvantageConfig
 from tppo_ref.method.advantages import egae, lambda_of_rows, whiten
@@ -41,10 +41,8 @@ def estimate_advantages(
         rows.rewards_BT, forward.values_BT, rows.run_BT, rows.cut_B, gamma=config.gamma, lam=lam_B, cut_value=config.cut_value,
         last_value_B=forward.last_value_B if config.cut_value == "critic" else None,
     )  # fmt: skip
-    raw = raw_BT[rows.train_BT].double()
-    n, total, squares = parallel.sum([raw.numel(), float(raw.sum()), float(raw.square().sum())])
-    mean = per(total, n)
-    std = max(squares / n - mean * mean, 0.0) ** 0.5 if n else math.nan
+    n, mean, variance = mean_and_variance(raw_BT[rows.train_BT], parallel)
+    std = math.sqrt(variance)
     scaled_BT, clamped = torch.where(rows.train_BT, raw_BT, 0.0), 0.0
     if config.whiten and n:
         whitened_BT = whiten(raw_BT, rows.train_BT, mean=mean, std=std)

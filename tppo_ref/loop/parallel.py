@@ -16,6 +16,18 @@ def per(total: float, n: float) -> float:
     return total / n if n else math.nan
 
 
+def mean_and_variance(x_N: torch.Tensor, parallel: Parallel) -> tuple[int, float, float]:
+    """Number, mean and population variance of all ranks' elements, in float64; NaN where there are none.
+
+    Two passes, the second about the mean: E[x^2] - E[x]^2 loses every digit where the mean is large beside the spread.
+    """
+    x_N = x_N.double()
+    n, total = parallel.sum([x_N.numel(), float(x_N.sum())])
+    mean = per(total, n)
+    (squares,) = parallel.sum([float((x_N - mean).square().sum())])
+    return int(n), mean, per(squares, n)
+
+
 class Parallel(Protocol):
     """What the Trainer asks of the other ranks. `loss_scale` undoes the averaging of gradients over ranks (world under FSDP)."""
 

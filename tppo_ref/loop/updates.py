@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tppo_ref.loop.forward import ClipCentre, Forward, clip_centre
 from tppo_ref.loop.learner import Learner, Plan
-from tppo_ref.loop.parallel import Parallel, per
+from tppo_ref.loop.parallel import Parallel, mean_and_variance, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig, ValueConfig
 from tppo_ref.loop.value_targets import ValueBatch
@@ -165,6 +165,8 @@ class ValueLoss:
     def __init__(self, learner: Learner, batch: ValueBatch):
         assert isinstance(learner.config, ValueConfig)
         self.config, self.module, self.batch, self.sums = learner.config, learner.module, batch, Sums()
+        self.targets: list[Tensor] = []  # of each trained token of each update, and what V lacked of it
+        self.errors: list[Tensor] = []
 
     def __call__(self, micro: list[int], tokens: float) -> Tensor:
         """tokens: the mini-batch's, over all ranks and micro-batches, the loss's denominator."""
@@ -177,11 +179,9 @@ class ValueLoss:
             value_bt, None if batch.anchor_BT is None else batch.anchor_BT[part], targets_bt, mask_bt, denominator=tokens,
             clip_low=config.clip_low, clip_high=config.clip_high,
         )  # fmt: skip
-        target, error = targets_bt[mask_bt].double(), targets_bt[mask_bt].double() - value_bt.detach()[mask_bt].double()
-        self.sums.add(
-            n=target.numel(), t=target.sum(), tt=target.square().sum(), e=error.sum(), ee=error.square().sum(),
-            loss=float(total.detach()) * tokens, **stats,
-        )  # fmt: skip
+        self.targets.append(targets_bt[mask_bt].double())
+        self.errors.append(self.targets[-1] - value_bt.detach()[mask_bt].double())
+        self.sums.add(n=len(self.targets[-1]), loss=float(total.detach()) * tokens, **stats)
         return total
 
 
@@ -191,19 +191,18 @@ def update_value(learner: Learner, batch: ValueBatch, plans: Sequence[Plan], *, 
     learner.begin_step()
     for mini_batch, (tokens,) in optimiser_steps(learner, plans, batch.mask_BT):
         learner.update(mini_batch, partial(loss, tokens=tokens), step)
-    total = loss.sums.over_ranks(learner.parallel, ("n", "t", "tt", "e", "ee", "loss", "value_clipped_tokens"))
+    total = loss.sums.over_ranks(learner.parallel, ("n", "loss", "value_clipped_tokens"))
+    nothing = batch.targets_BT.new_zeros(0)
+    target, error = (mean_and_variance(torch.cat([nothing, *parts]), learner.parallel)[2] for parts in (loss.targets, loss.errors))
     n = total["n"]
     return learner.metrics() | {
         "value/tokens": n,
         "value/loss": per(total["loss"], n),
         "value/clipped_share": per(total["value_clipped_tokens"], n),
-        "value/explained_variance": explained_variance(n, total["t"], total["tt"], total["e"], total["ee"]),
+        "value/explained_variance": explained_variance(target, error),
     }
 
 
-def explained_variance(n: float, target: float, target_squares: float, error: float, error_squares: float) -> float:
-    """1 - Var(error) / Var(target) from sums over n tokens; NaN where the targets do not vary, or there are none."""
-    if not n:
-        return math.nan
-    variance = target_squares / n - (target / n) ** 2
-    return 1 - (error_squares / n - (error / n) ** 2) / variance if variance > 1e-12 else math.nan
+def explained_variance(target: float, error: float) -> float:
+    """1 - Var(error) / Var(target), from these variances; NaN where the targets do not vary, or there are none."""
+    return 1 - error / target if target > 1e-12 else math.nan

@@ -57,9 +57,9 @@ def config_markdown() -> str:
 def metrics_markdown() -> str:
     """The glossary of metrics: docs/metrics.md."""
     head = (
-        "# Metrics\n\nMade by `python -m tppo_ref.runs.docs_pages` from tppo_ref/runs/glossary.py. A mean, share or maximum of nothing "
-        "(the score of a\nstep in which no response ended, the loss of a step without an update) is NaN, null in metrics.jsonl; a count "
-        "of nothing is 0.\n\n"
+        "# Metrics\n\nMade by `python -m tppo_ref.runs.docs_pages` from tppo_ref/runs/glossary.py. A mean, share or maximum of "
+        "nothing (the score of a\nstep in which no response ended, the loss of a step without an update) is NaN, null in "
+        "metrics.jsonl; a count of nothing is 0.\n\n"
     )
     return head + glossary_markdown()
 

@@ -92,7 +92,9 @@ GLOSSARY: dict[str, Metric] = {
     "value/updates": Metric("optimiser steps", "step", "updates", "steady"),
     "value/loss": Metric("clipped squared error / 2, token mean", "step", "score^2", "falls"),
     "value/clipped_share": Metric("tokens at which the value clip binds / trained tokens", "step", "share", "below 0.2"),
-    "value/explained_variance": Metric("1 - Var(target - V) / Var(target), V before each update", "step", "1", "above 0"),
+    "value/explained_variance": Metric(
+        "1 - Var(target - V) / Var(target), V before each update; null where Var(target) is below 1e-12", "step", "1", "above 0"
+    ),
     "value/grad_norm": Metric("gradient norm before clipping, mean over updates", "step", "1", "steady"),
     "value/lr": Metric("learning rate", "now", "1", "as set"),
     "eval/accuracy": Metric("share of sampled full-length answers with a score above 0", "evaluation set", "share", "rises"),

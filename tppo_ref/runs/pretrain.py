@@ -148,7 +148,7 @@ def explained_by_position(
         inside = (column >= begin) & (column < stop)
         if bool(inside.any()):
             r, e = target[inside], (target - estimate)[inside]
-            variance = explained_variance(len(r), float(r.sum()), float((r * r).sum()), float(e.sum()), float((e * e).sum()))
+            variance = explained_variance(float(r.var(correction=0)), float(e.var(correction=0)))
             report.append({"from_token": begin, "to_token": stop, "tokens": len(r), "explained_variance": variance})
     return report
 
