@@ -31,6 +31,9 @@ CONFIG = replace_fields(Config(), {
 })  # fmt: skip
 
 
+CONSTANT = replace_fields(CONFIG, {"policy.prefix": "constant", "policy.keep_prefix": True, "value.update": "joint"})
+
+
 class Replay:
     """Engine, batcher and scorer that bring recorded responses."""
 
@@ -121,6 +124,8 @@ def main(folder, out):
     found["no reshard"] = step("no reshard", folder, out, world, "ragged", dataclasses.replace(FULL32, reshard_after_forward=False))
     found["offload"] = step("offload", folder, out, world, "ragged", dataclasses.replace(FULL32, offload=True))
     found["bfloat16"] = step("bfloat16", folder, out, world, "ragged", dataclasses.replace(FULL32, compute_dtype="bfloat16"))
+    for how in ("ragged", "empty"):
+        found[f"constant {how}"] = step(f"constant {how}", folder, out, world, how, algo=CONSTANT)
     two = replace_fields(CONFIG, {"policy.epochs": 2, "value.epochs": 2})
     found["two epochs"] = step("two epochs", folder, out, world, "ragged", algo=two)
 

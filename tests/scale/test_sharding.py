@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scale_helpers import HERE, make_model, run_ranks
-from sharding_worker import CONFIG, Replay
+from sharding_worker import CONFIG, CONSTANT, Replay
 
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.records import End, Prompt, Response
@@ -70,11 +70,15 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def plain(folder):
+    return unsharded(folder, CONFIG)
+
+
+def unsharded(folder, algo):
     """One step of tppo_ref's Trainer on unsharded models: gradients before the clip, weights after, metrics."""
     policy = load_policy(str(folder / "policy"), end_token_id=1)
     value = load_value_model(str(folder / "value"))
     replay = Replay(recorded_rows())
-    trainer = Trainer(CONFIG, policy=policy, value=value, engine=replay, batcher=replay, scorer=replay)
+    trainer = Trainer(algo, policy=policy, value=value, engine=replay, batcher=replay, scorer=replay)
     tensors = {}
     for learner in (trainer.policy_learner, trainer.value_learner):
         for group in learner.optimiser.param_groups:
@@ -110,6 +114,16 @@ def test_the_gradients_are_large_against_the_tolerance(plain, name):
     """Else the test above would hold for gradients of nothing."""
     assert max(float(t.abs().max()) for k, t in plain[1].items() if k.startswith(f"grad.{name}")) > 100 * TOLERANCE
     assert all(float(t.abs().max()) > 0 for k, t in plain[1].items() if k.startswith(f"grad.{name}") and "embed" not in k)
+
+
+@pytest.mark.parametrize("what", ["grad.policy", "grad.value", "new.policy", "new.value"])
+@pytest.mark.parametrize("how", ["ragged", "empty"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_constant_prefix_is_read_by_all_ranks_or_none_and_gives_the_gradient_of_one(results, folder, plain, world, how, what):
+    """Activation checkpointing is on: layers are computed again in the backward pass, against the keys that were kept."""
+    one = unsharded(folder, CONSTANT)[1]
+    assert furthest(results[world][1][f"constant {how}"], one, what) < TOLERANCE
+    assert furthest(one, plain[1], "grad.policy") > 10 * TOLERANCE, "the prefix carried no gradient anyway"
 
 
 @pytest.mark.parametrize("world", [2, 4])
