@@ -150,12 +150,13 @@ def run_one(job: Job) -> list[Row]:
     explained_variance and cut_share are means over the steps since the row before (NaN where no step has one); prefix_tokens and
     decode_steps, sums over the run, stand for what training and decoding cost on a machine of one's own; cpu_s holds everything.
     """
+    from tppo_ref.runs.build import build
     from tppo_ref.runs.session import Session
 
     begin_s, nan = time.process_time(), math.nan
     rows = [job.row(0, accuracy=job.start["eval/accuracy"], length_mean=job.start["eval/length_mean"], explained_variance=nan,
                     cut_share=nan)]  # fmt: skip
-    with tempfile.TemporaryDirectory() as out, contextlib.closing(Session(job.config(out))) as session:
+    with tempfile.TemporaryDirectory() as out, contextlib.closing(Session(build(job.config(out)))) as session:
         trainer, totals = session.trainer, {"decode_steps": 0, "prefix_tokens": 0}
         for mark in range(1, NUM_MARKS + 1):
             explained, cut = [], []
@@ -185,9 +186,9 @@ def mean(numbers: Sequence[float]) -> float:
 
 def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """Base model and pre-trained critic of a task, made once and cached: (the fields of all its runs, the base's evaluation)."""
-    from tppo_ref.runs.build import base_model, make_task
-    from tppo_ref.runs.pretrain import cached_value
+    from tppo_ref.runs.build import base_model, build, make_task
     from tppo_ref.runs.session import Session
+    from tppo_ref.runs.value_cache import cached_value
 
     fields = {**fields, "task.name": task_name}
     config = replace_fields(Config(), fields)
@@ -196,7 +197,7 @@ def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], 
     fields["model.value"] = str(cached_value(replace_fields(Config(), fields), task))
     with tempfile.TemporaryDirectory() as out:
         config = replace_fields(Config(), {**fields, "run.out": out})
-        with contextlib.closing(Session(config)) as session:
+        with contextlib.closing(Session(build(config))) as session:
             session.evaluate()
         return fields, read_metrics(Path(out) / "metrics.jsonl")[-1]
 

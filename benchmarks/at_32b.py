@@ -32,6 +32,7 @@ from benchmarks.common import report
 from benchmarks.overhead import Stopwatch
 from scale.config import ScaleConfig, check
 from scale.distributed import moves
+from scale.group import Group
 from sim.clock.hardware import ModelShape, model
 from sim.clock.lengths import load_lengths
 from sim.clock.plan import PlanConfig, make
@@ -100,7 +101,7 @@ def own_seconds(config: ScaleConfig, natural: Sequence[int]) -> dict[str, Any]:
     stream = SampleStream(prompts, samples_per_prompt=rollout.samples_per_prompt, seed=0)
     engine, policy, value = ReplayEngine(natural, rollout.max_response_tokens), Free(value=False), Free(value=True)
     trainer = Trainer(algo, policy=policy, value=value, engine=engine, scorer=Scores(),
-                      batcher=SuccessiveBatcher(schedule, stream, run_seed=0, part=0, parts=split))  # fmt: skip
+                      batcher=Group(SuccessiveBatcher(schedule, stream, run_seed=0), part=0, parts=split))  # fmt: skip
     free, engine_watch = Stopwatch(), Stopwatch()
     for trained in (trainer.policy_learner, trainer.value_learner):
         free.wrap(trained.optimiser, "step")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tppo_ref.runs.session import processor
+from tppo_ref.runs.versions import processor
 
 RESULTS = Path(__file__).parent / "results"
 

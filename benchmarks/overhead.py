@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.common import report
 from tppo_ref.loop.trainer import Trainer
+from tppo_ref.runs.build import build
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import parse, replace_fields
 from tppo_ref.runs.session import Session
@@ -59,7 +60,7 @@ def models_and_engine(trainer: Trainer) -> Iterator[Stopwatch]:
     """Seconds that a Trainer spends in models (forward, backward, gradient clipping, optimiser) and engine."""
     watch = Stopwatch()
     watch.wrap(trainer.parallel, "grad_norm")
-    for name in ("submit", "step", "rest", "load_weights"):
+    for name in ("submit", "step", "sleep", "load_weights"):
         watch.wrap(trainer.engine, name)
     for learner in (trainer.policy_learner, trainer.value_learner):
         watch.wrap(learner.optimiser, "step")
@@ -82,7 +83,7 @@ def models_and_engine(trainer: Trainer) -> Iterator[Stopwatch]:
 
 
 def measure(config: Config, steps: int) -> dict[str, float]:
-    session = Session(config)
+    session = Session(build(config))
     trainer = session.trainer
     process, memory, totals = psutil.Process(), [], {"step_s": 0.0, "busy": 0.0}
     with models_and_engine(trainer) as watch:

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from benchmarks.common import report
 from benchmarks.overhead import Stopwatch, growth, models_and_engine
+from scale.build import with_base_model
 from scale.config import ScaleConfig, check
 from scale.distributed import Collective, start
-from scale.run import ScaleSession, with_base_model
+from scale.run import open_session
 from tppo_ref.rollout import attention
 from tppo_ref.runs.parsing import parse
 
@@ -59,18 +60,18 @@ def measure(steps: int) -> dict[str, Any]:
         arguments = ["--config", str(TINY), "--algo.run.out", out, "--algo.run.checkpoint_every", "0"]
         config = check(parse(ScaleConfig, arguments, prog="scale_overhead"))
         torch.set_num_threads(config.algo.run.threads)
-        session = ScaleSession(with_base_model(config, Collective(world)), world)
+        session = open_session(with_base_model(config, Collective(world)), world)
         process, memory, total_s = psutil.Process(), [], 0.0
         waiting, verifying, counts = Stopwatch(), Stopwatch(), Counter[str]()
         for name in ("sum", "max", "gather_objects"):
-            waiting.wrap(session.parallel, name)
+            waiting.wrap(session.parts.parallel, name)
         for name in ("submit", "collect"):
-            verifying.wrap(session.scorer, name)
+            verifying.wrap(session.parts.scorer, name)
         count_padding(counts)
         with models_and_engine(session.trainer) as watch:
             for _ in tqdm(range(steps), desc="cpu-tiny", unit="step", disable=world.rank > 0):
                 begin = time.perf_counter()
-                session._step()
+                session.step()
                 total_s += time.perf_counter() - begin
                 memory.append(process.memory_info().rss)
         session.close()

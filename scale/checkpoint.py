@@ -1,8 +1,8 @@
 """Distributed checkpoints: shards of both models and optimisers, and every response exactly once, on any number of ranks.
 
 A checkpoint is a folder `step-00000120`: `shards/` (torch.distributed.checkpoint: each rank writes its own), `rank-00003.json` per
-rank (in-flight and held responses, the sample stream, the ledger), and a manifest, which is written last, after every rank is done.
-A folder without one is not a checkpoint. Writing the shards goes on in the background while the next step runs.
+rank (its Trainer's state: in-flight and held responses, the sample stream, the ledger), and a manifest, which is written last,
+after every rank is done. A folder without one is not a checkpoint. Shards are written in the background while the next step runs.
 """
 
 from __future__ import annotations
@@ -27,19 +27,42 @@ from scale.sharding import gathered
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel, ValueModel
-from tppo_ref.runs.checkpoint import MANIFEST, complete_checkpoints, file_digest
+from tppo_ref.runs import checkpoint as local
+from tppo_ref.runs.checkpoint import (
+    REMEDY,
+    clear_for,
+    complete_checkpoints,
+    file_digest,
+    refuse_changed,
+    remove_all_but,
+)
 
-REMEDY = "remove this folder to go on from the one before"
 
-
-class Checkpointer:
+class DistributedCheckpointer:
     """Writes checkpoints of a run, one at a time, in the background. All ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, world: World, config: ScaleConfig, *, newest: Path | None = None):
-        self.folder, self.world, self.config, self._newest = folder, world, config, newest
+    def __init__(self, folder: Path, world: World, config: ScaleConfig):
+        self.folder, self.world, self.config = folder, world, config
+        self._newest: Path | None = None
         timeout = datetime.timedelta(seconds=config.cluster.timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)  # the background write talks on its own group
         self._pending: tuple[Any, Path, Path] | None = None
+
+    def complete(self) -> list[Path]:
+        """As the first rank sees them: a shared disk may not show every rank the same."""
+        return self._everyones(complete_checkpoints(self.folder))[0]
+
+    def saved_config(self, checkpoint: Path) -> dict[str, Any]:
+        """Every file is compared with the manifest by the first rank; what it refuses, all refuse."""
+        found: dict[str, Any] | str = ""
+        try:
+            found = read_manifest(checkpoint)["config"] if self.world.rank == 0 else ""
+        except UserError as error:
+            found = str(error)
+        found = self._everyones(found)[0]
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
 
     def save(self, trainer: Trainer) -> Path:
         """Begin writing `folder/step-N`; `poll`, `finish` or the next `save` makes it a checkpoint. Returns its path to be."""
@@ -52,12 +75,9 @@ class Checkpointer:
         failure = ""
         try:
             if self.world.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob(".unfinished-*"):
-                    shutil.rmtree(stale, ignore_errors=True)
-                beside.mkdir()
+                clear_for(beside)
             self._agree("")
-            rank_state = rank_state_of(trainer, self.world)
+            rank_state = {"trainer": trainer.state_dict()}
             (beside / f"rank-{self.world.rank:05d}.json").write_text(json.dumps(rank_state))
             state = model_state(trainer)
         except OSError as error:
@@ -88,11 +108,38 @@ class Checkpointer:
                 write_manifest(beside, self.config, self.world)
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(beside, final)
-                for old in complete_checkpoints(self.folder)[: -self.config.algo.run.checkpoints_kept]:
-                    shutil.rmtree(old, ignore_errors=True)
+                remove_all_but(self.folder, self.config.algo.run.checkpoints_kept)
             except OSError as error:
                 failure = error.strerror or str(error)
         self._agree(failure, final)
+
+    def load(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Bring a freshly built trainer to what was saved, on any number of ranks. All ranks take part.
+
+        On the same ranks and groups everything is as it was. On others, in-flight and held responses and unissued samples are dealt
+        anew, none lost and none twice, and the first rank takes over the counts, of which only the sums mean anything.
+        """
+        world, saved_on = self.world, read_manifest(checkpoint, digests=False)["world"]
+        same = (saved_on["world"], saved_on["tensor_parallel"]) == (world.world, world.tensor_parallel)
+        first = world.engine * world.tensor_parallel if same else 0  # in-flight responses are long: no rank reads more than it must
+        ranks = range(first, first + world.tensor_parallel) if same else range(saved_on["world"])
+        states = [json.loads((checkpoint / f"rank-{rank:05d}.json").read_text()) for rank in ranks]
+        shards = model_state(trainer)
+        try:
+            dcp.load(shards, checkpoint_id=str(checkpoint / "shards"))
+            trainer.load_state_dict([state["trainer"] for state in states], own=world.part if same else None)
+            for learner in (trainer.policy_learner, trainer.value_learner):
+                saved = shards[learner.name]
+                set_state_dict(
+                    learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"]
+                )
+                if not learner.num_updates:  # never updated: what was saved is the filling
+                    learner.optimiser.state.clear()
+            if trainer.ewma is not None:
+                set_model_state_dict(trainer.ewma.module, shards["ewma"])
+        except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
+            raise UserError(f"checkpoint {checkpoint}: does not fit this run ({reason(error)})") from None
+        self._newest = checkpoint
 
     def _agree(self, failure: str, final: Path | None = None) -> None:
         found = [(rank, text) for rank, text in enumerate(self._everyones(failure)) if text]
@@ -129,27 +176,15 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def rank_state_of(trainer: Trainer, world: World) -> dict[str, Any]:
-    """What this rank alone knows, in plain JSON types."""
-    return {
-        "rank": world.rank, "world": world.world, "tensor_parallel": world.tensor_parallel,
-        "trainer": trainer.state_dict(),
-    }  # fmt: skip
-
-
 def write_manifest(folder: Path, config: ScaleConfig, world: World) -> None:
     """Sizes of the shards (hashing terabytes would take longer than writing them), digests of the small files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
+    local.write_manifest(folder, {
         "config": dataclasses.asdict(config),
         "world": dataclasses.asdict(world),
         "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         "sha256": {path.name: file_digest(path) for path in files if path.suffix == ".json"},
-    }
-    with (folder / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    })  # fmt: skip
 
 
 def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
@@ -158,43 +193,16 @@ def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     digests   also read the small files whole and compare them; one rank is enough
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = local.read_manifest(folder)
         for name, size in manifest["bytes"].items():
             found = (folder / name).stat().st_size
             if found != size:
                 raise UserError(f"checkpoint {folder}: {name} has {found} bytes, {size} were written; {REMEDY}")
         for name, digest in manifest["sha256"].items() if digests else ():
-            if file_digest(folder / name) != digest:
-                raise UserError(f"checkpoint {folder}: {name} is not what was written; {REMEDY}")
+            refuse_changed(folder, name, digest)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder}: cannot be read ({error}); {REMEDY}") from None
-
-
-def load_checkpoint(trainer: Trainer, folder: Path, world: World) -> None:
-    """Bring a freshly built trainer to what was saved, on any number of ranks. All ranks take part.
-
-    On the same ranks and groups everything is as it was. On others, in-flight and held responses and unissued samples are dealt
-    anew, none lost and none twice, and the first rank takes over the counts, of which only the sums mean anything.
-    """
-    saved_on = read_manifest(folder, digests=False)["world"]
-    same = (saved_on["world"], saved_on["tensor_parallel"]) == (world.world, world.tensor_parallel)
-    first = world.engine * world.tensor_parallel if same else 0  # in-flight responses are long: no rank reads more than it must
-    ranks = range(first, first + world.tensor_parallel) if same else range(saved_on["world"])
-    states = [json.loads((folder / f"rank-{rank:05d}.json").read_text()) for rank in ranks]
-    state = model_state(trainer)
-    try:
-        dcp.load(state, checkpoint_id=str(folder / "shards"))
-        for learner in (trainer.policy_learner, trainer.value_learner):
-            saved = state[learner.name]
-            set_state_dict(learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"])
-            if not states[0]["trainer"]["learners"][learner.name]["num_steps"]:  # never updated: what was saved is the filling
-                learner.optimiser.state.clear()
-        if trainer.ewma is not None:
-            set_model_state_dict(trainer.ewma.module, state["ewma"])
-    except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
-        raise UserError(f"checkpoint {folder}: does not fit this run ({reason(error)})") from None
-    trainer.load_state_dict([s["trainer"] for s in states], own=world.part if same else None)
 
 
 def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Literal
 
 from scale.rewards import GRADE
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.config import FIXED_ON_RESUME as FIXED_ALGO
 from tppo_ref.runs.config import Config, apply_method
-from tppo_ref.runs.parsing import get_field
+from tppo_ref.runs.parsing import field_paths, get_field
 from tppo_ref.runs.validation import check as check_algo
 
 
@@ -127,6 +128,22 @@ class ScaleConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+
+PROBE = {"float32": (1e-4, 1e-3), "bfloat16": (0.03, 0.3)}  # mean and top-1 % gap; bfloat16 is unconfirmed until a GPU run
+
+FIXED_ON_RESUME = tuple(
+    path for path in field_paths(ScaleConfig)
+    if path.removeprefix("algo.") in FIXED_ALGO or path in ("engine.kind", "engine.dtype", "sharding.compute_dtype")
+    or path.startswith(("data.", "reward."))
+)  # fmt: skip
+"""What is computed. The rest says where and how long: ranks, groups and machines may change with a restart."""
+
+
+def thresholds(config: ScaleConfig) -> tuple[float, float]:
+    """(mean, top-1 %) gap above which the probe refuses to train."""
+    mean, top = PROBE[config.engine.dtype if config.sharding.compute_dtype == "float32" else "bfloat16"]
+    return config.engine.probe_mean or mean, config.engine.probe_top_percent or top
 
 
 def own_base_model(config: ScaleConfig) -> bool:

@@ -1,27 +1,16 @@
-"""avg@k and pass@k on a fixed set of prompts, with intervals over prompts, stand-alone and inside a run."""
+"""avg@k and pass@k on a fixed set of prompts, with intervals over prompts: what a cluster's evaluation adds to tppo_ref's."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.special
 import scipy.stats
 
-from scale.config import ScaleConfig
-from scale.distributed import World
-from tppo_ref.loop.parallel import Parallel
-from tppo_ref.loop.trainer import Scorer
-from tppo_ref.method.records import Prompt, Response
-from tppo_ref.rollout.engine import RolloutEngine
-from tppo_ref.runs.evaluate import EVALUATION_SEED, sample_answers, summary
+from tppo_ref.method.records import Response
 from tppo_ref.runs.glossary import Metric
-from tppo_ref.tasks import Task
 
 OVER, ENDS = "evaluation prompts", "95 % bootstrap over prompts"
 GLOSSARY = {
@@ -57,44 +46,15 @@ def interval(per_prompt: Sequence[float]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def accuracy_metrics(answers: Sequence[Response], samples: int) -> dict[str, float]:
-    """avg@k and pass@k (k = samples) with their 95 % intervals over prompts."""
+def accuracy_metrics(answers: Sequence[Response]) -> dict[str, float]:
+    """avg@k and pass@k (k = answers per prompt) with their 95 % intervals over prompts."""
     right: dict[int, list[bool]] = {}
     for answer in answers:
         right.setdefault(answer.prompt.id, []).append((answer.score or 0.0) > 0)
+    (samples,) = {len(r) for r in right.values()}
     averages = [float(np.mean(r)) for r in right.values()]
-    passes = [pass_at(samples, len(r), sum(r)) for r in right.values()]
+    passes = [pass_at(samples, samples, sum(r)) for r in right.values()]
     metrics = {"eval/avg_at_k": float(np.mean(averages)), "eval/pass_at_k": float(np.mean(passes)), "eval/k": samples}
     for name, values in (("avg", averages), ("pass", passes)):
         metrics[f"eval/{name}_at_k_low"], metrics[f"eval/{name}_at_k_high"] = interval(values)
     return metrics
-
-
-def evaluate(
-    engine: RolloutEngine, scorer: Scorer, prompts: Sequence[Prompt], config: ScaleConfig, world: World, parallel: Parallel
-) -> tuple[dict[str, float], list[Response]]:
-    """The eval/ metrics and the answers of all ranks, in the order of the samples. All ranks take part."""
-    begin = time.perf_counter()
-    samples = config.algo.run.eval_samples
-    slots = config.algo.rollout.slots // world.num_engines
-    answers, failures = sample_answers(
-        engine, scorer, prompts, samples_per_prompt=samples, slots=slots,
-        max_response_tokens=config.algo.rollout.max_response_tokens, seed=EVALUATION_SEED,
-        rank=world.engine, world=world.num_engines, part=world.part, parts=world.tensor_parallel,
-    )  # fmt: skip
-    unread: dict[str, Any] = {"logprobs": [], "versions": [], "values": []}  # several times the bytes of what is
-    gathered = parallel.gather_objects([a.state_dict() | unread for a in answers])
-    everyones = sorted((Response.from_state_dict(a) for part in gathered for a in part), key=lambda a: a.id)
-    (failures,) = (int(x) for x in parallel.sum([failures]))
-    metrics = summary(everyones, failures) | accuracy_metrics(everyones, samples)
-    return metrics | {"eval/time_s": parallel.max([time.perf_counter() - begin])[0]}, everyones
-
-
-def write_texts(path: Path, answers: Sequence[Response], task: Task) -> None:
-    """Prompts and answers as people read them, one JSON object a line."""
-    rows: list[dict[str, Any]] = [
-        {"prompt": task.describe(a.prompt.token_ids), "answer": a.prompt.answer, "response": task.describe(a.token_ids),
-         "end": a.end.name, "score": a.score, "tokens": len(a)}
-        for a in answers
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -121,9 +121,9 @@ def work(command: str, config: object) -> int:
     from tqdm import tqdm
 
     from scale import commands, shutdown
+    from scale.build import with_base_model
     from scale.config import ScaleConfig
     from scale.distributed import Collective, start
-    from scale.run import with_base_model
     from tppo_ref.method.errors import UserError
 
     assert isinstance(config, ScaleConfig)

@@ -1,4 +1,4 @@
-"""Scores: math-verify as a verifier for tppo_ref's killable processes, and the shaping of scores in training.
+"""Scores: math-verify as a verifier for tppo_ref's killable processes.
 
 `verify_math` and `grade` are what the verifier's processes import, so nothing here imports torch or vLLM at the top.
 """
@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from scale.answers import parse, same
 from tppo_ref.tasks.numerals import COUNTING_WORD
-
-if TYPE_CHECKING:
-    from scale.config import RewardConfig
-    from tppo_ref.method.records import Response
-
 
 NO_ANSWER = -2.0  # what `grade` says of a response in which no answer can be found
 GRADE = "scale.rewards:grade"
@@ -108,16 +102,3 @@ def _closing(text: str, begin: int, end: int) -> int | None:
         if depth == 0:
             return i
     return None
-
-
-def shaped(score: float, response: Response, config: RewardConfig, *, cap: int, answered: bool) -> float:
-    """The score that the policy is trained on: the verifier's, less what length and a missing answer cost.
-
-        score - penalty x min(1, max(0, L - (cap - buffer)) / buffer) - format_penalty [no answer]       L: response tokens
-
-    The soft overlong penalty of DAPO (arXiv 2503.14476, eq. 13): 0 up to cap - buffer, `overlong_penalty` at the cap.
-    """
-    if config.overlong_buffer:
-        over = max(0, len(response) - (cap - config.overlong_buffer))
-        score -= config.overlong_penalty * min(1.0, over / config.overlong_buffer)
-    return score - (0.0 if answered else config.format_penalty)

@@ -26,6 +26,7 @@ from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.decode_load import DecodeStep, ObservedEngine, decode_steps
 from tppo_ref.rollout.engine import Decoded
 from tppo_ref.rollout.torch_engine import DONE, LENGTH
+from tppo_ref.runs.build import build
 from tppo_ref.runs.checkpoint import MANIFEST
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
@@ -127,7 +128,7 @@ def _cache(tmp_path_factory) -> Path:
 
 def session_of(out: Path, cache: Path, method: str = "tppo", **run: object) -> Session:
     fields = TINY | {"run.out": str(out), "run.cache": str(cache)} | {f"run.{k}": v for k, v in run.items()}
-    return Session(apply_method(replace_fields(Config(), fields), method, strict=False))
+    return Session(build(apply_method(replace_fields(Config(), fields), method, strict=False)))
 
 
 def train(session: Session) -> Path:
@@ -160,7 +161,7 @@ def _runs(tmp_path_factory, cache) -> dict[str, tuple[Path, list, list]]:
     found = {}
     for method in ("tppo", "ppo"):
         session = session_of(tmp_path_factory.mktemp("run") / method, cache, method, steps=14)
-        seen, seen_eval = spy_on(session.trainer.engine), spy_on(session.eval_engine)
+        seen, seen_eval = spy_on(session.trainer.engine), spy_on(session.parts.evaluator.sampler.engine)
         found[method] = (train(session), seen, seen_eval)
     return found
 

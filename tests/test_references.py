@@ -12,11 +12,10 @@ from tppo_ref.__main__ import main
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
+from tppo_ref.runs.commands import pretrain_value, train
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.pretrain import pretrain_value
 from tppo_ref.runs.references import FILE, leave_out_bad_references
-from tppo_ref.runs.session import train
 from tppo_ref.tasks import load_task
 from tppo_ref.tasks.references import BadReference, failing_references
 from tppo_ref.tasks.verifier import Score, Verifier

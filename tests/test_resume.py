@@ -22,7 +22,8 @@ from helpers import one_thread  # noqa: F401  (a fixture)
 from safetensors import SafetensorError
 
 from tppo_ref.method.errors import UserError
-from tppo_ref.runs.checkpoint import MANIFEST, complete_checkpoints
+from tppo_ref.runs.build import build
+from tppo_ref.runs.checkpoint import FORMAT, MANIFEST, complete_checkpoints
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
@@ -63,10 +64,10 @@ def train(config: Config) -> Path:
     """As `run.train`; whoever comes next in this process gets another torch random state."""
     torch.set_num_threads(1)  # as __main__ does: sums over another number of threads are other sums
     torch.manual_seed(random.randrange(2**31))
-    session = Session(config)
+    session = Session(build(config))
     try:
         session.train()
-        return complete_checkpoints(session.checkpoints)[-1]
+        return complete_checkpoints(session.out / "checkpoints")[-1]
     finally:
         session.close()
 
@@ -244,8 +245,8 @@ def resume(out: Path, cache: Path, steps: int = 3) -> Path:
 def rewrite_manifest(folder: Path) -> None:
     """As if the files had been written like that."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
-    manifest = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    digests = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": digests}))
 
 
 def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
@@ -299,7 +300,19 @@ def test_a_manifest_that_is_garbage_is_one_line_that_names_the_checkpoint(conten
     one_line(error, "step-00000002")
 
 
-@pytest.mark.parametrize("content", ["garbage", "{}", "[]", "null", '{"config": {}}'])
+def test_a_checkpoint_of_another_format_is_one_line_with_the_remedy(run_folder, cache):
+    """Not the remedy of a broken one: all the checkpoints before it are of that format, too."""
+    newest = run_folder / "checkpoints" / "step-00000002"
+    digests = json.loads((newest / MANIFEST).read_text())["sha256"]
+    for manifest, number in ((digests, 1), ({"format": FORMAT + 1, "sha256": digests}, FORMAT + 1)):  # 1 had no number
+        (newest / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(UserError) as error:
+            resume(run_folder, cache)
+        one_line(error, "step-00000002", f"got format {number}; expected {FORMAT};", "another run.out")
+        assert "remove" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["garbage", "{}", "[]", "null", '{"config": {}}', '{"config": {}, "trainer": {}}'])
 def test_a_state_that_is_garbage_is_one_line_even_where_the_manifest_fits(content, run_folder, cache):
     newest = run_folder / "checkpoints" / "step-00000002"
     (newest / "state.json").write_text(content)
@@ -356,7 +369,7 @@ def test_only_the_newest_checkpoints_are_kept_and_saving_the_same_step_again_kee
 
 def test_a_number_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tmp_path, cache):
     out = tmp_path / "run"
-    session = Session(config_of("tppo", out, cache, steps=9, checkpoint_every=1))
+    session = Session(build(config_of("tppo", out, cache, steps=9, checkpoint_every=1)))
     real = session.trainer.step
 
     def step():
@@ -378,7 +391,7 @@ def test_a_number_that_is_not_finite_stops_and_names_the_last_good_checkpoint(tm
 
 def test_weights_that_an_update_spoilt_are_not_saved_and_the_checkpoint_before_stays(tmp_path, cache):
     out = tmp_path / "run"
-    session = Session(config_of("tppo", out, cache, steps=9, checkpoint_every=0))
+    session = Session(build(config_of("tppo", out, cache, steps=9, checkpoint_every=0)))
     try:
         session.trainer.step()
         good = session.save()
@@ -396,7 +409,7 @@ def test_weights_that_an_update_spoilt_are_not_saved_and_the_checkpoint_before_s
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("write failed"), SafetensorError("I/O")])
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before_and_no_remains(failure, tmp_path, cache, monkeypatch):
     out = tmp_path / "run"
-    session = Session(config_of("tppo", out, cache, steps=9, checkpoint_every=0))
+    session = Session(build(config_of("tppo", out, cache, steps=9, checkpoint_every=0)))
     try:
         session.trainer.step()
         good = session.save()

@@ -33,7 +33,7 @@ from tppo_ref.method.records import End
 from tppo_ref.rollout.packing import TokenBatch
 from tppo_ref.rollout.torch_engine import TorchEngine
 from tppo_ref.runs.config import METHODS
-from tppo_ref.runs.evaluate import evaluate
+from tppo_ref.runs.evaluate import Evaluation, Evaluator, Sampler
 from tppo_ref.runs.glossary import GLOSSARY, glossary_markdown
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -691,8 +691,12 @@ def logged() -> dict[str, set[str]]:
         trainer = make_trainer(method)
         names[method] = set().union(*(trainer.step() for _ in range(2)))
     engine = TorchEngine(trainer.policy_learner.module, slots=4, max_context_tokens=24, end_token_id=END_ID)
-    metrics, _ = evaluate(engine, ToyScorer(), make_prompts(6), samples_per_prompt=1, slots=4, max_response_tokens=20)
-    return names | {"evaluation": set(metrics)}
+    return names | {"evaluation": set(evaluate(engine, 6, 1).metrics)}
+
+
+def evaluate(engine: TorchEngine, num_prompts: int, samples: int) -> Evaluation:
+    sampler = Sampler(engine=engine, scorer=ToyScorer(), slots=engine.slots, max_response_tokens=20)
+    return Evaluator(sampler=sampler, prompts=make_prompts(num_prompts), samples_per_prompt=samples)()
 
 
 def test_every_metric_of_the_glossary_is_logged_and_nothing_else(logged):
@@ -709,17 +713,15 @@ def test_an_evaluation_answers_each_prompt_and_sample_whole_and_always_the_same(
     engine = TorchEngine(trainer.policy_learner.module, slots=3, max_context_tokens=24, end_token_id=END_ID)
     other = TorchEngine(trainer.policy_learner.module, slots=7, max_context_tokens=24, end_token_id=END_ID)
     prompts = make_prompts(7)
-    results = [
-        evaluate(e, ToyScorer(), prompts, samples_per_prompt=3, slots=e.slots, max_response_tokens=20)
-        for e in (engine, engine, other)
-    ]
-    metrics, answers = results[0]
+    results = [evaluate(e, 7, 3) for e in (engine, engine, other)]
+    metrics, answers, decode_steps = results[0]
     assert collections.Counter(r.prompt.id for r in answers) == {p.id: 3 for p in prompts}
     assert all(r.ended for r in answers)
     assert metrics["eval/accuracy"] == sum(score_of(r) > 0 for r in answers) / 21
     assert metrics["eval/length_mean"] == pytest.approx(sum(map(len, answers)) / 21)
     assert metrics["eval/capped_share"] == sum(r.end is End.LENGTH_CAP for r in answers) / 21
-    for _, again in results[1:]:
+    assert sum(step.active for step in decode_steps) == sum(map(len, answers))
+    for _, again, _ in results[1:]:
         assert [r.token_ids for r in again] == [r.token_ids for r in answers]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import collections
 import logging
-import types
 
 import pytest
 
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.session import Session
+from tppo_ref.runs.watch import Watch
 
 WELL = {
     "response/rows": 10, "response/ended": 6, "response/cut_share": 0.4, "response/capped_share": 0.0, "policy/staleness_max": 0,
@@ -19,13 +17,10 @@ WELL = {
 
 
 def warnings_of(caplog, metrics, *, step=1, **fields):
-    session = types.SimpleNamespace(
-        config=replace_fields(Config(), {f"run.{name}": value for name, value in fields.items()}),
-        trainer=types.SimpleNamespace(num_steps=step), _warned=collections.Counter(),
-    )  # fmt: skip
+    watch = Watch(replace_fields(Config(), {f"run.{name}": value for name, value in fields.items()}))
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="tppo_ref"):
-        Session._warn(session, WELL | metrics)
+        watch(step, WELL | metrics)
     return [record.getMessage() for record in caplog.records]
 
 

@@ -14,7 +14,7 @@ from tppo_ref.runs.validation import check
 
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
-    from tppo_ref.runs.session import train as run_train
+    from tppo_ref.runs.commands import train as run_train
 
     config = apply_method(config, config.run.method, given=given)
     check(config)
@@ -30,21 +30,21 @@ def compare(config: Config, given: set[str]) -> None:
 
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
-    from tppo_ref.runs.pretrain import pretrain_value as run_pretrain
+    from tppo_ref.runs.commands import pretrain_value as run_pretrain
 
     run_pretrain(config)
 
 
 def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
-    from tppo_ref.runs.evaluate import evaluate_policy
+    from tppo_ref.runs.commands import evaluate as run_evaluation
 
-    evaluate_policy(config)
+    run_evaluation(config)
 
 
 def check_data(config: Config, given: set[str]) -> int:
     """Verify each reference of a prompt file (check-data FILE, or --task.path) against itself; exit code 1 where one fails."""
-    from tppo_ref.runs.references import check_data as run_check
+    from tppo_ref.runs.commands import check_data as run_check
 
     return run_check(config)
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from scale.config import ScaleConfig, check
 from scale.distributed import start
-from scale.run import ScaleSession
+from scale.run import open_session
 from tppo_ref.method.records import Response, WindowSlice
+from tppo_ref.runs.build import build
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
@@ -44,8 +45,8 @@ class Replay:
         return self.slices
 
     @property
-    def own_in_flight(self):
-        return [s.response for s in self.slices if not s.response.ended]
+    def in_flight(self):
+        return {s.response.id: s.response for s in self.slices if not s.response.ended}
 
     def submit(self, response):
         raise AssertionError("a replay ends nothing")
@@ -67,12 +68,12 @@ def main(policy, value, problems, out, steps, kind):
     for name in ("scale", "ref"):
         algo = replace_fields(Config(), fields | {"run.out": str(Path(out) / name)})
         if name == "ref":
-            session = Session(algo)
+            session = Session(build(algo))
             if kind == "vllm":
                 session.trainer.batcher = session.trainer.scorer = Replay(windows)
         else:
             config = check(replace_fields(ScaleConfig(), {"engine.kind": kind}))
-            session = ScaleSession(replace_algo(config, algo), world)
+            session = open_session(replace_algo(config, algo), world)
         rows = []
         for _ in range(steps):
             rows.append(session.trainer.step())
@@ -83,7 +84,7 @@ def main(policy, value, problems, out, steps, kind):
             if name == "scale":
                 windows.append([(s.response.state_dict(), s.begin, s.stop) for s in session.trainer.slices])
         found[name] = rows
-        session.scorer.close()
+        session.parts.scorer.close()
     return found
 
 

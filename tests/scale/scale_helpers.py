@@ -209,7 +209,7 @@ def in_flight(checkpoint: Path) -> dict[int, dict]:
     """The responses of a checkpoint by id; twice the same one fails."""
     found: dict[int, dict] = {}
     for file in sorted(checkpoint.glob("rank-*.json")):
-        for response in json.loads(file.read_text())["batcher"]["in_flight"]:
+        for response in json.loads(file.read_text())["trainer"]["batcher"]["in_flight"]:
             assert response["id"] not in found, "one response, two ranks"
             found[response["id"]] = response
     return found
@@ -249,7 +249,7 @@ def check_no_sample_skipped(out: Path) -> None:
     newest = complete_checkpoints(out / "checkpoints")[-1]
     ended, flying = ended_by(out, step_of(newest)), set(in_flight(newest))
     assert not ended & flying
-    streams = [json.loads(file.read_text())["batcher"]["stream"] for file in newest.glob("rank-*.json")]
+    streams = [json.loads(file.read_text())["trainer"]["batcher"]["stream"] for file in newest.glob("rank-*.json")]
     backlog = {sample for stream in streams for sample in stream["backlog"]}
     for sample in range(min(stream["next"] for stream in streams)):
         assert sample in ended | flying | backlog, sample

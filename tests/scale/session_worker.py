@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 from scale.config import ScaleConfig, check
 from scale.distributed import World, start
-from scale.run import ScaleSession
+from scale.run import open_session
 from scale.sharding import gathered
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.parsing import parse
 
 
 def run(arguments: list[str], world: World, averaged: str | None) -> None:
-    session = ScaleSession(check(parse(ScaleConfig, arguments, prog="test")), world)
+    session = open_session(check(parse(ScaleConfig, arguments, prog="test")), world)
     try:
         if averaged:
             ewma = session.trainer.ewma

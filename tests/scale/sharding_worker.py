@@ -43,7 +43,7 @@ class Replay:
         self.recorded = [WindowSlice(r, r.window_starts[-1], len(r)) for r in responses]
         self.num_steps, self.slot_steps = 8, 8.0 * len(responses)
         self.num_generated_tokens = sum(s.stop - s.begin for s in self.recorded)
-        self.own_in_flight = [r for r in responses if not r.ended]
+        self.in_flight = {r.id: r for r in responses if not r.ended}
 
     def window(self, engine, *, version=0, on_end=None):
         return self.recorded

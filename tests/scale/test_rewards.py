@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from scale_helpers import HERE, require, shared_data
 
 from scale.config import RewardConfig
-from scale.rewards import NO_ANSWER, final_answer, grade, shaped, verify_math
+from scale.rewards import GRADE, NO_ANSWER, final_answer, grade, verify_math
+from scale.shaping import Shaped, shaped
 from tppo_ref.method.records import Prompt, Response
 from tppo_ref.tasks.verifier import Verifier
 
@@ -201,19 +203,13 @@ def test_math_verify_works_in_the_killable_process_and_a_hard_text_cannot_hold_i
     assert set(scores) == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("shaping", [True, False])
-def test_only_the_built_in_grader_says_that_there_is_no_answer(shaping):
-    """A user's verifier may score below -1, and with exactly the grader's sign: the score stays, in training and in evaluation."""
-    from scale.config import RewardConfig
-    from scale.rewards import GRADE, NO_ANSWER
-    from scale.run import ShapingScorer
-    from tppo_ref.method.records import Prompt, Response
-
-    response = Response(id=0, prompt=Prompt(id=0, token_ids=(1,), answer=""), sample_index=0, token_ids=[1, 2])
-    scorer = ShapingScorer.__new__(ShapingScorer)
-    scorer.rewards, scorer.cap, scorer.shaping = RewardConfig(format_penalty=0.25), 10, shaping
-    scorer.graded = False
-    assert [scorer._final(score, response) for score in (NO_ANSWER, -5.0, 1.0)] == [NO_ANSWER, -5.0, 1.0]
-    scorer.graded = True
-    assert scorer._final(NO_ANSWER, response) == (-1.25 if shaping else -1.0)
+def test_only_the_built_in_grader_says_that_there_is_no_answer():
+    """A user's verifier may score below -1, and with exactly the grader's sign: such a score stays. The grader's is a wrong answer."""
+    scores = {0: (NO_ANSWER, "ok"), 1: (-5.0, "ok"), 2: (1.0, "timeout")}
+    verifier = types.SimpleNamespace(submit=lambda response: None, collect=lambda: scores)
+    for graded, no_answer in ((False, NO_ANSWER), (True, -1.25)):
+        scorer = Shaped(verifier, RewardConfig(format_penalty=0.25), cap=10, graded=graded)
+        for id in scores:
+            scorer.submit(Response(id=id, prompt=Prompt(id=0, token_ids=(1,), answer=""), sample_index=0, token_ids=[1, 2]))
+        assert scorer.collect() == {0: (no_answer, "ok"), 1: (-5.0, "ok"), 2: (1.0, "timeout")}
     assert GRADE.partition(":")[2] == "grade"

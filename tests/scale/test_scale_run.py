@@ -293,7 +293,7 @@ def test_every_ended_response_trains_the_value_model_once_or_is_held(resumed):
     ended = len(responses_of(out))
     assert sum(row["value/responses"] for row in rows) + rows[-1]["value/held"] == ended
     at = next(row for row in rows if row["step"] == step_of(newest))
-    held = [r["id"] for file in newest.glob("rank-*.json") for r in json.loads(file.read_text())["held"]]
+    held = [r["id"] for file in newest.glob("rank-*.json") for r in json.loads(file.read_text())["trainer"]["held"]]
     assert at["value/held"] == len(held) == len(set(held))
     assert any(row["value/held"] > 0 for row in rows), "nothing was ever held"
 
@@ -482,7 +482,8 @@ def test_each_response_of_a_group_is_trained_by_one_of_its_ranks(groups):
         for name in ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5, nan_ok=True), name
     shares = [
-        json.loads(f.read_text())["batcher"]["in_flight"] for f in sorted((groups / "tp2").glob("checkpoints/step-*4/rank-*.json"))
+        json.loads(f.read_text())["trainer"]["batcher"]["in_flight"]
+        for f in sorted((groups / "tp2").glob("checkpoints/step-*4/rank-*.json"))
     ]
     assert len(shares) == 2
     assert all(shares), "one rank trains everything"

@@ -20,7 +20,7 @@ from typing import Any
 from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.method.records import End, WindowSlice
-from tppo_ref.rollout.batcher import SuccessiveBatcher
+from tppo_ref.rollout.batcher import Batcher
 
 OUTCOMES = ("trained", "excluded_tail", "excluded_warmup")
 
@@ -66,7 +66,7 @@ class Ledger:
             response.score, status = scores[response.id]
             self.verdicts[status] += 1
 
-    def settle(self, rows: Rows, batcher: SuccessiveBatcher, *, warming_up: bool, sampled_with: int) -> dict[str, float]:
+    def settle(self, rows: Rows, batcher: Batcher, *, warming_up: bool, sampled_with: int) -> dict[str, float]:
         """Enter a step's rows, and return the ledger/ and policy/ metrics of what was trained, how old it was, what was fed.
 
         warming_up     whether the value model was trained alone: then all of the rows' tokens are excluded
@@ -75,7 +75,7 @@ class Ledger:
         """
         age_sum, age_max, lag_sum = self._enter(rows, warming_up=warming_up, sampled_with=sampled_with)
         num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
-        in_flight = batcher.own_in_flight
+        in_flight = list(batcher.in_flight.values())
         total = self._sum(
             {f"ledger/{name}": self.tokens[name] for name in OUTCOMES}
             | {
@@ -118,7 +118,7 @@ class Ledger:
                 response.num_settled = settled
         return age_sum, age_max, lag_sum
 
-    def window_metrics(self, slices: Sequence[WindowSlice], batcher: SuccessiveBatcher, rollout_s: float) -> dict[str, float]:
+    def window_metrics(self, slices: Sequence[WindowSlice], batcher: Batcher, rollout_s: float) -> dict[str, float]:
         """The rollout/, response/ and verify/ metrics of one window, over all ranks."""
         ended = [s.response for s in slices if s.response.ended]
         total = self._sum({

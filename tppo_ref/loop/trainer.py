@@ -33,7 +33,7 @@ from tppo_ref.loop.settings import Settings
 from tppo_ref.loop.updates import Ewma, update_policy, update_value
 from tppo_ref.loop.value_targets import ValueBatch, independent_batch, joint_batch, take_full_batches
 from tppo_ref.method.records import Response, WindowSlice
-from tppo_ref.rollout.batcher import SuccessiveBatcher
+from tppo_ref.rollout.batcher import Batcher
 from tppo_ref.rollout.engine import RolloutEngine
 
 
@@ -67,7 +67,7 @@ class Trainer:
         policy: torch.nn.Module,
         value: torch.nn.Module,
         engine: RolloutEngine,
-        batcher: SuccessiveBatcher,
+        batcher: Batcher,
         scorer: Scorer,
         parallel: Parallel | None = None,
         device: torch.device | str = "cpu",

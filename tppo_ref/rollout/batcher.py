@@ -12,14 +12,57 @@ nothing is ever aborted, and a window closes when nothing runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from tppo_ref.method.records import Prompt, Response, WindowSlice
 from tppo_ref.method.slots import Grant, Segment, SlotSchedule
 from tppo_ref.rollout.engine import Request, RolloutEngine, request_seed
+
+
+class Batcher(Protocol):
+    """What the loop asks of a batcher; of several ranks, each is given and answers for its own share of the responses."""
+
+    @property
+    def in_flight(self) -> Mapping[int, Response]:
+        """By id, the responses that are RUNNING at the last window's edge."""
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens sampled since the run began."""
+
+    @property
+    def num_steps(self) -> int:
+        """Decode steps of the last window."""
+
+    @property
+    def slot_steps(self) -> float:
+        """Slots x decode steps of the last window."""
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Who held which slot when in the last window, in this rank's engine."""
+
+    @property
+    def slices(self) -> list[WindowSlice]:
+        """The tokens of each of `segments`."""
+
+    @property
+    def step_ends_s(self) -> list[float]:
+        """Seconds since the last window's beginning at which each of its decode steps ended."""
+
+    def window(
+        self, engine: RolloutEngine, *, version: int = 0, on_end: Callable[[Response], None] | None = None
+    ) -> list[WindowSlice]:
+        """Decode one window; its tokens, response by response."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything between two windows, in plain JSON types."""
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from what ranks saved, one state each."""
 
 
 class SampleStream:
@@ -87,14 +130,10 @@ class SuccessiveBatcher:
     `in_flight` holds the responses that are RUNNING at the last window's edge; `segments` the last window's slots over its decode
     steps, `slices` their tokens in the same order, `step_ends_s` the seconds since its beginning at which each decode step ended;
     `num_generated_tokens` counts every token ever sampled.
-
-    part, parts   where several ranks decode the same requests (a tensor-parallel group of scale/), each answers for its share of
-                  the responses, from their first window to their last: what `window` returns, `own_in_flight` holds and
-                  `num_generated_tokens` counts is the share. One rank: everything
     """
 
-    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int, part: int = 0, parts: int = 1):
-        self.schedule, self.stream, self.run_seed, self.part, self.parts = schedule, stream, run_seed, part, parts
+    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int):
+        self.schedule, self.stream, self.run_seed = schedule, stream, run_seed
         self.in_flight: dict[int, Response] = {}
         self.segments: list[Segment] = []
         self.slices: list[WindowSlice] = []
@@ -132,21 +171,12 @@ class SuccessiveBatcher:
                 response.end = segment.end
                 if response.ended:
                     del self.in_flight[response.id]
-                if response.ended and on_end and self._owns(response.id):
+                if response.ended and on_end:
                     on_end(response)
                 self.slices.append(WindowSlice(response, begin, len(response)))
             self.segments += segments
-        own = [s for s in self.slices if self._owns(s.response.id)]
-        self.num_generated_tokens += sum(s.stop - s.begin for s in own)
-        return own
-
-    def _owns(self, response: int) -> bool:
-        return response // self.stream.world % self.parts == self.part
-
-    @property
-    def own_in_flight(self) -> list[Response]:
-        """The responses in flight that this rank answers for."""
-        return [response for response in self.in_flight.values() if self._owns(response.id)]
+        self.num_generated_tokens += sum(s.stop - s.begin for s in self.slices)
+        return self.slices
 
     @property
     def num_steps(self) -> int:
@@ -155,8 +185,8 @@ class SuccessiveBatcher:
 
     @property
     def slot_steps(self) -> float:
-        """Slots x decode steps of the last window, this rank's share of its group's."""
-        return self.schedule.slots * self.num_steps / self.parts
+        """Slots x decode steps of the last window."""
+        return self.schedule.slots * self.num_steps
 
     @property
     def occupancy(self) -> float:
@@ -184,32 +214,27 @@ class SuccessiveBatcher:
             engine.submit(requests)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything between two windows, in plain JSON types; of the responses, this rank's share."""
+        """Everything between two windows, in plain JSON types."""
         return {
             "schedule": self.schedule.state_dict(),
             "stream": self.stream.state_dict(),
-            "part": [self.part, self.parts],
-            "in_flight": [response.state_dict() for response in self.own_in_flight],
+            "in_flight": [response.state_dict() for response in self.in_flight.values()],
             "num_generated_tokens": self.num_generated_tokens,
         }
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """What all ranks saved, one state each. On as many ranks, cut into the same groups, everything is as it was; else unissued
-        samples and in-flight responses are dealt anew, each to one group."""
+        """What all engines' batchers saved, one state each. On as many engines everything is as it was; else unissued samples and
+        in-flight responses are dealt anew, each to one engine."""
         stream = self.stream
-        group = [s for s in states if (s["stream"]["rank"], s["stream"]["world"]) == (stream.rank, stream.world)]
-        same = next((s for s in group if s["part"] == [self.part, self.parts]), None)
-        if same:
-            stream.load_state_dict([same["stream"]])
-            self.schedule.load_state_dict(same["schedule"])
-            saved = [r for s in group for r in s["in_flight"]]
-            self.num_generated_tokens = same["num_generated_tokens"]
+        own = next((s for s in states if (s["stream"]["rank"], s["stream"]["world"]) == (stream.rank, stream.world)), None)
+        stream.load_state_dict([s["stream"] for s in states])
+        if own:
+            self.schedule.load_state_dict(own["schedule"])
+            saved, self.num_generated_tokens = own["in_flight"], own["num_generated_tokens"]
         else:
-            stream.load_state_dict([s["stream"] for s in states if s["part"][0] == 0])
             everything = sorted((r for s in states for r in s["in_flight"]), key=lambda r: r["id"])
             saved = everything[stream.rank :: stream.world]
             self.schedule.load_state_dict({"carried": [[r["id"], len(r["token_ids"])] for r in saved]})
-            # Counted once over all ranks: the sum is what the ledger holds.
-            first = stream.rank == self.part == 0
-            self.num_generated_tokens = sum(s["num_generated_tokens"] for s in states) if first else 0
+            # Counted once over all engines: the sum is what the ledger holds.
+            self.num_generated_tokens = sum(s["num_generated_tokens"] for s in states) if stream.rank == 0 else 0
         self.in_flight = {r["id"]: Response.from_state_dict(r) for r in saved}

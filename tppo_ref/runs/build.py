@@ -1,27 +1,87 @@
-"""From a config to the parts of a run: task, models, engines, scorer."""
+"""From a config to the parts of a run on a laptop: task, models, engines, scorer, checkpointer."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from transformers import PretrainedConfig
 
+from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.loop.settings import RolloutConfig
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Response
+from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy, load_value_model
 from tppo_ref.rollout.torch_engine import TorchEngine
-from tppo_ref.runs.config import Config, TaskConfig
+from tppo_ref.runs.checkpoint import LocalCheckpointer
+from tppo_ref.runs.config import FIXED_ON_RESUME, Config, TaskConfig
+from tppo_ref.runs.evaluate import Evaluator, Sampler, make_batcher
+from tppo_ref.runs.parts import Parts
+from tppo_ref.runs.references import leave_out_bad_references
+from tppo_ref.runs.resume import resume_point
 from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.warmstart import tiny_policy_config, warm_start
+from tppo_ref.runs.watch import Watch
 from tppo_ref.tasks import Task, load_task
 from tppo_ref.tasks.verifier import Verifier
+
+EVALUATION_SLOTS = 256  # at most: evaluation decodes beside nothing else, so its batch may be larger than the run's
+
+
+def build(config: Config) -> Parts:
+    """The parts of a run in one process, from its checkpoint or from its beginning. UserError for what cannot be."""
+    torch.set_num_threads(config.run.threads)
+    record = dataclasses.asdict(config)
+    out = writable_folder(config.run.out, "run.out")
+    checkpointer = LocalCheckpointer(out / "checkpoints", record, keep=config.run.checkpoints_kept)
+    resume_from = resume_point(checkpointer, config, resume=config.run.resume, fixed=FIXED_ON_RESUME)
+    task = make_task(config)
+    if resume_from is None:
+        base = base_model(config, task)
+        policy, value = make_policy(config, task, base), make_value(config, task, config.model.value or base)
+    else:
+        policy = make_policy(config, task, str(resume_from / "policy"))
+        value = make_value(config, task, str(resume_from / "value"))
+    rollout, every_s = config.rollout, config.run.eval_every_s
+    scorer = TaskScorer(task, config.task)
+    leave_out_bad_references(task, scorer.verifier, out, resume=resume_from is not None, progress=config.run.progress)
+    return Parts(
+        config=config, record=record, task=task, policy=policy, value=value, device=policy.device, parallel=SingleProcess(),
+        engine=make_engine(config, task, policy, rollout.slots), scorer=scorer,
+        batcher=make_batcher(make_schedule(rollout), task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt,
+                             seed=config.run.seed),
+        evaluator=make_evaluator(config, task, policy, scorer), checkpointer=checkpointer, resume_from=resume_from,
+        due=lambda steps, train_s: int(train_s // every_s) if every_s else 0, watchers=[Watch(config)],
+    )  # fmt: skip
+
+
+def make_schedule(rollout: RolloutConfig, engines: int = 1) -> SlotSchedule:
+    """The slots and windows of one of several engines, among which slots and a step's responses are dealt evenly."""
+    return SlotSchedule(slots=rollout.slots // engines, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
+                        refill=rollout.refill, responses_per_step=rollout.responses_per_step // engines)  # fmt: skip
+
+
+def make_evaluator(config: Config, task: Task, policy: PolicyModel, scorer: TaskScorer) -> Evaluator:
+    """Answers of `policy` to the first run.eval_prompts prompts of the test split."""
+    prompts = task.prompts("test")[: config.run.eval_prompts]
+    sampler = make_sampler(config, task, policy, scorer, len(prompts) * config.run.eval_samples)
+    return Evaluator(sampler=sampler, prompts=prompts, samples_per_prompt=config.run.eval_samples)
+
+
+def make_sampler(config: Config, task: Task, policy: PolicyModel, scorer: TaskScorer, num_responses: int) -> Sampler:
+    """A sampler with an engine of its own, with a slot for each of `num_responses`, up to EVALUATION_SLOTS."""
+    slots = min(EVALUATION_SLOTS, num_responses)
+    return Sampler(engine=make_engine(config, task, policy, slots), scorer=scorer, slots=slots,
+                   max_response_tokens=config.rollout.max_response_tokens)  # fmt: skip
 
 
 class TaskScorer:
     """The task's verifier in its killable processes, as the Trainer's Scorer."""
 
     def __init__(self, task: Task, config: TaskConfig):
-        self.task = task
-        name = config.verifier or task.verifier
-        self.verifier = Verifier(name, config.verifier_timeout_s, config.verifier_workers, config.failure_score)
+        self.task, self.name = task, config.verifier or task.verifier
+        self.verifier = Verifier(self.name, config.verifier_timeout_s, config.verifier_workers, config.failure_score)
 
     def submit(self, response: Response) -> None:
         text = self.task.response_text(response.token_ids)

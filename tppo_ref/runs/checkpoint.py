@@ -1,9 +1,9 @@
 """Exact resume: N steps, a kill, a restart and N more steps give bit for bit what 2N steps give.
 
-A checkpoint is a folder `step-00000120` with both models (save_pretrained), optimisers, in-flight and held-back responses with
-their log-probabilities, versions and stored values, the sample stream's position and the counters. It is written beside and
-renamed, and its manifest is written last: a half-written one is never picked up. Loading runs no code: safetensors, JSON and
-`torch.load(weights_only=True)`.
+A checkpoint is a folder `step-00000120` with both models (save_pretrained), optimisers, and the Trainer's state: in-flight and
+held-back responses with their log-probabilities, versions and stored values, the sample stream's position, the counters. It is
+written beside and renamed, and its manifest is written last: a half-written one is never picked up. Loading runs no code:
+safetensors, JSON and `torch.load(weights_only=True)`.
 
 The loop draws its random numbers from (seed, step) and from (seed, prompt, sample, position), so there is no generator whose state
 could be lost; torch's global one is stored for whoever extends the loop.
@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,54 +29,96 @@ from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import NonFiniteError, UserError
 
 MANIFEST = "manifest.json"
-STATE_KEYS = ("trainer", "config")
+FORMAT = 2  # of the folder; 1, without a number, was written before the Trainer's state had a place of its own
+REMEDY = "remove this folder to go on from the one before"
 
 
-def save_checkpoint(trainer: Trainer, folder: Path, *, keep: int, config: dict[str, Any]) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep`. Returns its path.
+class LocalCheckpointer:
+    """Writes and reads checkpoints of a run in one process, and keeps the newest `keep`."""
 
-    A full disk or a missing permission is a UserError; the checkpoints that are there stay good.
-    """
-    final = folder / f"step-{trainer.num_steps:08d}"
-    beside = folder / f".unfinished-{final.name}-{os.getpid()}"
-    for learner in (trainer.policy_learner, trainer.value_learner):
-        if not math.isfinite(float(torch.nn.utils.get_total_norm(list(learner.module.parameters())))):
-            raise NonFiniteError(f"step {trainer.num_steps}: the {learner.name}'s weights are not finite; they were not saved")
-    if (final / MANIFEST).exists():  # the same step again: a stop right after a periodic one
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int):
+        self.folder, self.config, self.keep = folder, config, keep
+
+    def complete(self) -> list[Path]:
+        return complete_checkpoints(self.folder)
+
+    def saved_config(self, checkpoint: Path) -> dict[str, Any]:
+        return read_state(checkpoint)["config"]
+
+    def poll(self) -> None:
+        """Nothing goes on in the background."""
+
+    def finish(self) -> None:
+        """Nothing goes on in the background."""
+
+    def save(self, trainer: Trainer) -> Path:
+        """Write `folder/step-N` and remove all but the newest ones. Returns its path.
+
+        A full disk or a missing permission is a UserError; the checkpoints that are there stay good.
+        """
+        final = self.folder / f"step-{trainer.num_steps:08d}"
+        beside = self.folder / f".unfinished-{final.name}-{os.getpid()}"
+        for learner in (trainer.policy_learner, trainer.value_learner):
+            if not math.isfinite(float(torch.nn.utils.get_total_norm(list(learner.module.parameters())))):
+                raise NonFiniteError(f"step {trainer.num_steps}: the {learner.name}'s weights are not finite; they were not saved")
+        if (final / MANIFEST).exists():  # the same step again: a stop right after a periodic one
+            return final
+        try:
+            clear_for(beside)
+            self._write(trainer, beside)
+            shutil.rmtree(final, ignore_errors=True)  # without a manifest: somebody's half-written one
+            os.rename(beside, final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say "disk full" in their own ways
+            shutil.rmtree(beside, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise UserError(f"checkpoint {final}: cannot be written ({reason}); free some space or choose another run.out; "
+                            f"earlier checkpoints are good") from None  # fmt: skip
+        remove_all_but(self.folder, self.keep)
         return final
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".unfinished-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        beside.mkdir()
-        _write(trainer, beside, config)
-        shutil.rmtree(final, ignore_errors=True)  # without a manifest: somebody's half-written one
-        os.rename(beside, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say "disk full" in their own ways
-        shutil.rmtree(beside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"checkpoint {final}: cannot be written ({reason}); free some space or choose another run.out; "
-                        f"earlier checkpoints are good") from None  # fmt: skip
-    for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+    def _write(self, trainer: Trainer, folder: Path) -> None:
+        learners = (trainer.policy_learner, trainer.value_learner)
+        for learner in learners:
+            learner.module.save_pretrained(folder / learner.name)
+        if trainer.ewma is not None:
+            # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
+            save_file({name: p.detach().clone() for name, p in trainer.ewma.module.named_parameters()}, folder / "ewma.safetensors")
+        optimisers = {learner.name: learner.optimiser.state_dict() for learner in learners}
+        torch.save(optimisers, folder / "optimisers.pt")
+        (folder / "state.json").write_text(json.dumps({"config": self.config, "trainer": trainer.state_dict()}))
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        write_manifest(folder, {"sha256": {str(path.relative_to(folder)): file_digest(path) for path in files}})
+        for path in files:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def load(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Bring a trainer that was built from the same config, with models from `checkpoint`, to the state that was saved there."""
+        state = read_state(checkpoint)
+        try:
+            optimisers = torch.load(checkpoint / "optimisers.pt", weights_only=True)
+            for learner in (trainer.policy_learner, trainer.value_learner):
+                learner.optimiser.load_state_dict(optimisers[learner.name])
+            if trainer.ewma is not None:
+                averaged = load_file(checkpoint / "ewma.safetensors")
+                for name, parameter in trainer.ewma.module.named_parameters():
+                    parameter.data.copy_(averaged[name])
+            trainer.load_state_dict([state["trainer"]])
+        except (
+            OSError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RuntimeError,
+            SafetensorError,
+            pickle.UnpicklingError,
+        ) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise UserError(f"checkpoint {checkpoint}: does not fit this run ({first_line}); use the run's own config") from None
 
 
-def _write(trainer: Trainer, folder: Path, config: dict[str, Any]) -> None:
-    trainer.policy_learner.module.save_pretrained(folder / "policy")
-    trainer.value_learner.module.save_pretrained(folder / "value")
-    if trainer.ewma is not None:
-        # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
-        save_file({name: p.detach().clone() for name, p in trainer.ewma.module.named_parameters()}, folder / "ewma.safetensors")
-    optimisers = {learner.name: learner.optimiser.state_dict() for learner in (trainer.policy_learner, trainer.value_learner)}
-    torch.save(optimisers, folder / "optimisers.pt")
-    (folder / "state.json").write_text(json.dumps({"trainer": trainer.state_dict(), "config": config}))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): file_digest(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, folder / MANIFEST]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+# ------------------------------------------------------------------------------------------------------- a checkpoint as a folder
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -83,39 +126,57 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
+def clear_for(beside: Path) -> None:
+    """An empty folder `beside` to write a checkpoint in; what a kill left of earlier ones goes."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    for stale in beside.parent.glob(".unfinished-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    beside.mkdir()
+
+
+def remove_all_but(folder: Path, keep: int) -> None:
+    """Only the newest `keep` complete checkpoints stay."""
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint: with it, the folder is one."""
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({"format": FORMAT, **content}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. UserError where it cannot be read or is of another format; a missing file is an OSError."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or not manifest:
+        raise ValueError(f"{MANIFEST} holds no manifest")
+    if (number := manifest.get("format", 1)) != FORMAT:
+        raise UserError(f"checkpoint {folder}: got format {number}; expected {FORMAT}; go on with the version of tppo-ref that "
+                        f"wrote it, or start anew in another run.out")  # fmt: skip
+    return manifest
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The state.json of a checkpoint whose every file is as it was written; else a UserError that names the file."""
-    remedy = "remove this folder to go on from the one before"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, digest in manifest.items():
-            if file_digest(folder / name) != digest:
-                raise UserError(f"checkpoint {folder}: {name} is not what was written; {remedy}")
+        for name, digest in read_manifest(folder)["sha256"].items():
+            refuse_changed(folder, name, digest)
         state = json.loads((folder / "state.json").read_text())
-        missing = [key for key in STATE_KEYS if key not in state]
-        if missing or not isinstance(state["config"], dict):
-            raise UserError(f"checkpoint {folder}: state.json lacks {', '.join(missing) or 'a config'}; {remedy}")
+        missing = [key for key in ("config", "trainer") if not isinstance(state.get(key), dict)]
+        if missing:
+            raise UserError(f"checkpoint {folder}: state.json lacks {', '.join(missing)}; {REMEDY}")
         return state
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"checkpoint {folder}: cannot be read ({error}); {remedy}") from None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"checkpoint {folder}: cannot be read ({error}); {REMEDY}") from None
 
 
-def load_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Bring a trainer that was built from the same config, with models from `folder`, to the state that was saved there."""
-    state = read_state(folder)
-    try:
-        optimisers = torch.load(folder / "optimisers.pt", weights_only=True)
-        for learner in (trainer.policy_learner, trainer.value_learner):
-            learner.optimiser.load_state_dict(optimisers[learner.name])
-        if trainer.ewma is not None:
-            averaged = load_file(folder / "ewma.safetensors")
-            for name, parameter in trainer.ewma.module.named_parameters():
-                parameter.data.copy_(averaged[name])
-        trainer.load_state_dict([state["trainer"]])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"checkpoint {folder}: does not fit this run ({first_line}); use the run's own config") from None
-    trainer.engine.load_weights(trainer.policy_learner.module.named_tensors(), trainer.version)
+def refuse_changed(folder: Path, name: str, digest: str) -> None:
+    """UserError where a file of a checkpoint is not the one that was written."""
+    if file_digest(folder / name) != digest:
+        raise UserError(f"checkpoint {folder}: {name} is not what was written; {REMEDY}")
 
 
 def file_digest(path: Path) -> str:

@@ -22,9 +22,9 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.runs.build import base_model, make_task
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.pretrain import cached_value
-from tppo_ref.runs.session import versions
 from tppo_ref.runs.validation import writable_folder
+from tppo_ref.runs.value_cache import cached_value
+from tppo_ref.runs.versions import versions
 
 
 def compare(config: Config) -> Path:

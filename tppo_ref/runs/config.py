@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, RolloutConfig, ValueConfig
 from tppo_ref.method.errors import UserError, nearest
-from tppo_ref.runs.parsing import get_field, replace_fields
+from tppo_ref.runs.parsing import field_paths, get_field, replace_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,16 @@ class Config:
     value: ValueConfig = dataclasses.field(default_factory=ValueConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+
+
+FREE_ON_RESUME = (
+    "run.out", "run.cache", "run.resume", "run.steps", "run.train_seconds", "run.checkpoint_every", "run.progress",
+    "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "run.wandb_project", "compare.methods", "compare.seeds",
+    "compare.jobs", "compare.target", "compare.per_method", "model.policy", "model.value",
+)  # fmt: skip
+"""May differ between a checkpoint and the run that goes on from it: they say where and how long, not what is computed."""
+
+FIXED_ON_RESUME = tuple(path for path in field_paths(Config) if path not in FREE_ON_RESUME)
 
 
 WHOLE = "rollout.max_response_tokens"  # stands for that field's value where a method needs a window as long as a response

@@ -2,71 +2,120 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.loop.trainer import Scorer
 from tppo_ref.method.records import End, Prompt, Response
 from tppo_ref.method.slots import SlotSchedule
-from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.batcher import Batcher, SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.decode_load import DecodeStep, ObservedEngine
 from tppo_ref.rollout.engine import RolloutEngine
-from tppo_ref.runs.build import TaskScorer, base_model, make_engine, make_policy, make_task
-from tppo_ref.runs.config import Config
-from tppo_ref.runs.validation import writable_folder
+from tppo_ref.tasks import Task
 
 EVALUATION_SEED = 2**31  # apart from every run.seed: the same draws for all methods, seeds and steps
 
 
-def sample_answers(
-    engine: RolloutEngine,
-    scorer: Scorer,
-    prompts: Sequence[Prompt],
-    *,
-    samples_per_prompt: int,
-    slots: int,
-    max_response_tokens: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    part: int = 0,
-    parts: int = 1,
-) -> tuple[list[Response], int]:
-    """Whole responses to each prompt, scored, in the order of the samples, and how many verifications failed.
+class MakeBatcher(Protocol):
+    """Makes a batcher that has issued nothing; on a cluster, one of this rank's engine that answers for this rank's share."""
 
-    It is one window, as long as the longest response needs. Engine `rank` of `world` draws its share of the samples, and of those
-    the share `part` of `parts` comes back (SampleStream, SuccessiveBatcher).
+    def __call__(self, schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int,
+                 limit: int | None = None) -> Batcher: ...  # fmt: skip
+
+
+def make_batcher(
+    schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, limit: int | None = None
+) -> SuccessiveBatcher:
+    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them."""
+    return SuccessiveBatcher(
+        schedule, SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit), run_seed=seed
+    )
+
+
+class Sampled(NamedTuple):
+    """Scored whole responses in the order of the samples, failed verifications, and the load of each decode step."""
+
+    responses: list[Response]
+    num_failures: int
+    decode_steps: list[DecodeStep]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Whole, scored responses from the weights that an engine holds: for evaluation, and for pre-training the value model.
+
+    slots   responses that decode at a time, in this rank's engine
     """
-    total = len(prompts) * samples_per_prompt
-    schedule = SlotSchedule(slots=min(slots, total), window=max_response_tokens * total, max_response_tokens=max_response_tokens)
-    stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total, rank=rank, world=world)
-    batcher = SuccessiveBatcher(schedule, stream, run_seed=seed, part=part, parts=parts)
-    slices = batcher.window(engine, on_end=scorer.submit)
-    scores = scorer.collect()
-    responses = sorted((s.response for s in slices), key=lambda response: response.id)
-    for response in responses:
-        response.score, _ = scores[response.id]
-    return responses, sum(status != "ok" for _, status in scores.values())
+
+    engine: RolloutEngine
+    scorer: Scorer
+    slots: int
+    max_response_tokens: int
+    make_batcher: MakeBatcher = make_batcher
+
+    def __call__(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int) -> Sampled:
+        """`samples_per_prompt` responses to each prompt; of several ranks, each gets its share. Sample i answers one prompt only.
+
+        It is one window, as long as the longest response needs.
+        """
+        total = len(prompts) * samples_per_prompt
+        schedule = SlotSchedule(slots=min(self.slots, total), window=self.max_response_tokens * total,
+                                max_response_tokens=self.max_response_tokens)  # fmt: skip
+        batcher = self.make_batcher(schedule, prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total)
+        engine = ObservedEngine(self.engine)
+        slices = batcher.window(engine, on_end=self.scorer.submit)
+        scores = self.scorer.collect()
+        responses = sorted((s.response for s in slices), key=lambda response: response.id)
+        for response in responses:
+            response.score, _ = scores[response.id]
+        return Sampled(responses, sum(status != "ok" for _, status in scores.values()), engine.steps)
 
 
-def evaluate(
-    engine: RolloutEngine,
-    scorer: Scorer,
-    prompts: Sequence[Prompt],
-    *,
-    samples_per_prompt: int,
-    slots: int,
-    max_response_tokens: int,
-) -> tuple[dict[str, float], list[Response]]:
-    """The eval/ metrics, and the answers themselves."""
-    begin = time.perf_counter()
-    answers, failures = sample_answers(
-        engine, scorer, prompts, samples_per_prompt=samples_per_prompt, slots=slots, max_response_tokens=max_response_tokens,
-        seed=EVALUATION_SEED,
-    )  # fmt: skip
-    return summary(answers, failures) | {"eval/time_s": time.perf_counter() - begin}, answers
+class Evaluation(NamedTuple):
+    """The eval/ metrics, the answers of all ranks in the order of the samples, and this rank's decode steps."""
+
+    metrics: dict[str, float]
+    answers: list[Response]
+    decode_steps: list[DecodeStep]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Answers to a fixed set of prompts, `samples_per_prompt` each, and what they say of the policy. All ranks take part.
+
+    further_metrics   of the answers, beside `summary`
+    """
+
+    sampler: Sampler
+    prompts: Sequence[Prompt]
+    samples_per_prompt: int
+    parallel: Parallel = dataclasses.field(default_factory=SingleProcess)
+    further_metrics: Callable[[Sequence[Response]], dict[str, float]] = lambda answers: {}
+
+    def __call__(self) -> Evaluation:
+        begin_s = time.perf_counter()
+        sampled = self.sampler(self.prompts, samples_per_prompt=self.samples_per_prompt, seed=EVALUATION_SEED)
+        answers = everyones(sampled.responses, self.parallel)
+        (failures,) = self.parallel.sum([sampled.num_failures])
+        metrics = summary(answers, int(failures)) | self.further_metrics(answers)
+        (time_s,) = self.parallel.max([time.perf_counter() - begin_s])
+        return Evaluation(metrics | {"eval/time_s": time_s}, answers, sampled.decode_steps)
+
+
+def everyones(answers: Sequence[Response], parallel: Parallel) -> list[Response]:
+    """The answers of all ranks in the order of the samples, without log-probabilities, versions and stored values."""
+    if parallel.world == 1:
+        return list(answers)
+    unread: dict[str, Any] = {"logprobs": [], "versions": [], "values": []}  # several times the bytes of what is
+    gathered = parallel.gather_objects([answer.state_dict() | unread for answer in answers])
+    return sorted((Response.from_state_dict(answer) for share in gathered for answer in share), key=lambda answer: answer.id)
 
 
 def summary(answers: Sequence[Response], failures: int) -> dict[str, float]:
@@ -81,28 +130,22 @@ def summary(answers: Sequence[Response], failures: int) -> dict[str, float]:
     }
 
 
-def evaluate_policy(config: Config) -> dict[str, float]:
-    """Print the eval/ metrics of model.policy on the task's test prompts, and write the answers to run.out/answers.jsonl."""
-    out = writable_folder(config.run.out, "run.out")
-    task = make_task(config)
-    policy = make_policy(config, task, base_model(config, task))
-    prompts = task.prompts("test")[: config.run.eval_prompts]
-    slots = min(256, len(prompts) * config.run.eval_samples)
-    scorer = TaskScorer(task, config.task)
-    try:
-        metrics, answers = evaluate(
-            make_engine(config, task, policy, slots), scorer, prompts, samples_per_prompt=config.run.eval_samples, slots=slots,
-            max_response_tokens=config.rollout.max_response_tokens,
-        )  # fmt: skip
-    finally:
-        scorer.close()
-    with (out / "answers.jsonl").open("w") as file:
-        for answer in answers:
-            text = {"prompt": task.describe(answer.prompt.token_ids), "answer": answer.prompt.answer,
-                    "response": task.describe(answer.token_ids), "end": answer.end.name, "score": answer.score}  # fmt: skip
-            file.write(json.dumps(text) + "\n")
-    (out / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    for name, number in metrics.items():
-        print(f"{name:20} {number:.4g}")
-    print(f"{len(answers)} answers: {out / 'answers.jsonl'}")
+def write_answers(path: Path, answers: Sequence[Response], task: Task) -> None:
+    """Prompts and answers as people read them, one JSON object a line."""
+    with path.open("w") as file:
+        for a in answers:
+            row = {"prompt": task.describe(a.prompt.token_ids), "answer": a.prompt.answer, "response": task.describe(a.token_ids),
+                   "end": a.end.name, "score": a.score, "tokens": len(a)}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+
+
+def evaluate_policy(evaluator: Evaluator, task: Task, out: Path) -> dict[str, float]:
+    """The command `evaluate`: print the eval/ metrics, and write them and the answers to `out`. All ranks take part."""
+    metrics, answers, _ = evaluator()
+    if evaluator.parallel.rank == 0:
+        write_answers(out / "answers.jsonl", answers, task)
+        (out / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        for name, number in metrics.items():
+            print(f"{name:22} {number:.4g}")
+        print(f"{len(answers)} answers: {out / 'answers.jsonl'}")
     return metrics

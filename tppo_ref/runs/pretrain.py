@@ -1,100 +1,105 @@
-"""Two commands on a frozen policy: fit the value model to its responses before training, and evaluate it.
+"""The command `pretrain-value`: fit the value model to responses of the frozen policy before training.
 
 Value pre-training (VC-PPO, arXiv 2503.01491; VAPO, arXiv 2504.05118) is its own cheap command: inside of the loop, every one of its
-updates would wait for a window.
+updates would wait for a window. Responses to a fifth of the prompts are held out, and say how much the fitted model explains.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import itertools
 import json
-import os
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from tppo_ref.loop.learner import Learner
-from tppo_ref.loop.parallel import Parallel, SingleProcess
+from tppo_ref.loop.parallel import Parallel, SingleProcess, mean_and_variance
 from tppo_ref.loop.rows import response_mask, terminal_rewards
 from tppo_ref.loop.updates import explained_variance, update_value
 from tppo_ref.loop.value_targets import ValueBatch
 from tppo_ref.method.advantages import monte_carlo_returns
 from tppo_ref.method.errors import UserError
-from tppo_ref.method.records import Response
+from tppo_ref.method.records import Prompt, Response
+from tppo_ref.rollout.batcher import SampleStream
 from tppo_ref.rollout.models import ValueModel
 from tppo_ref.rollout.packing import TokenBatch
-from tppo_ref.runs.build import TaskScorer, base_model, make_engine, make_policy, make_task, make_value
-from tppo_ref.runs.checkpoint import file_digest
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.evaluate import sample_answers
-from tppo_ref.runs.references import leave_out_bad_references
-from tppo_ref.runs.validation import writable_folder
-from tppo_ref.tasks import Task
+from tppo_ref.runs.evaluate import Sampler
 
 HELD_OUT = 0.2  # share of the responses that the quality report is made on
 POSITIONS = (0, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)  # column ranges of that report, in tokens
 PRETRAIN_SEED = 2**31 + 1  # its sampling is apart from every run's and from the evaluation's
 
 
-def pretrain_value(config: Config) -> Path:
-    """Sample value.pretrain_responses, store them, fit the value model, print and write how much it explains.
+def pretrain_value(
+    config: Config,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    *,
+    make_value: Callable[[], ValueModel],
+    save: Callable[[ValueModel, Path], None],
+    parallel: Parallel | None = None,
+    device: torch.device | str | None = None,
+) -> Path:
+    """Sample value.pretrain_responses, fit the value model, print and write how much it explains. All ranks take part.
 
-    Writes run.out/value (a folder for --model.value), responses.jsonl and explained_variance.csv; returns the first.
+    sampler      its engine holds the frozen policy's weights, its scorer scores as in training
+    make_value   called once the responses are there
+    Writes run.out/value (a folder for --model.value), explained_variance.csv and responses.jsonl (of several ranks, each its own);
+    returns the first.
     """
-    out = writable_folder(config.run.out, "run.out")
-    if (out / "value").exists():
-        raise UserError(f"run.out: {out} holds a value model already; choose another folder")
-    if config.value.pretrain_responses < 2:
-        raise UserError(f"value.pretrain_responses: expected at least 2, some are held out, got {config.value.pretrain_responses}")
-    task = make_task(config)
-    base = base_model(config, task)
-    responses = _sample(config, task, base)
-    with (out / "responses.jsonl").open("w") as file:
+    parallel, folder = parallel or SingleProcess(), Path(config.run.out) / "value"
+    if folder.exists():
+        raise UserError(f"run.out: got {config.run.out}, which holds a value model already; expected a folder without one; choose "
+                        f"another")  # fmt: skip
+    responses, held_out, failures = sample_responses(config, sampler, prompts)
+    sampler.engine.sleep()
+    name = "responses.jsonl" if parallel.world == 1 else f"responses-{parallel.rank:05d}.jsonl"
+    with (folder.parent / name).open("w") as file:
         file.writelines(json.dumps(response.state_dict()) + "\n" for response in responses)
-    value = make_value(config, task, config.model.value or base)
-    num_test = max(1, round(HELD_OUT * len(responses)))
-    fit_value(config, value, responses[num_test:])
-    report = explained_by_position(value, responses[:num_test], config.advantage.gamma)
-    with (out / "explained_variance.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["from_token", "to_token", "tokens", "explained_variance"])
-        writer.writeheader()
-        writer.writerows(report)
-    print(f"{'tokens':>14} {'count':>8}  explained variance on {num_test} held-out responses")
-    for row in report:
-        print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")
-    value.save_pretrained(out / "value")
-    print(f"value model: {out / 'value'}")
-    return out / "value"
+    (all_failures,) = parallel.sum([failures])
+    if all_failures and parallel.rank == 0:
+        print(
+            f"warning: {all_failures:.0f} verifications failed; these responses score {config.task.failure_score}", file=sys.stderr
+        )
+    value = make_value()
+    fit_value(config, value, [r for r in responses if r.prompt.token_ids not in held_out], parallel, device)
+    test = [r for r in responses if r.prompt.token_ids in held_out]
+    report = explained_by_position(value, test, config.advantage.gamma, parallel, device)
+    (num_test,) = parallel.sum([len(test)])
+    save(value, folder)
+    if parallel.rank == 0:
+        write_report(report, int(num_test), folder)
+    return folder
 
 
-def _sample(config: Config, task: Task, base: str) -> list[Response]:
-    """Whole responses of the frozen policy to the first training prompts in a seeded order, scored."""
-    policy = make_policy(config, task, base)
+def sample_responses(
+    config: Config, sampler: Sampler, prompts: Sequence[Prompt]
+) -> tuple[list[Response], frozenset[tuple[int, ...]], int]:
+    """This rank's responses, the token ids of the held-out prompts, and this rank's failed verifications.
+
+    The prompts are the first ones in a seeded order, rollout.samples_per_prompt responses to each, more where prompts are few. The
+    same prompts are held out on every rank and on any number of ranks: those that are sampled first.
+    """
     wanted = config.value.pretrain_responses
-    slots = min(256, wanted)
-    scorer = TaskScorer(task, config.task)
-    try:
-        leave_out_bad_references(task, scorer.verifier, Path(config.run.out), resume=False, progress=config.run.progress)
-        prompts = task.prompts("train")
-        order = np.random.default_rng(PRETRAIN_SEED).permutation(len(prompts))
-        chosen = [prompts[int(i)] for i in order[:wanted]]
-        responses, failures = sample_answers(
-            make_engine(config, task, policy, slots), scorer, chosen, samples_per_prompt=-(-wanted // len(chosen)), slots=slots,
-            max_response_tokens=config.rollout.max_response_tokens, seed=PRETRAIN_SEED,
-        )  # fmt: skip
-    finally:
-        scorer.close()
-    if failures:
-        print(f"warning: {failures} verifications failed; these responses score {config.task.failure_score}", file=sys.stderr)
-    return responses[:wanted]
+    samples = max(config.rollout.samples_per_prompt, -(-wanted // len(prompts)))
+    order = np.random.default_rng(PRETRAIN_SEED).permutation(len(prompts))
+    chosen = [prompts[int(i)] for i in order[: -(-wanted // samples)]]
+    stream = SampleStream(chosen, samples_per_prompt=samples, seed=PRETRAIN_SEED)
+    texts = [tuple(stream.prompt_of(sample)[0].token_ids) for sample in range(0, wanted, samples)]
+    held_out = frozenset(texts[: -(-max(1, round(HELD_OUT * wanted)) // samples)])
+    if held_out >= set(texts):
+        raise UserError(f"value.pretrain_responses: got {wanted}, which are responses to {len(held_out)} prompt; expected at "
+                        f"least 2 different ones, as some are held out; take more responses, or more prompts")  # fmt: skip
+    sampled = sampler(chosen, samples_per_prompt=samples, seed=PRETRAIN_SEED)
+    return [r for r in sampled.responses if r.id < wanted], held_out, sampled.num_failures
 
 
 def fit_value(
@@ -106,7 +111,8 @@ def fit_value(
 ) -> None:
     """value.pretrain_epochs passes over Monte Carlo returns, without a clip: there is no older value to stay near to.
 
-    An update reads as many responses as one of training: value.mini_batches of them for every rollout.slots responses.
+    An update is as large as one of training: value.mini_batch_tokens, or where that is 0 value.mini_batches updates for every
+    rollout.slots responses.
 
     device   where the value model computes; None: where its weights are (offloaded ones are elsewhere)
     """
@@ -131,50 +137,47 @@ def fit_value(
 
 @torch.no_grad()
 def explained_by_position(
-    value: ValueModel, responses: Sequence[Response], gamma: float, device: torch.device | str | None = None
+    value: ValueModel,
+    responses: Sequence[Response],
+    gamma: float,
+    parallel: Parallel | None = None,
+    device: torch.device | str | None = None,
 ) -> list[dict[str, float]]:
-    """Explained variance of the returns by token position, over `responses` that the value model was not fitted to."""
-    targets, values, columns = [], [], []
-    device = device or value.device
-    for response in responses:  # one at a time: it is a report, and long responses should not be padded to the longest
-        value_BT, _ = value(TokenBatch.of([response]))
-        mask_BT = response_mask([len(response)], device)
-        targets.append(monte_carlo_returns(terminal_rewards([response], device), mask_BT, gamma=gamma)[0].cpu())
-        values.append(value_BT[0].cpu())
-        columns.append(torch.arange(len(response)))
-    target, estimate, column = (torch.cat(parts).double() for parts in (targets, values, columns))
+    """Explained variance of the returns by token position, over all ranks' `responses`, to which the value model was not fitted."""
+    parallel, device = parallel or SingleProcess(), device or value.device
+    (most,) = parallel.max([len(responses)])
+    (longest,) = parallel.max([max(map(len, responses), default=0)])
+    targets, errors, columns = ([torch.empty(0, dtype=torch.float64)] for _ in range(3))
+    for row in range(int(most)):  # one at a time: long responses should not be padded to the longest
+        batch = responses[row : row + 1]
+        value_BT, _ = value(TokenBatch.of(batch))  # on every rank: a sharded model's forward is a collective operation
+        for response in batch:
+            mask_BT = response_mask([len(response)], device)
+            targets.append(monte_carlo_returns(terminal_rewards([response], device), mask_BT, gamma=gamma)[0].cpu())
+            errors.append(targets[-1].double() - value_BT[0].cpu().double())
+            columns.append(torch.arange(len(response)))
+    target, error, column = (torch.cat(parts).double() for parts in (targets, errors, columns))
     report = []
-    for begin, stop in [*itertools.pairwise(POSITIONS), (0, int(column.max()) + 1)]:
+    for begin, stop in [*itertools.pairwise(POSITIONS), (0, int(longest))]:
         inside = (column >= begin) & (column < stop)
-        if bool(inside.any()):
-            r, e = target[inside], (target - estimate)[inside]
-            variance = explained_variance(float(r.var(correction=0)), float(e.var(correction=0)))
-            report.append({"from_token": begin, "to_token": stop, "tokens": len(r), "explained_variance": variance})
+        tokens, _, target_variance = mean_and_variance(target[inside], parallel)
+        _, _, error_variance = mean_and_variance(error[inside], parallel)
+        if tokens:
+            report.append({"from_token": begin, "to_token": stop, "tokens": tokens,
+                           "explained_variance": explained_variance(target_variance, error_variance)})  # fmt: skip
     return report
 
 
-def cached_value(config: Config, task: Task) -> Path:
-    """A pre-trained value model under run.cache, made where it is not there yet: one for all methods and seeds of a comparison.
-
-    The folder's name holds a hash of what determines it, the base model's weights and the prompts included. Written beside and
-    renamed: a folder that is there is complete.
-    """
-    all_fields = dataclasses.asdict(config)
-    rollout = {name: field for name, field in all_fields["rollout"].items() if "tokens" in name or name == "temperature"}
-    base = Path(config.model.policy or "")
-    weights = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
-    determined_by = {
-        "task": all_fields["task"], "model": all_fields["model"], "value": all_fields["value"], "rollout": rollout,
-        "gamma": config.advantage.gamma, "seed": config.run.seed, "weights": [file_digest(path) for path in weights],
-        "prompts": [dataclasses.astuple(prompt) for prompt in task.prompts("train")],
-    }  # fmt: skip
-    name = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.run.cache) / f"value-{name}"
-    if not folder.exists():
-        beside = Path(config.run.cache) / f".unfinished-value-{name}-{os.getpid()}"
-        try:
-            pretrain_value(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(beside))))
-            os.rename(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder / "value"
+def write_report(report: Sequence[dict[str, Any]], num_test: int, folder: Path) -> None:
+    """Print how much the value model explains, beside its folder write it, and warn where a constant would do better."""
+    with (folder.parent / "explained_variance.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["from_token", "to_token", "tokens", "explained_variance"])
+        writer.writeheader()
+        writer.writerows(report)
+    print(f"{'tokens':>14} {'count':>8}  explained variance on {num_test} held-out responses")
+    for row in report:
+        print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")
+    print(f"value model: {folder}")
+    if below := [row["from_token"] for row in report if row["explained_variance"] < 0]:
+        print(f"warning: explained variance is below 0 from token {below[0]} on: worse than a constant; take more "
+              f"value.pretrain_responses or value.pretrain_epochs before you train with it", file=sys.stderr)  # fmt: skip

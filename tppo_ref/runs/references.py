@@ -1,4 +1,4 @@
-"""Prompts whose reference their own verifier refuses: left out of training, counted and listed; and the command `check-data`."""
+"""Prompts whose reference their own verifier refuses: left out of training, counted and listed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any
 from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
-from tppo_ref.runs.build import TaskScorer, make_task
-from tppo_ref.runs.config import Config
-from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.tasks import Task
 from tppo_ref.tasks.jsonl import JsonlTask
 from tppo_ref.tasks.references import failing_references
@@ -42,7 +39,9 @@ def leave_out_bad_references(
         num = len(task.prompts("train"))
         found = {"verifier": verifier.verifier, "checked": num, "left_out": [], "evaluation": []}
         for name, split in (("left_out", "train"), ("evaluation", "test")):
-            mine = _failing(task, verifier, task.prompts(split)[parallel.rank :: parallel.world], progress and parallel.rank == 0)
+            mine = failing_rows(
+                task, verifier, task.prompts(split)[parallel.rank :: parallel.world], progress and parallel.rank == 0
+            )
             everyones = [row for rows in parallel.gather_objects(mine) for row in rows]
             found[name] = sorted(everyones, key=lambda row: row["prompt"])
         if parallel.rank == 0:
@@ -51,7 +50,8 @@ def leave_out_bad_references(
     task.leave_out({row["prompt"] for row in found["left_out"]})
 
 
-def _failing(task: JsonlTask, verifier: Verifier, prompts: Sequence[Prompt], progress: bool) -> list[dict[str, Any]]:
+def failing_rows(task: JsonlTask, verifier: Verifier, prompts: Sequence[Prompt], progress: bool) -> list[dict[str, Any]]:
+    """Prompt, place in the file, answer and cause of each reference that fails against itself."""
     bad = failing_references(verifier, prompts, progress=progress)
     return [{"prompt": b.prompt_id, "where": task.where(b.prompt_id), "answer": b.answer, "why": b.why} for b in bad]
 
@@ -73,28 +73,3 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"run.resume: got {file}, which cannot be read ({type(error).__name__}: {error}); expected the list of the "
                         f"prompts that were left out; remove it to have the references checked anew") from None  # fmt: skip
-
-
-def check_data(config: Config) -> int:
-    """Verify each reference of task.path and task.eval_path against itself; prints those that fail, and how many. 1 if one does."""
-    task_config = config.task
-    if not (task_config.tokenizer or config.model.policy):  # only texts are looked at: no prompt is too long
-        config = replace_fields(config, {"task.tokenizer": "bytes", "task.max_prompt_tokens": 2**31})
-    task = make_task(replace_fields(config, {"task.name": "jsonl"}))
-    assert isinstance(task, JsonlTask)
-    scorer = TaskScorer(task, config.task)
-    try:
-        if not scorer.verifier.checks_references:
-            raise UserError(f"task.verifier: got {scorer.verifier.verifier}, whose module has no wrap_reference; expected a "
-                            f"function wrap_reference(answer) -> the response that states it; add one")  # fmt: skip
-        prompts = [*task.prompts("train"), *task.prompts("test")]
-        bad = _failing(task, scorer.verifier, prompts, config.run.progress)
-    finally:
-        scorer.close()
-    for row in bad:
-        print(f"{row['where']}: {row['answer'][-80:]!r}: {row['why']}")
-    print(f"{len(bad)} of {len(prompts)} references fail against themselves ({scorer.verifier.verifier})")
-    return 1 if bad else 0
-
-
-__all__ = ["FILE", "check_data", "leave_out_bad_references"]

@@ -20,27 +20,28 @@ def plant() -> None:
     import scale.run
 
     what, rank, step = os.environ["PLANT"].split()
+    build = scale.run.build
 
-    class PlantedSession(scale.run.ScaleSession):
-        def _build(self):
-            trainer = super()._build()
-            collect = self.scorer.collect
+    def planted_build(config, world):
+        parts, num_steps = build(config, world), 0
+        collect = parts.scorer.collect
 
-            def planted():
-                scores = collect()
-                if what == "raise" and (trainer.num_steps, self.world.rank) == (int(step), int(rank)):
-                    raise ZeroDivisionError("a planted mistake")
-                if what == "stall" and trainer.num_steps == int(step) - 1:
-                    time.sleep(1.0)  # whatever is being written is written when this step ends
-                if what == "stall" and trainer.num_steps == int(step):
-                    (self.out / f"stalled-{self.world.rank}").touch()
-                    time.sleep(600)
-                return scores
+        def planted():
+            nonlocal num_steps
+            scores, num_steps = collect(), num_steps + 1
+            if what == "raise" and (num_steps, world.rank) == (int(step), int(rank)):
+                raise ZeroDivisionError("a planted mistake")
+            if what == "stall" and num_steps == int(step) - 1:
+                time.sleep(1.0)  # whatever is being written is written when this step ends
+            if what == "stall" and num_steps == int(step):
+                (Path(config.algo.run.out) / f"stalled-{world.rank}").touch()
+                time.sleep(600)
+            return scores
 
-            self.scorer.collect = planted
-            return trainer
+        parts.scorer.collect = planted
+        return parts
 
-    scale.run.ScaleSession = PlantedSession
+    scale.run.build = planted_build
 
 
 if __name__ == "__main__":

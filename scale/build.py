@@ -1,0 +1,164 @@
+"""From a `ScaleConfig` to the parts of a run on a cluster: sharded models, a group's batcher, distributed checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from scale.checkpoint import DistributedCheckpointer
+from scale.config import FIXED_ON_RESUME, ScaleConfig, own_base_model
+from scale.data import make_task
+from scale.distributed import Collective, World
+from scale.evaluate import GLOSSARY as EVALUATION
+from scale.evaluate import accuracy_metrics
+from scale.group import group_of
+from scale.rewards import GRADE
+from scale.shaping import Shaped
+from scale.sharding import load_sharded
+from scale.shutdown import under_torchrun
+from scale.vllm_engine import VLLMEngine
+from scale.watch import ClusterWatch
+from tppo_ref.loop.trainer import Scorer
+from tppo_ref.method.errors import UserError
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy
+from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs.build import TaskScorer, base_model, check_vocabulary, make_schedule
+from tppo_ref.runs.evaluate import Evaluator, Sampler
+from tppo_ref.runs.glossary import GLOSSARY
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.parts import Parts
+from tppo_ref.runs.references import leave_out_bad_references
+from tppo_ref.runs.resume import resume_point
+from tppo_ref.runs.validation import writable_folder
+from tppo_ref.runs.watch import Watch
+from tppo_ref.tasks import Task, load_task
+
+
+def build(config: ScaleConfig, world: World) -> Parts:
+    """This rank's parts of a run, from its checkpoint or from its beginning. UserError for what cannot be. All ranks take part."""
+    algo, record = config.algo, dataclasses.asdict(config)
+    torch.set_num_threads(algo.run.threads)
+    out = writable_folder(algo.run.out, "algo.run.out")
+    checkpointer = DistributedCheckpointer(out / "checkpoints", world, config)
+    resume = bool(checkpointer.complete()) if config.cluster.requeued else algo.run.resume
+    resume_from = resume_point(checkpointer, config, resume=resume, fixed=FIXED_ON_RESUME, section="algo.")
+    task, parallel, schedule = make_task(config), Collective(world), slots_and_windows(config, world)
+    new = resume_from is None
+    policy, value = build_policy(config, world, task, weights=new), build_value(config, world, weights=new)
+    engine = build_engine(config, world, task)
+    scorer = TaskScorer(task, algo.task)
+    leave_out_bad_references(task, scorer.verifier, out, resume=not new, progress=algo.run.progress, parallel=parallel)
+    training_scorer = shape(scorer, config)
+    every = config.evaluation.every_steps
+    return Parts(
+        config=algo, record=record, task=task, policy=policy, value=value, device=world.device, parallel=parallel, engine=engine,
+        scorer=training_scorer, checkpointer=checkpointer, resume_from=resume_from,
+        averaged=build_policy(config, world, task, weights=new) if algo.policy.ewma_decay else None,
+        batcher=group_of(world)(schedule, task.prompts("train"), samples_per_prompt=algo.rollout.samples_per_prompt,
+                                seed=algo.run.seed),
+        evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
+        due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | EVALUATION,
+        watchers=[Watch(algo), ClusterWatch(config, world)],
+        # Under torchrun SIGTERM means that a rank is gone: shutdown.py ends this one at once.
+        stop_signals=(signal.SIGINT,) if under_torchrun() else (signal.SIGINT, signal.SIGTERM),
+    )  # fmt: skip
+
+
+def build_evaluator(config: ScaleConfig, world: World, task: Task, engine: RolloutEngine, scorer: TaskScorer) -> Evaluator:
+    """Answers of all ranks to the first run.eval_prompts evaluation prompts; the score is the verifier's own."""
+    run = config.algo.run
+    return Evaluator(
+        sampler=build_sampler(config, world, engine, scorer), prompts=task.prompts("test")[: run.eval_prompts],
+        samples_per_prompt=run.eval_samples, parallel=Collective(world), further_metrics=accuracy_metrics,
+    )  # fmt: skip
+
+
+def build_sampler(config: ScaleConfig, world: World, engine: RolloutEngine, scorer: Scorer) -> Sampler:
+    """Whole responses from the engine of this rank's group."""
+    return Sampler(engine=engine, scorer=scorer, slots=slots_and_windows(config, world).slots,
+                   max_response_tokens=config.algo.rollout.max_response_tokens, make_batcher=group_of(world))  # fmt: skip
+
+
+def shape(scorer: TaskScorer, config: ScaleConfig) -> Shaped:
+    """The scorer that training gets."""
+    return Shaped(scorer, config.reward, cap=config.algo.rollout.max_response_tokens, graded=scorer.name == GRADE)
+
+
+def slots_and_windows(config: ScaleConfig, world: World) -> SlotSchedule:
+    """The slots and windows of one engine."""
+    rollout = config.algo.rollout
+    for name, number in (("slots", rollout.slots), ("responses_per_step", rollout.responses_per_step)):
+        if number % world.num_engines:
+            raise UserError(f"algo.rollout.{name}: got {number}; expected a multiple of {world.num_engines}, the engines that they "
+                            f"are dealt to; give one")  # fmt: skip
+    return make_schedule(rollout, world.num_engines)
+
+
+def with_base_model(config: ScaleConfig, parallel: Collective) -> ScaleConfig:
+    """The config with a policy to start from: a built-in task makes its own, once for all ranks, in algo.run.cache."""
+    if not own_base_model(config):
+        return config
+    for first in (True, False):  # the others find what rank 0 made; without a shared cache they make the same one
+        if (parallel.rank == 0) == first:
+            folder = base_model(config.algo, load_task(config.algo.task.name))
+        parallel.gather_objects(None)
+    return replace_fields(config, {"algo.model.policy": folder})
+
+
+def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool = True) -> PolicyModel:
+    """The policy, sharded, with the config's sampling distribution."""
+    model, rollout = config.algo.model, config.algo.rollout
+    if not model.policy:
+        raise UserError("algo.model.policy: expected a model's folder or a config.json, got none")
+    policy = load_sharded(
+        PolicyModel, model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights,
+        temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=task.end_token_id,
+        logit_chunk_tokens=model.logit_chunk_tokens or None, sync_dtype=getattr(torch, config.engine.dtype),
+    )  # fmt: skip
+    assert isinstance(policy, PolicyModel)
+    check_vocabulary("algo.model.policy", policy, task, model.policy)
+    return policy
+
+
+def build_value(config: ScaleConfig, world: World, *, weights: bool = True) -> ValueModel:
+    """The value model, sharded: `algo.model.value`, or the policy's backbone under a new head."""
+    model = config.algo.model
+    value = load_sharded(
+        ValueModel, model.value or model.policy or "", world, config.sharding, seed=config.algo.run.seed, weights=weights
+    )
+    assert isinstance(value, ValueModel)
+    return value
+
+
+def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine:
+    """The engine of this rank's group. It has no weights yet."""
+    algo, engine, slots = config.algo, config.engine, slots_and_windows(config, world).slots
+    context = task.max_prompt_tokens + algo.rollout.max_response_tokens
+    source = Path(algo.model.policy or "")
+    folder = source.parent if source.suffix == ".json" else source
+    if engine.kind == "torch":
+        if world.tensor_parallel > 1:
+            raise UserError(
+                f"engine.tensor_parallel: TorchEngine is one process, got {world.tensor_parallel}; give 1, or kind vllm"
+            )
+        copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
+        return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
+                           temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip
+    heads = AutoConfig.from_pretrained(folder, local_files_only=True).num_attention_heads
+    if heads % world.tensor_parallel:
+        raise UserError(f"engine.tensor_parallel: {folder} has {heads} attention heads, which cannot be cut into "
+                        f"{world.tensor_parallel}; give a divisor")  # fmt: skip
+    options = {"block_size": engine.block_size} if engine.block_size else {}
+    if engine.max_batched_tokens:
+        options["max_num_batched_tokens"] = engine.max_batched_tokens
+    return VLLMEngine(
+        folder, world=world, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id, dtype=engine.dtype,
+        temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens, seed=algo.run.seed,
+        sleep_level=engine.sleep_level, gpu_memory_utilization=engine.gpu_memory_utilization, options=options,
+    )  # fmt: skip

@@ -1,0 +1,28 @@
+"""What a cluster's run warns of beside tppo_ref's own warnings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from scale.config import ScaleConfig, thresholds
+from scale.distributed import World
+from tppo_ref.runs.watch import EVERY
+
+log = logging.getLogger("scale")
+
+
+class ClusterWatch:
+    """Called with each step's number and metrics, on the rank that talks to people."""
+
+    def __init__(self, config: ScaleConfig, world: World):
+        self.gap_limit, self.world = config.engine.gap_warning or thresholds(config)[0], world.world
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        gap, ended = metrics["policy/logprob_gap"], metrics["response/ended"]
+        if gap > self.gap_limit:
+            log.warning("step %d: engine and trainer log-probabilities differ by %.2g on average (engine.gap_warning %.2g): "
+                        "policy.importance truncated corrects for it", step, gap, self.gap_limit)  # fmt: skip
+        if ended < self.world and step % EVERY == 1:
+            log.warning("step %d: only %d responses ended, the value model has little to learn from; a longer rollout.window "
+                        "or more slots help", step, ended)  # fmt: skip

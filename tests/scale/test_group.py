@@ -1,0 +1,81 @@
+"""A tensor-parallel group's batchers: together they are the one that a single rank has, through windows and restarts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_batching import LAW, RUN_SEED, KnownLengthEngine, Plan, plans
+
+from scale.group import Group
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.rollout.batcher import SuccessiveBatcher
+
+
+def group_of(plan: Plan, parts: int, *, rank: int = 0, world: int = 1, slots: int | None = None) -> list[Group]:
+    """The batchers of the ranks that share one engine."""
+    return [
+        Group(
+            SuccessiveBatcher(
+                SlotSchedule(slots=slots or plan.slots, window=plan.window, max_response_tokens=plan.cap, refill=plan.refill),
+                plan.stream(rank=rank, world=world), run_seed=RUN_SEED,
+            ),
+            part=part, parts=parts,
+        )
+        for part in range(parts)
+    ]  # fmt: skip
+
+
+@LAW
+@given(plans(), st.integers(2, 3))
+def test_ranks_that_share_an_engine_split_what_one_would_have_returned(plan, parts):
+    """Every slice goes to exactly one of them, a response to the same one in all of its windows, and the counts add up."""
+    alone, group = plan.batcher(), group_of(plan, parts)
+    engines = [KnownLengthEngine(plan) for _ in range(1 + parts)]
+    owner: dict[int, int] = {}
+    for _ in range(plan.num_windows):
+        whole = alone.window(engines[0])
+        ended: list[list[int]] = [[] for _ in group]
+        shares = [b.window(e, on_end=lambda r, x=x: x.append(r.id)) for b, e, x in zip(group, engines[1:], ended, strict=True)]
+        assert sorted((s.response.id, s.begin, s.stop) for share in shares for s in share) == sorted(
+            (s.response.id, s.begin, s.stop) for s in whole
+        )
+        for part, share in enumerate(shares):
+            assert all(owner.setdefault(s.response.id, part) == part for s in share)
+            assert ended[part] == [s.response.id for s in share if s.response.ended]
+        assert sum(b.num_generated_tokens for b in group) == alone.num_generated_tokens
+        assert sorted(r.id for b in group for r in b.in_flight.values()) == sorted(alone.in_flight)
+        assert sum(b.slot_steps for b in group) == pytest.approx(alone.slot_steps)
+        assert all(b.segments == alone.segments for b in group)
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored"), [((1, 2), (1, 2)), ((2, 2), (2, 2)), ((1, 2), (2, 1)), ((2, 1), (1, 2)), ((2, 2), (1, 3))]
+)
+def test_groups_are_restored_on_the_same_ranks_and_dealt_anew_on_others(saved, restored):
+    """(engines, ranks per engine): each rank saves its share, in which alone its responses' settled counts are right."""
+    plan = Plan(lengths=(9, 2, 14, 7), slots=4, window=3, cap=14)
+    slots = 24 // restored[0] if saved != restored else 4
+    before = [b for rank in range(saved[0]) for b in group_of(plan, saved[1], rank=rank, world=saved[0])]
+    for batcher in before:
+        batcher.window(KnownLengthEngine(plan))
+        for response in batcher.in_flight.values():
+            response.num_settled = 1 + response.id % 2
+    states = json.loads(json.dumps([b.state_dict() for b in before]))
+    after = [b for rank in range(restored[0]) for b in group_of(plan, restored[1], rank=rank, world=restored[0], slots=slots)]
+    for batcher in after:
+        batcher.load_state_dict(states)
+    flying = sorted((r for b in before for r in b.in_flight.values()), key=lambda r: r.id)
+    assert len(flying) >= 3
+    assert sorted((r for b in after for r in b.in_flight.values()), key=lambda r: r.id) == flying
+    assert sum(b.num_generated_tokens for b in after) == sum(b.num_generated_tokens for b in before)
+    if saved == restored:
+        assert [b.state_dict() for b in after] == [b.state_dict() for b in before]
+    for batcher in after:  # every rank of a group must be able to submit all of the group's requests
+        assert {c[0] for c in batcher.batcher.schedule.carried if c} == set(batcher.batcher.in_flight)

@@ -1,0 +1,79 @@
+"""What a run is made of. `runs/build.py` makes the parts on a laptop, `scale/build.py` on a cluster; a `Session` runs either."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tppo_ref.loop.parallel import Parallel
+from tppo_ref.loop.trainer import Trainer
+from tppo_ref.rollout.batcher import Batcher
+from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.evaluate import Evaluator
+from tppo_ref.runs.glossary import GLOSSARY, Metric
+from tppo_ref.tasks import Task
+
+
+class Checkpointer(Protocol):
+    """Writes and reads the checkpoints in `folder`. All ranks make the same calls in the same order."""
+
+    folder: Path
+
+    def complete(self) -> list[Path]:
+        """Checkpoints that can be gone on from, oldest first."""
+
+    def saved_config(self, checkpoint: Path) -> dict[str, Any]:
+        """The config that a checkpoint was made with. UserError, in one line, where the checkpoint is not as it was written."""
+
+    def save(self, trainer: Trainer) -> Path:
+        """Write the state after the last step, or begin to; the path that it has, or will have."""
+
+    def load(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Bring a freshly built trainer to what was saved."""
+
+    def poll(self) -> None:
+        """Called between steps: what `save` began may have ended."""
+
+    def finish(self) -> None:
+        """Wait for what `save` began. Only where all ranks come by: one that failed must say so at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a run, made and connected; weights are read, nothing has run yet.
+
+    config        the algorithm's settings, and `run`
+    record        the whole config, which is written to config.json
+    policy, value, engine, batcher, scorer, parallel, device, averaged     go to the Trainer; `scorer` also has `close`
+    evaluator     its engine decodes with the policy's weights; it may be the Trainer's own
+    answers_kept  sample answers that are written at each evaluation
+    resume_from   the checkpoint to go on from; None: a run that begins
+    due           (training steps, training seconds) -> evaluations that should have been made by then; none at 0
+    watchers      called with each step's number and metrics, on the first rank
+    """
+
+    config: Config
+    record: Mapping[str, Any]
+    task: Task
+    policy: Any
+    value: Any
+    engine: RolloutEngine
+    batcher: Batcher
+    scorer: Any
+    evaluator: Evaluator
+    checkpointer: Checkpointer
+    parallel: Parallel
+    device: torch.device | str
+    resume_from: Path | None
+    averaged: Any = None
+    answers_kept: int = 0
+    due: Callable[[int, float], int]
+    glossary: Mapping[str, Metric] = dataclasses.field(default_factory=lambda: GLOSSARY)
+    watchers: Sequence[Callable[[int, Mapping[str, float]], None]] = ()
+    stop_signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)

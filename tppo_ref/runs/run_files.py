@@ -1,0 +1,74 @@
+"""The files that a run leaves: what it was (config, versions), what happened (metrics, tables), what it answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tppo_ref.rollout.batcher import Batcher
+from tppo_ref.rollout.decode_load import DecodeStep, decode_steps
+from tppo_ref.runs.glossary import Metric
+from tppo_ref.runs.sinks import MetricLog, Table
+from tppo_ref.runs.versions import versions
+
+RESPONSES = ("step", "train_s", "response", "prompt", "tokens", "end", "score")
+TIMELINE = ("step", "slot", "response", "begin_s", "stop_s", "tokens", "end")
+DECODE = ("step", "decode_step", *DecodeStep._fields)
+
+
+class RunFiles:
+    """Opened by the rank that writes; a run that goes on takes back what was written after its checkpoint.
+
+    timeline   write timeline.csv, decode.csv and eval_decode.csv, too
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        config: Mapping[str, Any],
+        glossary: Mapping[str, Metric],
+        *,
+        resume_step: int | None,
+        timeline: bool,
+        wandb_project: str = "",
+    ):
+        self.out, self._timeline_wanted = out, timeline
+        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        self.log = MetricLog(out, resume_step=resume_step, wandb_project=wandb_project, glossary=glossary)
+        self.responses = Table(out / "responses.csv", RESPONSES, resume_step=resume_step)
+        self.timeline = Table(out / "timeline.csv", TIMELINE, resume_step=resume_step)
+        self.decode = Table(out / "decode.csv", DECODE, resume_step=resume_step)
+        self.eval_decode = Table(out / "eval_decode.csv", DECODE, resume_step=resume_step)
+        self._tables = (self.responses, self.timeline, self.decode, self.eval_decode)
+
+    def write_window(self, step: int, begin_s: float, batcher: Batcher) -> None:
+        """The slots and decode steps of this rank's last window, which began at `begin_s` on the training clock."""
+        if not self._timeline_wanted:
+            return
+        at = [begin_s, *(begin_s + s for s in batcher.step_ends_s)]
+        self.timeline.write([
+            (step, s.slot, s.response, f"{at[s.begin]:.4f}", f"{at[s.stop]:.4f}", s.stop - s.begin, s.end.name)
+            for s in batcher.segments
+        ])  # fmt: skip
+        self._write_decode(self.decode, step, decode_steps(batcher.segments, batcher.slices, batcher.step_ends_s))
+
+    def write_evaluation(self, step: int, loads: Sequence[DecodeStep]) -> None:
+        """The decode steps of an evaluation by this rank."""
+        if self._timeline_wanted:
+            self._write_decode(self.eval_decode, step, loads)
+
+    @staticmethod
+    def _write_decode(table: Table, step: int, loads: Sequence[DecodeStep]) -> None:
+        table.write([(step, i, *load[:-1], f"{load.seconds:.6f}") for i, load in enumerate(loads)])
+
+    def flush(self) -> None:
+        for table in self._tables:
+            table.flush()
+
+    def close(self) -> None:
+        for table in self._tables:
+            table.close()
+        self.log.close()

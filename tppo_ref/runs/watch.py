@@ -1,0 +1,44 @@
+"""What a run warns of: thresholds of its config that a step's metrics have passed."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+from tppo_ref.runs.config import Config
+
+log = logging.getLogger("tppo_ref")
+
+EVERY = 20  # steps between two warnings of one kind
+
+
+class Watch:
+    """Called with each step's number and metrics, on the rank that talks to people."""
+
+    def __init__(self, config: Config):
+        self.run, self.failure_score = config.run, config.task.failure_score
+        self._told: Counter[str] = Counter()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step % EVERY == 1:
+            self._cuts(step, metrics)
+            self._staleness(step, metrics)
+        for name in ("verify/timeouts", "verify/errors"):
+            if metrics[name] > self._told[name]:
+                log.warning("step %d: %s is %d so far; they score %g", step, name, metrics[name], self.failure_score)
+                self._told[name] = int(metrics[name])
+
+    def _cuts(self, step: int, metrics: Mapping[str, float]) -> None:
+        capped = metrics["response/ended"] * metrics["response/capped_share"] if metrics["response/ended"] else 0.0
+        share = metrics["response/cut_share"] + capped / max(metrics["response/rows"], 1)
+        if share > self.run.cut_warning:
+            log.warning("step %d: %.0f %% of the rows were cut or capped (run.cut_warning %.0f %%): the critic sees few finished "
+                        "responses; a longer rollout.window helps", step, 100 * share, 100 * self.run.cut_warning)  # fmt: skip
+
+    def _staleness(self, step: int, metrics: Mapping[str, float]) -> None:
+        oldest = metrics.get("policy/staleness_max", 0)
+        if oldest > self.run.staleness_warning:
+            log.warning("step %d: tokens that are %d weight versions old are trained (run.staleness_warning %d): their importance "
+                        "weights are far from 1; a longer rollout.window helps",
+                        step, oldest, self.run.staleness_warning)  # fmt: skip
