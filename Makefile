@@ -1,12 +1,13 @@
 # Two commands on a fresh machine, set-up included:  make demo   make test
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SCALE  := $(VENV)/.ready-scale
-SOURCES := tppo_ref sim scale tests benchmarks notebooks
+SOURCES := tppo_ref sim scale tests benchmarks notebooks .ci
 
-.PHONY: demo test test-scale bench lab lint setup
+.PHONY: demo test test-scale resolve bench lab lint setup
 demo: $(READY)  ## PPO against T-PPO on a built-in task, about 6 minutes on 2 cores; figures in runs/demo
 	$(BIN)/python -m tppo_ref compare --config tppo_ref/configs/demo.yaml
 
@@ -15,6 +16,9 @@ test: $(READY) lint  ## tppo_ref, sim and the notebooks; no vLLM
 
 test-scale: $(SCALE)  ## scale/, with vLLM's CPU build and several ranks on this machine
 	CI_SCALE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale
+
+resolve: $(READY)  ## would this install elsewhere? asks the package index, about a minute, and installs nothing
+	$(BIN)/python .ci/resolve.py
 
 lint: $(READY)
 	$(BIN)/ruff check $(SOURCES)
@@ -27,11 +31,13 @@ bench: $(READY)  ## speed, as ratios within one run; results go to benchmarks/re
 lab: $(READY)  ## the tutorials, in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
+# torch is asked for by its version here, and not in constraints.txt: which build of it fits depends on the machine. One that $(VENV)
+# has already stays, e.g. a CUDA build: make demo VENV=$$VIRTUAL_ENV
 setup: $(READY)
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 

@@ -5,6 +5,7 @@ python -m benchmarks.at_32b           own seconds, padding, waiting at the 32B r
 python -m benchmarks.scale_overhead   with vLLM: own share of a cpu-tiny step, memory
 python -m benchmarks.sync             with vLLM: weight sync against a copy
 python -m benchmarks.verdicts FOLDER  scale's verifier on the examples of math-verify's source archive
+python -m benchmarks.versions         the stated ranges of Python, torch and transformers, tried
 python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, five seeds
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task
