@@ -27,6 +27,18 @@ def provenance() -> dict[str, str | int]:
     }  # fmt: skip
 
 
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV to which each finished run adds. A line that a kill has torn is taken out: its run is made again."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return []
+    text = path.read_text()
+    if not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def report(name: str, rows: Sequence[Mapping[str, object]], path: Path | None = None) -> None:
     """Print rows as a table, and write them with their provenance to results/<name>.csv."""
     path = path or RESULTS / f"{name}.csv"

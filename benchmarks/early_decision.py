@@ -16,7 +16,6 @@ on logarithms. PPO-dual is PPO with T-PPO's critic update, so that only the wind
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from benchmarks.common import RESULTS, provenance
+from benchmarks.common import RESULTS, provenance, whole_rows
 from sim.lab import instances
 from sim.lab.learning import write_csv
 from sim.lab.recorder import Record, Recorder
@@ -83,15 +82,8 @@ def run(world: World, method: str, seed: int) -> Row:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of whole runs. A line that a kill has torn is taken out of the file: its run is made again."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    if not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: float(value) if name in NUMBERS else value for name, value in row.items()} for row in rows]
+    """Rows of whole runs."""
+    return [{name: float(value) if name in NUMBERS else value for name, value in row.items()} for row in whole_rows(path)]
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, str, int, str, int]:
@@ -139,7 +131,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.seeds < 0:
         parser.error(f"--seeds: expected an integer of at least 0, got {arguments.seeds}")
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     there = {key(row) for row in read(arguments.out)}
     try:
         for seed, world, method in itertools.product(range(arguments.seeds), WORLDS, METHODS):  # seeds outermost: always balanced
