@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ class Ewma:
     def clip_centre(self, batch: TokenBatch, rows: Rows, part: Any, config: PolicyConfig) -> ClipCentre:
         """The averaged policy's log-probabilities of a micro-batch, and the importance weights averaged / behaviour."""
         with torch.no_grad():
-            centre_bt = self.module(batch)
+            centre_bt = self.module(dataclasses.replace(batch, prefix=None))  # what is kept is the policy's, not the average's
         mode: Literal["truncated", "masked"] = "truncated" if config.importance == "none" else config.importance
         weight_bt, clipped = importance_weights(
             centre_bt, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap
