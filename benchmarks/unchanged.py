@@ -5,6 +5,10 @@
     python -m benchmarks.unchanged --before FOLDER --store NEW  write FOLDER's numbers down, and compare nothing
     python -m benchmarks.unchanged --runs tppo ppo bias-cliff   some of the runs
 
+Where numbers change on purpose, docs/log.md names the columns and why, and the new ones are stored in place of the old:
+
+    python -m benchmarks.unchanged --before . --store NEW && python -m benchmarks.unchanged --after NEW
+
 It knows command lines and output files, no modules: files may move, and fields may be renamed. Each command runs by itself, on one
 thread, with a fixed seed. Compared are every record of metrics.jsonl and every cell of each CSV, wall-clock left out, the weights
 of base models and checkpoints, and the laboratory's and the clock's tables. Settings that are not the defaults make things happen
@@ -80,6 +84,7 @@ RUNS = [
     tppo("tppo-zero-cut", "--run.method tppo-zero-cut"),
     tppo("discounted", "--advantage.gamma 0.97 --advantage.lam 0.9 --advantage.length_adaptive_lam false",
          "--advantage.gamma 0.97 --advantage.lam 0.9 --advantage.lam_alpha null"),
+    tppo("adaptive-lam", "--advantage.lam 0.8 --advantage.lam_alpha 0.5"),  # as it is, responses this short have the floor
     tppo("no-tail", "--advantage.tail none", "--advantage.tail_tokens 0"),
     tppo("defer-critic-cut", "--run.method tppo-defer --advantage.cut_value critic --advantage.tail_tokens 4 --advantage.clamp 1"),
     tppo("tight-clips", "--policy.clip_low 0.01 --policy.clip_high 0.02 --policy.dual_clip 1.01 --policy.lr 1e-3 "
@@ -99,8 +104,9 @@ RUNS = [
     Run("pretrain-value", [f"tppo_ref pretrain-value {COMMON} {LENGTH} --value.pretrain_responses 64 --value.pretrain_epochs 2"]),
     Run("evaluate", [f"tppo_ref evaluate {COMMON} {LENGTH} --run.eval_samples 2"]),
     Run("bias-calm-chain", ["sim bias --instance calm-chain --window 4 8 16 --out out"]),
-    Run("bias-cliff", ["sim bias --instance cliff --window 4 8 --gamma 0.97 --lam 0.9 --tail 3 --behind 0.5 --offsets all "
-                       "--estimators egae cut-gae zero-cut egae-exclude egae-defer egae-drop egae-adaptive --out out"]),
+    Run("bias-cliff", ["sim bias --instance cliff --window 4 8 --gamma 0.97 --lam 0.8 --alpha 0.5 --tail 3 "
+                       "--behind 0.5 --offsets all --out out "
+                       "--estimators egae cut-gae zero-cut egae-exclude egae-defer egae-drop egae-adaptive"]),
     Run("bias-noisy-reward", ["sim bias --instance noisy-reward --window 2 4 --logits state --critic noise:0.3 --seed 1 "
                               "--out out"]),
     Run("throughput", ["sim throughput --tables conditions lengths systems timeline --out out"]),
@@ -182,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {run.name: run for run in RUNS}
     parser.add_argument("--before", type=Path, default=STORED, metavar="FOLDER", help="a checkout, or what --store wrote")
-    parser.add_argument("--after", type=Path, default=Path(), metavar="FOLDER", help="a checkout")
+    parser.add_argument("--after", type=Path, default=Path(), metavar="FOLDER", help="the same")
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="where to write the numbers of --before")
     parser.add_argument("--runs", nargs="+", default=list(known), choices=known, metavar="NAME", help=f"of {', '.join(known)}")
     options = parser.parse_args(argv)
     runs = [known[name] for name in options.runs]
-    before = load(options.before) if (options.before / "columns.csv").exists() else measure(options.before, runs)
+    before = side(options.before, runs)
     for name, why in before.failed.items():
         print(f"error: {name} does not run in {options.before}: {why}", file=sys.stderr)
     if before.failed:
@@ -195,16 +201,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.store:
         store(before, options.store)
         return 0
-    after = measure(options.after, runs)
+    after = side(options.after, runs)
     if len(runs) < len(RUNS):  # base models are those of all runs
-        before.runs = {name: columns for name, columns in before.runs.items() if name in options.runs}
-        after.runs.pop("base-models", None)
+        for each in (before, after):
+            each.runs = {name: columns for name, columns in each.runs.items() if name in options.runs}
     differences, alone = compare(before, after)
     report(differences, alone, other_conditions(before.provenance, after.provenance))
     num_columns = sum(len(columns) for columns in before.runs.values())
     print(f"{len(differences)} of {num_columns} columns of {len(before.runs)} runs differ, {before.provenance['commit']} against "
           f"{after.provenance['commit']}, {after.provenance['cpu_s']} s of CPU time")  # fmt: skip
     return int(bool(differences))
+
+
+def side(folder: Path, runs: Sequence[Run]) -> Side:
+    """The numbers of a checkout, or those that were stored in a folder."""
+    return load(folder) if (folder / "columns.csv").exists() else measure(folder, runs)
 
 
 def report(differences: Sequence[Difference], alone: Sequence[str], conditions: Sequence[str]) -> None:
