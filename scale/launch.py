@@ -114,6 +114,11 @@ def start_workers(argv: Sequence[str], config: object) -> int:
     return failed[1] if failed[1] > 0 else 1
 
 
+def console(argv: Sequence[str]) -> int:
+    """`tppo launch ...`: the arguments of `main` behind the command's name."""
+    return main(argv[1:])
+
+
 def work(command: str, config: object) -> int:
     """One rank. The first rank to fail says so, in one line; the exit code is the same everywhere."""
     import logging

@@ -402,7 +402,7 @@ def test_every_field_has_a_line_of_help_that_ends_in_the_provenance_of_its_defau
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_a_line_per_field_with_its_default(command, capsys):
     with pytest.raises(SystemExit) as left:
-        main([command, "--help"])
+        main([command, "--help-all"])
     assert left.value.code == 0
     out = capsys.readouterr().out
     body = " ".join(out[out.index("options:") if "options:" in out else 0 :].split())

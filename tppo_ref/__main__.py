@@ -1,24 +1,51 @@
-"""`python -m tppo_ref train | compare | pretrain-value | evaluate | check-data`, with `--config FILE --section.field VALUE`."""
+"""`tppo COMMAND ...`, which is also `python -m tppo_ref COMMAND ...`: what each command is, and how a mistake ends."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from tppo_ref import __version__
 from tppo_ref.method.errors import UserError, nearest
+from tppo_ref.runs import console
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import given_fields, parse
 from tppo_ref.runs.validation import check
 
 
+def demo(config: Config, given: set[str]) -> None:
+    """Train PPO and T-PPO on a built-in task, 6 minutes on 2 cores; --quick: one short seed each, which proves nothing."""
+    compare(config, given)
+    if config.compare.seeds == 1:
+        print("One seed of each method proves nothing: it shows what a run looks like. Without --quick there are three.")
+
+
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
+    _train(apply_method(config, config.run.method, given=given))
+
+
+def resume(config: Config, given: set[str]) -> None:
+    """Go on with the run of a folder (resume FOLDER), from its newest checkpoint and under its own configuration."""
+    _train(config)
+
+
+def _train(config: Config) -> None:
+    from tppo_ref.runs.checkpoint import complete_checkpoints
     from tppo_ref.runs.commands import train as run_train
 
-    config = apply_method(config, config.run.method, given=given)
     check(config)
-    print(f"checkpoint: {run_train(config)}")
+    try:
+        print(f"checkpoint: {run_train(config)}")
+    except KeyboardInterrupt:
+        kept = complete_checkpoints(Path(config.run.out) / "checkpoints")
+        if kept:
+            print(f"stopped: {kept[-1]} holds everything; go on with: tppo resume {config.run.out}", file=sys.stderr)
+        else:
+            print(f"stopped before the first checkpoint: {config.run.out} holds nothing to go on from", file=sys.stderr)
+        raise
 
 
 def compare(config: Config, given: set[str]) -> None:
@@ -26,6 +53,13 @@ def compare(config: Config, given: set[str]) -> None:
     from tppo_ref.runs.compare import compare as run_compare
 
     run_compare(config)
+
+
+def report(config: Config, given: set[str]) -> None:
+    """Write the tables and figures of a finished comparison anew (report FOLDER)."""
+    from tppo_ref.runs.report import write_report
+
+    write_report(Path(config.run.out), methods=config.compare.methods, target_share=config.compare.target)
 
 
 def pretrain_value(config: Config, given: set[str]) -> None:
@@ -50,38 +84,31 @@ def check_data(config: Config, given: set[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Config, set[str]], int | None]] = {
-    "train": train, "compare": compare, "pretrain-value": pretrain_value, "evaluate": evaluate, "check-data": check_data,
+    "demo": demo, "train": train, "resume": resume, "compare": compare, "evaluate": evaluate, "pretrain-value": pretrain_value,
+    "check-data": check_data, "report": report,
 }  # fmt: skip
-
-
-def usage() -> str:
-    lines = [f"  {name:15} {command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join([
-        "usage: python -m tppo_ref COMMAND [--config FILE] [--section.field VALUE ...]", "", *lines, "",
-        "COMMAND --help lists every field with its default, its meaning and where the default comes from.",
-    ])  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 done, 2 a user's mistake (one line on stderr), 130 Ctrl-C (train: once writes a checkpoint)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    lines = {name: (command.__doc__ or "").strip() for name, command in COMMANDS.items()}
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        print(console.usage(lines))
+        return 0
+    if argv[0] == "--version":
+        print(f"tppo-ref {__version__}")
         return 0
     try:
+        if argv[0] == "completion":
+            print(console.completion(list(COMMANDS), argv[1:]))
+            return 0
+        if (elsewhere := console.elsewhere().get(argv[0])) is not None:
+            return elsewhere(argv)
         if argv[0] not in COMMANDS:
-            raise UserError(f"unknown command {argv[0]!r}, expected one of {', '.join(COMMANDS)}{nearest(argv[0], list(COMMANDS))}")
-        command = COMMANDS[argv[0]]
-        if argv[0] == "check-data" and len(argv) > 1 and not argv[1].startswith("-"):
-            argv = [argv[0], "--task.path", *argv[1:]]
-        config = parse(Config, argv[1:], prog=f"python -m tppo_ref {argv[0]}", description=command.__doc__ or "")
-        check(config)
-        import torch  # after the arguments are known to be right: these take seconds to import
-        import transformers
-
-        torch.set_num_threads(config.run.threads)
-        transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file that is read or written
-        return command(config, given_fields(argv[1:])) or 0
+            known = [*COMMANDS, *console.elsewhere(), "completion"]
+            raise UserError(f"command: got {argv[0]!r}; expected one of {', '.join(known)}{nearest(argv[0], known)}")
+        return _run(argv[0], argv[1:], lines[argv[0]])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,5 +117,25 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-if __name__ == "__main__":
+def _run(name: str, argv: Sequence[str], line: str) -> int:
+    if "--help" in argv or "-h" in argv:
+        print(console.short_help(name, line))
+        return 0
+    fields = console.fields_of(name, argv)
+    config = parse(Config, ["--help" if arg == "--help-all" else arg for arg in fields], prog=f"tppo {name}", description=line)
+    check(config)
+    import torch  # after the arguments are known to be right: these take seconds to import
+    import transformers
+
+    torch.set_num_threads(config.run.threads)
+    transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file that is read or written
+    return COMMANDS[name](config, given_fields(fields)) or 0
+
+
+def run() -> None:
+    """The console script `tppo`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run()

@@ -115,7 +115,7 @@ def _run_all(runs: list[Config], config: Config) -> None:
                         done += run.run.train_seconds or run.run.steps
                         del active[folder]
                 bar.n = done + sum(min(_progress(run), run.run.train_seconds or run.run.steps) for run, _ in active.values())
-                bar.set_postfix_str(", ".join(Path(folder).name for folder in active), refresh=False)
+                bar.set_postfix_str(", ".join(_curve(folder) for folder in active), refresh=False)
                 bar.refresh()
         finally:
             for _, process in active.values():
@@ -125,6 +125,22 @@ def _run_all(runs: list[Config], config: Config) -> None:
                     process.wait(timeout=30)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def _curve(folder: str) -> str:
+    """A run's name and its accuracy so far, evaluation by evaluation, as a line of small bars."""
+    try:
+        records = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines() if '"eval/accuracy"' in line
+        ]
+    except (OSError, json.JSONDecodeError):  # not yet there, or a write in progress
+        records = []
+    curve = [record["eval/accuracy"] for record in records][-16:]
+    bars = "".join(BARS[min(int(accuracy * len(BARS)), len(BARS) - 1)] for accuracy in curve)
+    return f"{Path(folder).name} {bars} {curve[-1]:.2f}" if curve else Path(folder).name
 
 
 def _start(run: Config) -> subprocess.Popen[bytes]:
