@@ -89,6 +89,9 @@ def batches(draw):
 RAGGED = TokenBatch([[1], [2, 3, 4], [5] * 7], [[6] * 30, [7, 8], [9, 1, 2, 3]], live_from=[17, 0, 4])
 
 
+NOTHING_BEFORE = TokenBatch([[1], [2, 3]], [[6] * 9, [7]], live_from=[0, 1])  # the longest row has no constant token
+
+
 def check_policy(model, batch):
     expected = defined_outputs(model, batch)
     logprob_BT = model(batch)
@@ -101,6 +104,7 @@ def check_policy(model, batch):
 
 
 @example(RAGGED)
+@example(NOTHING_BEFORE)
 @given(batches())
 @settings(max_examples=25, deadline=None)
 def test_log_probabilities_and_their_gradient_are_those_of_detached_keys_and_values(batch):

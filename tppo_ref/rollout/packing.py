@@ -22,8 +22,8 @@ class TokenBatch:
                 the prompt and the response columns before it are read without gradient, their keys and values are constants, and
                 outputs exist from that column on, 0 before it. An empty batch keeps its empty list, so that all ranks make the
                 same passes
-    prefix      with live_from: keys and values of those constants, filled by the first pass that reads them, then kept. None: each
-                pass makes its own
+    prefix      with live_from: keys and values of those constants but the last one's, whose hidden state predicts column live_from;
+                filled by the first pass that reads them, then kept. None: each pass makes its own
     """
 
     prompt_ids: Sequence[Sequence[int]]
@@ -133,8 +133,9 @@ def _num_constant(live_from: Sequence[int], num_prompt: np.ndarray, num_response
 
 def _prefix(rows: list[np.ndarray], kept: PrefixKeys, device: torch.device) -> tuple[Tensor, Tensor, PackedLayout]:
     """The constant tokens end to end. Never empty: sharded models gather their weights in each pass, on every rank or on none."""
-    if not sum(map(len, rows)):
-        rows = [np.zeros(1, dtype=np.int64)]
+    rows = [row for row in rows if len(row)] or [
+        np.zeros(1, dtype=np.int64)
+    ]  # a prompt of one token has nothing before its live end
     ids, positions = np.concatenate(rows), np.concatenate([np.arange(len(row)) for row in rows])
     layout = PackedLayout([len(row) for row in rows], device, record=kept)
     return torch.from_numpy(ids).to(device)[None], torch.from_numpy(positions).to(device)[None], layout
