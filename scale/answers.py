@@ -28,11 +28,12 @@ from tppo_ref.tasks.numerals import COUNTING_WORD, read_numeral
 PLACES, SIGNIFICANT = Decimal("1e-6"), Decimal("1e-5")
 MAX_ELEMENTS = 100
 
-_THOUSANDS = re.compile(r"(?<![\d,.(\[])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d,.])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d+)(?![\w.])")
-_NOISE = re.compile(r"\\!\s*|\\left(?![a-z])|\\right(?![a-z])|\\[,;:!()\[\]]|\\q?quad|\\displaystyle|\\?\$")
+_NOISE = re.compile(r"(?<!\\)(?:\\!\s*|\\(?:left|right)(?![a-z])|\\[,;:()\[\]]|\\q?quad|\\displaystyle|\\?\$)")
 _AND = re.compile(r",?\s*(?:\\(?:text|mathrm)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", re.IGNORECASE)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_UNIT = re.compile(_TEXT.pattern + r"(\^\{?-?\d+\}?)?")
 _LITERAL = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+(?:\.\d+)?\s*[-–—]\s*\d+(?:\.\d+)?")
 _BEGIN = re.compile(r"\\(?:begin|end)\s*\{\w*\*?\}(?:\{[\w|]*\})?")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sinh|cosh|tanh|coth|sqrt|frac|arcsin|arccos|arctan)\b)[^\W\d_]{4,}")
@@ -62,14 +63,22 @@ def same(reference: str, claim: str) -> bool:
 
 def tidy(text: str) -> str:
     """Without the marks of typesetting and thousands' commas; scientific and mixed numbers in LaTeX, "and" and "or" as commas."""
-    for written, meant in (("{,}", ","), ("\\%", "%"), ("−", "-"), ("~", " "), ("\\ ", " "), ("\\mathrm{e}", "e")):
+    for written, meant in (("{,}", ","), ("\\%", "%"), ("−", "-"), ("~", " "), ("\\mathrm{e}", "e")):
         text = text.replace(written, meant)
+    text = re.sub(r"(?<!\\)\\ ", " ", text)  # not of a matrix's row
     text = _NOISE.sub("", text).strip()
-    text = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), text.removesuffix("."))
+    text = _THOUSANDS.sub(_joined, text.removesuffix("."))
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(\d)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
     return _AND.sub(",", text).strip()
+
+
+def _joined(match: re.Match[str]) -> str:
+    """1,234 is one number, (1,234) are two."""
+    before = match.string[: match.start()]
+    inside = sum(map(before.count, "([")) > sum(map(before.count, ")]"))
+    return match[0] if inside else match[0].replace(",", "")
 
 
 def plain(text: str) -> str:
@@ -145,9 +154,9 @@ def _same_value(reference: str, claim: str) -> bool:
             return True
         if "%" not in number.unit + other.unit:
             return number.unit == other.unit and _close(number.value, other.value)
-    units = _unit(reference), _unit(claim)
-    if all(units) and units[0] != units[1]:
-        return False
+    for mark in (_unit, _base):  # another one is wrong, none is understood
+        if mark(reference) and mark(claim) and mark(reference) != mark(claim):
+            return False
     if _counting(words) != _counting(other_words) or _loose(words) or _loose(other_words):
         return False
     return _same_expression(reference, claim)
@@ -158,9 +167,16 @@ def _counting(text: str) -> list[str]:
 
 
 def _unit(text: str) -> str:
-    """The letters in \\text, or behind a number and a space: math-verify takes cm for m."""
-    bare = re.search(r"\d\s+([A-Za-z/^\d]+)$", text)
-    return "".join(re.findall(r"[^\W\d_]", " ".join(_TEXT.findall(text)) or (bare[1] if bare else ""))).casefold()
+    """The letters in \\text and their power, or what stands behind a number and a space: math-verify takes cm for m."""
+    bare = re.search(r"\d\s+([A-Za-z][A-Za-z/^\d]*)$", text)
+    unit = " ".join(part + power for part, power in _UNIT.findall(text)) or (bare[1] if bare else "")
+    return "".join(re.findall(r"[^\W_]", unit)).casefold() if re.search(r"[^\W\d_]", unit) else ""
+
+
+def _base(text: str) -> str:
+    """The base of 204_5, which math-verify leaves out; "" for none."""
+    match = re.fullmatch(r"[\dA-Fa-f]+_\{?(\d+)\}?", text)
+    return match[1] if match else ""
 
 
 def _loose(text: str) -> bool:
@@ -193,16 +209,21 @@ def _same_expression(reference: str, claim: str) -> bool:
 
 
 def _agree(gold: Any, found: Any) -> bool:
-    """Whether two values agree to five significant digits: math-verify compares decimals to six places, which tiny ones lack."""
+    """Where math-verify is too generous: it compares decimals to six places, which tiny ones lack, and equations by what solves
+    them, which for f(1)=2 and f(3)=2 is nothing.
+    """
     import sympy
 
     try:
+        equations = [e for e in (gold, found) if isinstance(e, sympy.Eq)]
+        if len(equations) == 2 and not all(e.lhs.is_Symbol for e in equations):
+            return gold == found or bool(gold.free_symbols and sympy.solve(gold, gold.free_symbols))
         a, b = (e.rhs if isinstance(e, sympy.Eq) and e.lhs.is_Symbol else e for e in (gold, found))
         if not all(isinstance(e, sympy.Expr) and not e.is_Matrix and e.is_number for e in (a, b)):
             return True
         a, b = sympy.N(a, 30), sympy.N(b, 30)
         return bool(abs(a - b) <= 1e-5 * abs(a)) or not (a.is_finite and b.is_finite)
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError):  # an expression without a value, to sympy
+    except (ArithmeticError, AttributeError, NotImplementedError, RecursionError, TypeError, ValueError):  # no value, to sympy
         return True
 
 

@@ -61,7 +61,10 @@ def test_no_other_reference_is_right_against_it(reference):
         ("10^{-9}\\sqrt{2}", ["\\sqrt{2}\\times 10^{-9}"], ["0.0", "0.000000001"]), ("east", ["\\text{East}"], ["seat", "\\text{seat}", "west"]),
         ("5 \\text{ cm}", ["5", "5 \\text{cm}"], ["5 \\text{ m}", "5 m"]), ("70 dollars", ["70", "\\$70"], ["70 cents"]), ("25\\%", ["25", "25 %"], ["24\\%"]),
         ("\\pm 2", ["2,-2", "-2 \\text{ or } 2"], ["2", "-2", "\\pm 3", "2, 2"]), ("1,2", ["{1,2}", "\\{2, 1\\}"], ["{1,3}", "1.2"]),
-        ("A:B=7:6", ["7:6"], ["7", "6:7", "14:12"]), ("a=4,-8", ["-8,4"], ["4", "4,8"]), ("x^2/4+y^2/3=1", ["x^2/16+y^2/12=1/4"], ["x^2/4+y^2/3=2"]),
+        ("f(1)=2", ["f(1) = 2"], ["f(3)=2", "f(1)=3"]), ("x^2=-1", ["x^2 = -1"], ["x^2=-2"]),
+        ("(-1,100)", ["(-1, 100)", "-1, 100"], ["-1100", "(-1100)"]), ("-1,100", ["-1100"], ["-1, 100"]), ("204_5", ["204_{5}", "204"], ["204_3", "203_5"]), ("15\\mbox{ cm}^2", ["15", "15\\text{ cm}^{2}"], ["15\\mbox{ cm}^3", "15\\mbox{ m}^2"]),
+        ("\\begin{pmatrix} 0 & 3 \\\\ 0 & -1 \\end{pmatrix}", ["\\begin{pmatrix}0&3\\\\0&-1\\end{pmatrix}"], ["\\begin{pmatrix} 0 & 4 \\\\ 0 & -1 \\end{pmatrix}"]),
+        ("\\left[ 1, 2 \\right]", ["[1,\\ 2]"], ["(1,2)", "[1,2]+1"]), ("A:B=7:6", ["7:6"], ["7", "6:7", "14:12"]), ("a=4,-8", ["-8,4"], ["4", "4,8"]), ("x^2/4+y^2/3=1", ["x^2/16+y^2/12=1/4"], ["x^2/4+y^2/3=2"]),
         ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", ["\\begin{bmatrix}1\\\\2\\end{bmatrix}"], ["\\begin{pmatrix}2\\\\1\\end{pmatrix}"]),
         ("11111111100", ["11,\\! 111,\\! 111,\\! 100"], ["11,\\! 111"]), ("1 - \\frac{1}{\\mathrm{e}}", ["1-\\frac1e"], ["1+\\frac1e", "1"]),
         ("x > 3", ["(3,\\infty)", "3 < x"], ["x \\geq 3", "[3,\\infty)", "3"]), ("\\frac 12", ["0.5"], ["12"]),
@@ -108,9 +111,10 @@ def test_scientific_numbers_are_equal_exactly_where_they_are(one, other):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(NUMBERS, min_size=2, max_size=4), st.data())
-@example([Fraction(-1), Fraction(-9)], None)
-def test_lists_and_tuples_with_one_change_are_refused(values, data):
+@given(st.lists(NUMBERS, min_size=2, max_size=4))
+@example([Fraction(-1), Fraction(-9)])
+@example([Fraction(-1), Fraction(100)])
+def test_lists_and_tuples_with_one_change_are_refused(values):
     texts = list(map(latex, values))
     reference, point = ", ".join(texts), f"({','.join(texts)})"
     assert same(reference, ", ".join(reversed(texts)))
