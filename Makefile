@@ -9,7 +9,7 @@ SOURCES := tppo_ref sim scale tests benchmarks notebooks .ci
 
 .PHONY: demo test test-scale resolve bench lab lint setup
 demo: $(READY)  ## PPO against T-PPO on a built-in task, about 6 minutes on 2 cores; figures in runs/demo
-	$(BIN)/python -m tppo_ref compare --config tppo_ref/configs/demo.yaml
+	$(BIN)/tppo demo
 
 test: $(READY) lint  ## tppo_ref, sim and the notebooks; no vLLM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/scale
