@@ -49,7 +49,8 @@ def sets(torch: str) -> dict[str, Requirements]:
     tests = ("pyproject.toml", "--extra", "dev", "--constraints", "constraints.txt")
     return {
         torch: Requirements((), torch),
-        **{f". beside torch {v}": Requirements(("pyproject.toml",), f"torch=={v}.*") for v in ("2.11", "2.12", "2.13")},
+        **{f". beside torch {v}": Requirements(("pyproject.toml",), f"torch=={v}.*") for v in ("2.11", "2.12")},
+        ".": Requirements(("pyproject.toml",), ""),
         ".[scale]": Requirements(("pyproject.toml", "--extra", "scale"), ""),
         "make test": Requirements(tests, torch),
         "make test-scale": Requirements((*tests, "tests/scale/requirements.txt"), torch),

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMBINATIONS = (
     "3.11-2.11.0-5.16.1", "3.11-2.13.0-5.19.0",
     "3.12-2.11.0-5.17.0", "3.12-2.12.1-5.18.0", "3.12-2.14.1-5.19.0",
-    "3.13-2.12.0-5.16.1", "3.13-2.13.0-5.19.0", "3.13-2.15.0-5.19.0",
+    "3.13-2.13.0-5.19.0", "3.13-2.15.0-5.19.0",
 )  # fmt: skip
 TESTS = ("tests/test_advantages.py", "tests/test_models.py", "tests/test_trainer.py")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "torchrl", "stable-baselines3", "psutil")

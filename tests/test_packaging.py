@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import email
 import importlib.util
 import os
@@ -61,6 +62,24 @@ def test_a_torch_that_is_there_already_is_good_enough(own):
     (torch,) = (r for r in REQUIRED if r.name == "torch")
     assert torch.specifier.contains(own)
     assert torch.url is None
+
+
+def test_the_stated_ranges_are_those_that_were_tried():
+    with (ROOT / "benchmarks" / "results" / "versions.csv").open(newline="") as file:
+        tried = list(csv.DictReader(file))
+    assert all(row["failed"] == "0" and int(row["passed"]) > 400 for row in tried)
+    assert {row["python"] for row in tried} == set(resolve.pythons({"project": PROJECT}))
+    for name in ("torch", "transformers"):
+        (requirement,) = (r for r in REQUIRED if r.name == name)
+        versions = sorted(Version(row[name]) for row in tried)
+        minors = [version.minor for version in versions]
+        assert set(minors) == set(range(minors[0], minors[-1] + 1)), name
+        assert all(version in requirement.specifier for version in versions)
+        assert f"{versions[-1].major}.{minors[-1] + 1}.0" not in requirement.specifier
+        assert f"{versions[0].major}.{minors[0] - 1}.99" not in requirement.specifier
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = [f"| {row['python']} | {row['torch']} | {row['transformers']} | {row['passed']} passed |" for row in tried]
+    assert re.findall(r"^\| \d.* passed \|$", page, re.MULTILINE) == rows
 
 
 # ------------------------------------------------------------------------------------------------------ make resolve, offline
