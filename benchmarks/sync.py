@@ -28,7 +28,7 @@ from benchmarks.common import report
 from scale.config import ShardingConfig
 from scale.distributed import start
 from scale.sharding import load_sharded
-from scale.vllm_engine import VLLMEngine, _Checksum
+from scale.vllm_engine import Checksum, VLLMEngine
 from tppo_ref.rollout.models import PolicyModel
 
 AIM = 2.0
@@ -53,7 +53,7 @@ def main() -> None:
     num_bytes = sum(tensor.nbytes for tensor in ready.values())
 
     def checksum() -> None:
-        for _ in _Checksum().over(_Checksum().over(ready.items())):
+        for _ in Checksum().over(Checksum().over(ready.items())):
             pass
 
     tasks: dict[str, Callable[[], object]] = {

@@ -174,7 +174,7 @@ class VLLMEngine:
             pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            sent = _Checksum()
+            sent = Checksum()
             stream = sent.over((name, tensor.to(self._dtype)) for name, tensor in pairs)
             received = self._llm.collective_rpc(_receive, args=(stream,))
             for _ in stream:  # what vLLM left lying, so that it counts as sent
@@ -239,7 +239,7 @@ class VLLMEngine:
 
 def _receive(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> tuple[int, int, int]:
     """Runs inside vLLM's worker: takes the weights, returns the checksum of what came."""
-    arrived = _Checksum()
+    arrived = Checksum()
     worker.reload_weights(weights_iterator=arrived.over(tensors))
     head: Any = getattr(worker.model_runner.model, "lm_head", None)
     if hasattr(head, "cpu_linear"):  # a packed copy, which reload_weights leaves as it was
@@ -247,7 +247,7 @@ def _receive(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> tuple[int, i
     return arrived.totals
 
 
-class _Checksum:
+class Checksum:
     """(tensors, bytes, sum over tensors of a hash of their name and the sum of their bits, modulo 2^64): what passed through."""
 
     def __init__(self) -> None:

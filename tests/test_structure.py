@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,12 @@ def sources(house: str) -> list[Path]:
     return sorted((ROOT / house).rglob("*.py"))
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 ALL_SOURCES = [path for house in HOUSES for path in sources(house)]
-MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources("tppo_ref")]
+MODULES = [module_of(path) for path in sources("tppo_ref")]
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -119,7 +124,7 @@ print(json.dumps(found))
 
 
 def test_importing_any_module_prints_nothing_and_changes_no_global_setting(tmp_path):
-    modules = [name.removesuffix(".__init__") for name in MODULES]
+    modules = [name for name in MODULES]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(modules)], capture_output=True, text=True, cwd=tmp_path, timeout=300,
         env=clean_environment(),
@@ -137,7 +142,7 @@ def clean_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-TASK_MODULES = [name.removesuffix(".__init__") for name in MODULES if name.startswith("tppo_ref.tasks")]
+TASK_MODULES = [name for name in MODULES if name.startswith("tppo_ref.tasks")]
 
 
 @pytest.mark.parametrize("module", TASK_MODULES)
@@ -200,7 +205,156 @@ def test_code_of_a_checkpoint_folder_runs_only_when_asked_for():
     assert Config().model.trust_remote_code is False
 
 
+# ------------------------------------------------------------------------------------------------------- wings and circles
+
+WINGS = ("method", "rollout", "loop", "tasks", "runs")
+"""Of tppo_ref, in order: each imports only what stands before it; tasks does not import loop either. Doors and command lines
+(`__init__.py`, `__main__.py`) stand above all of them."""
+
+METHOD_IMPORTS = {"torch", "numpy"}
+"""What method/ imports beside itself and the standard library."""
+
+MODULES_OF = {house: {module_of(path): ast.parse(path.read_text()) for path in sources(house)} for house in (*HOUSES, "benchmarks")}
+GRAPH = {name: tree for trees in MODULES_OF.values() for name, tree in trees.items()}
+
+
+def imports(module: str, tree: ast.AST, modules: Mapping[str, ast.AST]) -> set[str]:
+    """The modules, of those given, that a module imports, wherever in its source: in functions and for type checkers too."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = module.split(".")[: -node.level] if node.level else []  # no module here is a package of relative imports
+            source = ".".join([*parent, *([node.module] if node.module else [])])
+            found |= {name if (name := f"{source}.{alias.name}") in modules else source for alias in node.names}
+        elif isinstance(node, ast.Call) and called(node).endswith("import_module"):
+            found |= {str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)}
+    return found & set(modules)
+
+
+def circle(modules: Mapping[str, ast.AST]) -> list[str]:
+    """Modules that import each other in a circle, the first one twice; none where there is no circle."""
+    graph = {name: imports(name, tree, modules) for name, tree in modules.items()}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def upward(modules: Mapping[str, ast.AST]) -> set[tuple[str, str]]:
+    """Imports from a wing into one that does not stand before it."""
+    found = set()
+    for name, tree in modules.items():
+        for other in imports(name, tree, modules):
+            one, two = (module.split(".")[1] if module.count(".") > 1 else "" for module in (name, other))
+            if one in WINGS and two in WINGS and (WINGS.index(two) > WINGS.index(one) or (one, two) == ("tasks", "loop")):
+                found.add((name, other))
+    return found
+
+
+def across(modules: Mapping[str, ast.AST]) -> set[tuple[str, str]]:
+    """Imports between sim/lab and sim/clock."""
+    found = {(name, other) for name, tree in modules.items() for other in imports(name, tree, modules)}
+    return {(one, two) for one, two in found if {one.split(".")[1], two.split(".")[1]} == {"lab", "clock"}}
+
+
+def private(modules: Mapping[str, ast.AST]) -> set[tuple[str, str]]:
+    """Names with a leading underscore that a module takes from another one of ours."""
+    return {
+        (name, f"{node.module}.{alias.name}")
+        for name, tree in modules.items() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__") and (node.module or "").split(".")[0] in (*HOUSES, "benchmarks")
+    }  # fmt: skip
+
+
+def parsed(**modules: str) -> dict[str, ast.AST]:
+    return {name.replace("__", "."): ast.parse(source) for name, source in modules.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circle(GRAPH) == []
+    assert len(GRAPH) > 100
+
+
+def test_each_wing_imports_only_what_stands_before_it():
+    assert upward(MODULES_OF["tppo_ref"]) == set()
+    folders = {path.parent.name for path in sources("tppo_ref")} - {"tppo_ref"}
+    assert folders == set(WINGS), "a folder without a place in the order"
+
+
+def test_the_laboratory_and_the_clock_do_not_know_each_other():
+    assert across(MODULES_OF["sim"]) == set()
+
+
+def test_nobody_takes_a_private_name_from_another_file():
+    assert private(GRAPH) == set()
+
+
+@pytest.mark.parametrize("path", sources("tppo_ref/method"), ids=names(sources("tppo_ref/method")))
+def test_the_method_imports_torch_integers_and_itself(path):
+    tree = ast.parse(path.read_text())
+    assert set(imported(tree)) - METHOD_IMPORTS - {"tppo_ref"} <= set(sys.stdlib_module_names)
+    modules = {
+        node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tppo_ref")
+    }
+    assert all(module.startswith("tppo_ref.method") for module in modules)
+
+
+def test_the_checkers_of_wings_and_circles_see_what_is_planted():
+    assert circle(parsed(a="import b", b="def f():\n    from c import x", c="from a import y"))
+    assert circle(parsed(a__x="from a import y", a__y="import a.x as z"))
+    assert circle(parsed(a="import importlib\nimportlib.import_module('b')", b="import a"))
+    assert circle(parsed(a__x="from . import y", a__y="from .x import f"))
+    assert circle(parsed(a="import b, c", b="import c", c="import torch")) == []
+    low, high = "from tppo_ref.method.records import End", "def f():\n    from tppo_ref.runs import config"
+    planted = parsed(
+        tppo_ref__method__records="", tppo_ref__runs__config=low, tppo_ref__loop__trainer=high, tppo_ref__tasks__chain=low
+    )
+    assert upward(planted) == {("tppo_ref.loop.trainer", "tppo_ref.runs.config")}
+    planted = parsed(tppo_ref__loop__rows="", tppo_ref__tasks__chain="import tppo_ref.loop.rows")
+    assert upward(planted) == {("tppo_ref.tasks.chain", "tppo_ref.loop.rows")}
+    assert across(parsed(sim__lab__a="from sim.clock import b", sim__clock__b="", sim__command="import sim.lab.a")) == {
+        ("sim.lab.a", "sim.clock.b")
+    }
+    assert private(parsed(sim__a="from sim.b import _c, __version__\nfrom torch import _x")) == {("sim.a", "sim.b._c")}
+
+
 # ---------------------------------------------------------------------------------------------------------- small rooms
+
+MAX_FILE, MAX_FUNCTION, MAX_METHOD = 350, 60, 1000  # lines
+
+LONG_STILL = {"benchmarks/ablations.py", "sim/clock/distributions.py", "sim/clock/plan.py"}
+"""Files and functions above these, `path` or `path::name`: whoever shortens one takes it off, and nobody adds one."""
+
+
+def too_long(path: str, source: str) -> set[str]:
+    """The file, and each function in it, that is longer than it may be."""
+    found = {path} if len(source.splitlines()) > MAX_FILE else set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION:
+            found.add(f"{path}::{node.name}")
+    return found
+
+
+def test_files_and_functions_are_short():
+    paths = [path for house in (*HOUSES, "benchmarks", "notebooks") for path in sources(house)]
+    found = {long for path in paths for long in too_long(str(path.relative_to(ROOT)), path.read_text())}
+    assert found == LONG_STILL
+
+
+def test_the_method_is_read_in_an_hour():
+    assert sum(len(path.read_text().splitlines()) for path in sources("tppo_ref/method")) <= MAX_METHOD
+
+
+def test_the_checker_of_lengths_counts_lines():
+    body = "    x = 1\n"
+    assert too_long("a.py", "def f():\n" + 59 * body) == set()
+    assert too_long("a.py", "class C:\n    def f(self):\n" + 60 * ("    " + body)) == {"a.py::f"}
+    assert too_long("a.py", 350 * "x = 1\n") == set()
+    assert too_long("a.py", 351 * "x = 1\n") == {"a.py"}
 
 
 @pytest.mark.parametrize("path", ALL_SOURCES, ids=names(ALL_SOURCES))

@@ -19,7 +19,7 @@ from scale_helpers import TINY_CONFIG, require
 from scale import launch
 from scale.config import ScaleConfig, check
 from scale.distributed import World
-from scale.vllm_engine import VLLMEngine, _bits, _Checksum
+from scale.vllm_engine import Checksum, VLLMEngine, _bits
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
@@ -233,7 +233,7 @@ NAMES = st.builds(
 
 
 def checksum(*pairs):
-    passed = _Checksum()
+    passed = Checksum()
     for _ in passed.over(pairs):
         pass
     return passed.totals

@@ -152,7 +152,7 @@ def main(folder, tied):
     receive = vllm_engine._receive
 
     def without_repack(worker, tensors):
-        arrived = vllm_engine._Checksum()
+        arrived = vllm_engine.Checksum()
         worker.reload_weights(weights_iterator=arrived.over(tensors))
         return arrived.totals
 

@@ -112,7 +112,7 @@ def read_run(out: Path, method: str, seed: int) -> Run:
     records = [_parse(line, f"{path}, line {i}") for i, line in enumerate(_read_text(path).splitlines(), 1)]
     evaluations = {r.get("step"): r for r in records if "eval/accuracy" in r}
     return Run(
-        method=method, seed=seed, folder=folder, slots=_read_json(folder / "config.json")["rollout"]["slots"],
+        method=method, seed=seed, folder=folder, slots=read_json(folder / "config.json")["rollout"]["slots"],
         evaluations=_columns(path, list(evaluations.values()), EVALUATION, "evaluation"),
         steps=_columns(path, [r for r in records if "eval/accuracy" not in r], STEP, "training step"),
         responses=read_table(folder / "responses.csv", {"train_s": float, "tokens": int}),
@@ -144,7 +144,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: expected a JSON object, found something else; {RERUN}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     return _parse(_read_text(path), str(path))
 
 

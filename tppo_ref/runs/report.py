@@ -13,12 +13,12 @@ from typing import Any
 from tppo_ref.runs.comparison import (
     BOOTSTRAP_SEEDS,
     Comparison,
-    _read_json,
     compare_runs,
     display,
     mean_interval,
     median_interval,
     quantities,
+    read_json,
     read_run,
     speed_up,
     write_csv,
@@ -49,7 +49,7 @@ def write_report(out: Path, *, methods: list[str], target_share: float) -> None:
     """
     from tppo_ref.runs import figures  # matplotlib is slow to import, and nothing else of the library needs it
 
-    config, versions = _read_json(out / "config.json"), _read_json(out / "versions.json")
+    config, versions = read_json(out / "config.json"), read_json(out / "versions.json")
     seeds = [config["run"]["seed"] + i for i in range(config["compare"]["seeds"])]
     comparison = compare_runs({method: [read_run(out, method, seed) for seed in seeds] for method in methods}, target_share)
     rows = summary_rows(comparison)
