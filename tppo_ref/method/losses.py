@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tppo_ref.method.checks import check_choice, check_mask, check_positive, refused
+from tppo_ref.method import checks
+from tppo_ref.method.checks import refused
 
 Stats = dict[str, float]
 Importance = Literal["none", "truncated", "masked"]
@@ -22,17 +23,9 @@ MAX_LOG_RATIO = 60.0  # e^60 is far beyond every clip, and finite in float32: an
 
 
 def policy_loss(
-    logprob_BT: Tensor,
-    old_logprob_BT: Tensor,
-    advantages_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    denominator: float,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float | None = 10.0,
-    weight_BT: Tensor | None = None,
-) -> tuple[Tensor, Stats]:
+    logprob_BT: Tensor, old_logprob_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, *, denominator: float,
+    clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 10.0, weight_BT: Tensor | None = None,
+) -> tuple[Tensor, Stats]:  # fmt: skip
     """Clipped surrogate with clip-higher and dual clip, a token mean over the global count.
 
         ratio = exp(logprob - old_logprob)
@@ -82,15 +75,9 @@ def policy_loss(
 
 
 def value_loss(
-    values_BT: Tensor,
-    old_values_BT: Tensor | None,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    denominator: float,
-    clip_low: float | None = 0.5,
-    clip_high: float | None = 0.6,
-) -> tuple[Tensor, Stats]:
+    values_BT: Tensor, old_values_BT: Tensor | None, returns_BT: Tensor, mask_BT: Tensor, *, denominator: float,
+    clip_low: float | None = 0.5, clip_high: float | None = 0.6,
+) -> tuple[Tensor, Stats]:  # fmt: skip
     """Clipped squared error of the value model, a token mean over the global count.
 
         v_clip = clip(v, old - clip_low, old + clip_high)
@@ -150,8 +137,8 @@ def importance_weights(
     and finite. Returns weights [B, T], 0 outside mask_BT, and the share of the masked tokens that were truncated or zeroed (0 for
     an empty mask). Raises ValueError that names the argument.
     """
-    check_choice("mode", mode, ("none", "truncated", "masked"))
-    check_positive("cap", cap)
+    checks.choice("mode", mode, ("none", "truncated", "masked"))
+    checks.positive("cap", cap)
     _check(1.0, mask_BT, logprob_BT=logprob_BT, behaviour_logprob_BT=behaviour_logprob_BT)
     inside = mask_BT.to(logprob_BT.dtype)
     if mode == "none":
@@ -171,8 +158,8 @@ def _inside(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def _check(denominator: Any, mask_BT: Any, **tensors: Tensor) -> None:
-    check_positive("denominator", denominator)
-    check_mask("mask_BT", mask_BT)
+    checks.positive("denominator", denominator)
+    checks.tensor("mask_BT", mask_BT, 2, torch.bool)
     for name, tensor in tensors.items():
         if tensor.shape != mask_BT.shape or not tensor.is_floating_point():
             raise refused(name, tensor, f"a tensor of floats {list(mask_BT.shape)}")

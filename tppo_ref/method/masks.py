@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tppo_ref.method.checks import check_choice, check_count, check_like, check_mask, refused, runs_of
+from tppo_ref.method import checks
+from tppo_ref.method.checks import runs_of
 
 Tail = Literal["exclude", "defer"]
 
@@ -33,11 +34,10 @@ def policy_token_mask(response_mask_BT: Tensor, window_start_B: Tensor, cut_B: T
                       loss and of whitening. A tail longer than the run leaves nothing of a cut row, and touches no other.
     Returns bool [B, T], a new tensor. Raises ValueError that names the argument.
     """
-    check_mask("response_mask_BT", response_mask_BT)
-    _check_rows(response_mask_BT, window_start_B, cut_B)
-    check_count("skip_tail", skip_tail, least=0)
-    column_T = torch.arange(response_mask_BT.shape[1], device=response_mask_BT.device)
     stop_B = runs_of("response_mask_BT", response_mask_BT).stop_B
+    _check_rows(response_mask_BT, window_start_B, cut_B)
+    checks.count("skip_tail", skip_tail, least=0)
+    column_T = torch.arange(response_mask_BT.shape[1], device=response_mask_BT.device)
     # An arithmetic bound, not a slice: [-0:] would select the whole row when the tail is 0.
     last_B = torch.where(cut_B, stop_B - skip_tail, stop_B)
     return response_mask_BT & (column_T >= window_start_B[:, None]) & (column_T < last_B[:, None])
@@ -52,8 +52,8 @@ def num_settled(length_B: Tensor, window_start_B: Tensor, cut_B: Tensor, *, skip
     Excluding is the authors' port's [P], deferring is ours. length_B is [B], tokens of the response so far; the rest as in
     `policy_token_mask`. Returns integers [B]. Raises ValueError that names the argument.
     """
-    check_choice("tail", tail, ("exclude", "defer"))
-    check_count("skip_tail", skip_tail, least=0)
+    checks.choice("tail", tail, ("exclude", "defer"))
+    checks.count("skip_tail", skip_tail, least=0)
     _check_rows(length_B, window_start_B, cut_B)
     if tail == "exclude":
         return length_B.clone()
@@ -68,17 +68,13 @@ def value_token_mask(response_mask_BT: Tensor, ended_B: Tensor) -> Tensor:
     A RUNNING response has no Monte Carlo return yet. response_mask_BT is bool [B, T], per row one run; ended_B bool [B], the
     complement of `cut_B`. Returns bool [B, T], a new tensor. Raises ValueError that names the argument.
     """
-    check_mask("response_mask_BT", response_mask_BT)
     runs_of("response_mask_BT", response_mask_BT)
-    check_like("ended_B", ended_B, response_mask_BT, torch.bool, ndim=1)
+    checks.like("ended_B", ended_B, response_mask_BT, torch.bool, ndim=1)
     return response_mask_BT & ended_B[:, None]
 
 
 def _check_rows(like: Tensor, window_start_B: Tensor, cut_B: Tensor) -> None:
-    start_dtype = window_start_B.dtype
-    if start_dtype.is_floating_point or start_dtype.is_complex or start_dtype == torch.bool:
-        raise refused("window_start_B", window_start_B, "integers")
-    check_like("window_start_B", window_start_B, like, start_dtype, ndim=1)
-    if bool((window_start_B < 0).any()):
-        raise refused("window_start_B", window_start_B.min().item(), "columns of at least 0")
-    check_like("cut_B", cut_B, like, torch.bool, ndim=1)
+    checks.tensor("window_start_B", window_start_B, 1, *checks.INTEGERS)
+    checks.like("window_start_B", window_start_B, like, window_start_B.dtype, ndim=1)
+    checks.every("window_start_B", window_start_B, window_start_B >= 0, "a column, 0 or more")
+    checks.like("cut_B", cut_B, like, torch.bool, ndim=1)
