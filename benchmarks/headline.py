@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS, provenance
-from benchmarks.sweep import best_cells
+from benchmarks.sweep import best_cells, cell_of
 
 KEPT = ("summary.md", "summary.csv", "learning_curves.png", "learning_curves.csv", "timeline.png", "lengths.png", "lengths.csv")
 SEEDS = 5
@@ -30,10 +30,9 @@ def best_settings(sweep: Path) -> dict[str, dict[str, float]]:
     with sweep.open(newline="") as file:
         rows = list(csv.DictReader(file))
     best: dict[str, dict[str, float]] = {}
-    for method, stage in (("ppo", "ppo final"), ("tppo", "tppo")):
-        lr, tokens = best_cells(rows, stage)[0]
-        best[method] = {"policy.lr": lr, "policy.mini_batch_tokens": tokens, "value.mini_batch_tokens": tokens}
-    return best | {"ppo-dual": best["ppo"]}
+    for method, stage in (("ppo", "ppo final"), ("ppo-dual", "ppo final"), ("tppo", "tppo")):
+        best[method] = cell_of(method, *best_cells(rows, stage)[0])
+    return best
 
 
 def sentence(summary: Path) -> str:

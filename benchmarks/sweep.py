@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import report
+from tppo_ref.runs.config import METHODS
 from tppo_ref.runs.sinks import read_metrics
 
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
@@ -55,16 +56,21 @@ def best_cells(rows: Sequence[Mapping[str, Any]], method: str) -> list[tuple[flo
     return sorted(areas, key=lambda cell: -sum(areas[cell]) / len(areas[cell]))
 
 
+def cell_of(method: str, lr: float, tokens: int) -> dict[str, float]:
+    """The fields of a swept cell; a joint value model has the policy's mini-batches."""
+    joint = METHODS[method].get("value.update") == "joint"
+    return {"policy.lr": lr, "policy.mini_batch_tokens": tokens} | ({} if joint else {"value.mini_batch_tokens": tokens})
+
+
 def finals(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """PPO's three best cells again: twice the time, two further seeds."""
     found = []
     for lr, tokens in best_cells(rows, "ppo")[:3]:
         out = arguments.out / f"{arguments.task}-final-lr{lr:g}-mb{tokens}"
-        cell = {"policy.lr": lr, "policy.mini_batch_tokens": tokens, "value.mini_batch_tokens": tokens}
         fields = {
             "task.name": arguments.task, "run.out": out, "run.train_seconds": 2 * arguments.seconds, "run.seed": FINAL_SEEDS[0],
             "compare.seeds": len(FINAL_SEEDS), "run.eval_every_s": 2.5, "run.timeline": "false", "compare.methods": "[ppo]",
-            "compare.per_method": json.dumps({"ppo": cell}),
+            "compare.per_method": json.dumps({"ppo": cell_of("ppo", lr, tokens)}),
         }  # fmt: skip
         command = [sys.executable, "-m", "tppo_ref", "compare", *(f"--{name}={value}" for name, value in fields.items())]
         subprocess.run(command, check=True)
@@ -85,12 +91,11 @@ def main() -> None:
     rows = []
     for lr, tokens in itertools.product(LEARNING_RATES, MINI_BATCH_TOKENS):
         out = arguments.out / f"{arguments.task}-lr{lr:g}-mb{tokens}"
-        cell = {"policy.lr": lr, "policy.mini_batch_tokens": tokens, "value.mini_batch_tokens": tokens}
         fields = {
             "task.name": arguments.task, "run.out": out, "run.train_seconds": arguments.seconds, "run.seed": TUNING_SEEDS[0],
             "compare.seeds": len(TUNING_SEEDS), "run.eval_every_s": 2.5, "run.timeline": "false",
             # per method, so that every cell starts from the same pre-trained critic
-            "compare.per_method": json.dumps({"ppo": cell, "tppo": cell}),
+            "compare.per_method": json.dumps({method: cell_of(method, lr, tokens) for method in ("ppo", "tppo")}),
         }  # fmt: skip
         command = [sys.executable, "-m", "tppo_ref", "compare", *(f"--{name}={value}" for name, value in fields.items())]
         subprocess.run(command, check=True)

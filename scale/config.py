@@ -7,15 +7,19 @@ Marks as there: [S] paper, [P] port, [V] another primary source, [I] inferred, [
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from scale.rewards import GRADE
+from tppo_ref.loop.bounds import Count, Natural, NotNegative, Positive, Share
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.config import FIXED_ON_RESUME as FIXED_ALGO
 from tppo_ref.runs.config import Config, apply_method
-from tppo_ref.runs.parsing import field_paths, get_field
+from tppo_ref.runs.parsing import field_paths
+from tppo_ref.runs.validation import Cancelled, Refusal, check_bounds, refuse, refuse_cancelled
 from tppo_ref.runs.validation import check as check_algo
+from tppo_ref.runs.validation import check_training as check_training_of_algo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,27 +28,27 @@ class EngineConfig:
 
     kind: Literal["vllm", "torch"] = "vllm"
     """vllm, or torch: tppo_ref's TorchEngine, one engine per rank (tests, the bridge to tppo_ref). [O]"""
-    tensor_parallel: int = 1
+    tensor_parallel: Count = 1
     """Ranks that share one engine: consecutive ones; must divide the model's heads and the number of ranks. [O]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations of the engine. [O]"""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: Share = 0.85
     """Share of a GPU that vLLM may take while it decodes. [O]"""
     sleep_level: Literal[0, 1, 2] = 2
     """GPU only: what becomes of the engine's weights while the trainer works. 0 stay, 1 to the host, 2 dropped. [O]"""
-    block_size: int = 0
+    block_size: Natural = 0
     """Tokens per KV-cache block; 0 = vLLM's own choice (32 on a CPU, so that short prefixes are cached). [O]"""
-    max_batched_tokens: int = 0
+    max_batched_tokens: Natural = 0
     """Most tokens that vLLM prefills at once; 0 = its own choice. [O]"""
-    probe_prompts: int = 8
+    probe_prompts: Count = 8
     """Prompts of the start-up probe, which compares engine and trainer log-probabilities. [O]"""
-    probe_tokens: int = 16
+    probe_tokens: Count = 16
     """Tokens sampled from each. [O]"""
-    probe_mean: float = 0.0
+    probe_mean: NotNegative = 0.0
     """Refuse to train above this mean gap; 0 = by dtype: 1e-4 in float32, 0.03 in bfloat16 (unconfirmed until a GPU run). [O]"""
-    probe_top_percent: float = 0.0
+    probe_top_percent: NotNegative = 0.0
     """Refuse above this mean of the largest 1 % of gaps; 0 = by dtype: 1e-3 in float32, 0.3 in bfloat16 (unconfirmed). [O]"""
-    gap_warning: float = 0.0
+    gap_warning: NotNegative = 0.0
     """Warn when a step's mean gap passes this; 0 = the probe's mean threshold. [O]"""
 
 
@@ -66,13 +70,13 @@ class ShardingConfig:
 class ClusterConfig:
     """The machines. torchrun says how many ranks there are; these fields say what they are, for the dry run and the launcher."""
 
-    nodes: int = 1
+    nodes: Count = 1
     """Machines. [O]"""
-    devices_per_node: int = 1
+    devices_per_node: Count = 1
     """Ranks per machine; `python scale/launch.py` without torchrun starts this many. [O]"""
-    device_bytes: float = 80e9
+    device_bytes: Positive = 80e9
     """Memory of one device, in bytes, for the dry run's verdict. [O]"""
-    timeout_s: float = 600.0
+    timeout_s: Positive = 600.0
     """Longest wait for another rank, in seconds; then the run ends and says who was missing. [O]"""
     requeued: bool = False
     """A scheduler started this job again: go on from the newest checkpoint where there is one, else start anew. [O]"""
@@ -99,11 +103,11 @@ class DataConfig:
 class RewardConfig:
     """Shaping of the score in training; evaluation counts the verifier's own. `algo.task.verifier` names the verifier."""
 
-    overlong_buffer: int = 0
+    overlong_buffer: Natural = 0
     """The last so many tokens before the cap cost, linearly, from 0 to overlong_penalty; 0 = none. DAPO: 4,096. [V]"""
-    overlong_penalty: float = 1.0
+    overlong_penalty: NotNegative = 1.0
     """Penalty at the cap. [V]"""
-    format_penalty: float = 0.0
+    format_penalty: NotNegative = 0.0
     """Taken from responses in which no answer can be found. [O]"""
 
 
@@ -111,9 +115,9 @@ class RewardConfig:
 class EvaluationConfig:
     """avg@k and pass@k over the evaluation prompts: algo.run.eval_prompts of them, k = algo.run.eval_samples."""
 
-    every_steps: int = 0
+    every_steps: Natural = 0
     """Training steps between evaluations; 0 = at the start and at the end only. [O]"""
-    save_texts: int = 8
+    save_texts: Natural = 8
     """Sample answers written beside the metrics at each evaluation. [O]"""
 
 
@@ -151,26 +155,69 @@ def own_base_model(config: ScaleConfig) -> bool:
     return not (config.algo.model.policy or config.algo.task.path or config.algo.task.name == "jsonl")
 
 
-def check(config: ScaleConfig) -> ScaleConfig:
-    """The config with its named method applied; UserError for what cannot run, before anything is loaded."""
-    algo = apply_method(config.algo, config.algo.run.method, strict=False)
-    check_algo(algo)
-    for section, names in (("engine", ("tensor_parallel",)), ("cluster", ("nodes", "devices_per_node"))):
-        for name in names:
-            if getattr(getattr(config, section), name) < 1:
-                raise UserError(f"{section}.{name}: expected at least 1, got {getattr(getattr(config, section), name)}")
-    ranks = config.cluster.nodes * config.cluster.devices_per_node
-    if ranks % config.engine.tensor_parallel:
-        raise UserError(f"engine.tensor_parallel: {ranks} ranks cannot be cut into groups of {config.engine.tensor_parallel}")
-    for path, unit in (("cluster.timeout_s", "seconds"), ("cluster.device_bytes", "bytes")):
-        if not 0 < get_field(config, path) < math.inf:
-            raise UserError(f"{path}: expected a positive number of {unit}, got {get_field(config, path)}")
-    if not 0 < config.engine.gpu_memory_utilization <= 1:
-        raise UserError(
-            f"engine.gpu_memory_utilization: expected a share above 0, up to 1, got {config.engine.gpu_memory_utilization}"
-        )
-    verifier = algo.task.verifier or (GRADE if algo.task.path else "the built-in task's own")
-    if config.reward.format_penalty and verifier != GRADE:
-        raise UserError(f"reward.format_penalty: only {GRADE} can tell that a response has no answer, the verifier is {verifier}; "
-                        f"give 0, or leave algo.task.verifier out")  # fmt: skip
-    return dataclasses.replace(config, algo=algo)
+def num_ranks(config: ScaleConfig) -> int:
+    """Ranks of the job, as the config has it."""
+    return config.cluster.nodes * config.cluster.devices_per_node
+
+
+def graded(config: ScaleConfig) -> bool:
+    """Whether the verifier is ours, which alone says that a response has no answer."""
+    return config.algo.task.verifier == GRADE or (config.algo.task.verifier is None and bool(config.algo.task.path))
+
+
+IMPOSSIBLE = (
+    Refusal("engine.tensor_parallel", lambda c: num_ranks(c) % c.engine.tensor_parallel != 0,
+            "a divisor of the ranks (cluster.nodes {cluster.nodes} x cluster.devices_per_node {cluster.devices_per_node})"),
+    Refusal("reward.format_penalty", lambda c: c.reward.format_penalty and not graded(c),
+            f"0 with a verifier other than {GRADE}, which alone can tell that a response has no answer",
+            "leave algo.task.verifier out, and give algo.task.path"),
+    Refusal("algo.run.resume", lambda c: c.cluster.requeued and c.algo.run.resume,
+            "false with cluster.requeued true, which goes on only where there is something to go on from", "drop one of them"),
+)  # fmt: skip
+"""What cannot run, beside tppo_ref's."""
+
+CANCELLED = (
+    Cancelled("algo.run.eval_every_s", lambda c: True, "evaluation.every_steps says when a cluster evaluates"),
+    Cancelled("algo.model.dtype", lambda c: True, "sharding.compute_dtype and engine.dtype say it on a cluster"),
+    Cancelled("algo.model.trust_remote_code", lambda c: True, "a cluster runs no code of a checkpoint's"),
+    *(Cancelled(path, lambda c: True, "scale/ compares nothing") for path in field_paths(ScaleConfig) if ".compare." in path),
+    *(Cancelled(f"engine.{name}", lambda c: c.engine.kind == "torch", "engine.kind torch is not vLLM")
+      for name in ("sleep_level", "block_size", "max_batched_tokens", "probe_prompts", "probe_tokens", "probe_mean",
+                   "probe_top_percent")),
+    *(Cancelled(path, lambda c: not c.algo.task.path, "there is no file of prompts (algo.task.path)")
+      for path in ("algo.task.eval_path", "algo.task.prompt_key", "algo.task.answer_key", "algo.task.chat_template",
+                   "data.instruction", "data.over_long")),
+    Cancelled("reward.overlong_penalty", lambda c: not c.reward.overlong_buffer,
+              "reward.overlong_buffer 0 makes no response overlong"),
+)  # fmt: skip
+"""Options that another option cancels, or being on a cluster."""
+
+
+def check(config: ScaleConfig, given: Collection[str] = ()) -> ScaleConfig:
+    """The config with its named method applied; UserError for what cannot run, before anything is loaded.
+
+    given   names of the fields that the user gave (`given_fields`), where that is known
+    """
+    check_bounds(config)
+    with named_in("algo."):
+        algo = apply_method(config.algo, config.algo.run.method, given={name.removeprefix("algo.") for name in given})
+        check_algo(algo)
+    config = dataclasses.replace(config, algo=algo)
+    refuse(config, IMPOSSIBLE)
+    refuse_cancelled(config, CANCELLED)
+    return config
+
+
+def check_training(config: ScaleConfig) -> None:
+    """Refuse options of training that do nothing."""
+    with named_in("algo."):
+        check_training_of_algo(config.algo)
+
+
+@contextmanager
+def named_in(section: str) -> Iterator[None]:
+    """Refusals of a part of the config, with the field's whole name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{section}{error}") from None

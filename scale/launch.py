@@ -29,10 +29,10 @@ GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
 
 
 def main(argv: Sequence[str]) -> int:
-    from scale.config import ScaleConfig, check
+    from scale.config import ScaleConfig, check, check_training
     from scale.shutdown import may_tell_alone
     from tppo_ref.method.errors import UserError, nearest
-    from tppo_ref.runs.parsing import parse
+    from tppo_ref.runs.parsing import given_fields, parse
 
     arguments = [a for a in argv if a != "--dry-run"]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}, expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
         config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
-        config = check(config)
+        config = check(config, given_fields(arguments))
+        if command == "train":
+            check_training(config)
         if "--dry-run" in argv:
             from scale.memory.dryrun import dry_run
 

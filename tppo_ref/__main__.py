@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tppo_ref import __version__
-from tppo_ref.method.errors import UserError, nearest
+from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.runs import console
 from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.exits import exit_code
 from tppo_ref.runs.parsing import given_fields, parse
-from tppo_ref.runs.validation import check
+from tppo_ref.runs.plans import check_plans
+from tppo_ref.runs.validation import check, check_task, check_training
 
 
 def demo(config: Config, given: set[str]) -> None:
@@ -24,7 +26,10 @@ def demo(config: Config, given: set[str]) -> None:
 
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
-    _train(apply_method(config, config.run.method, given=given))
+    config = apply_method(config, config.run.method, given=given)
+    check_task(config)
+    check_training(config)
+    _train(config)
 
 
 def resume(config: Config, given: set[str]) -> None:
@@ -50,6 +55,8 @@ def _train(config: Config) -> None:
 
 def compare(config: Config, given: set[str]) -> None:
     """Run several methods over several seeds on one task; tables, figures and their CSV go to run.out."""
+    check_plans(config)
+    check_task(config)
     from tppo_ref.runs.compare import compare as run_compare
 
     run_compare(config)
@@ -64,6 +71,7 @@ def report(config: Config, given: set[str]) -> None:
 
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
+    check_task(config)
     from tppo_ref.runs.commands import pretrain_value as run_pretrain
 
     run_pretrain(config)
@@ -71,6 +79,7 @@ def pretrain_value(config: Config, given: set[str]) -> None:
 
 def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
+    check_task(config)
     from tppo_ref.runs.commands import evaluate as run_evaluation
 
     run_evaluation(config)
@@ -99,37 +108,27 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "--version":
         print(f"tppo-ref {__version__}")
         return 0
-    try:
-        if argv[0] == "completion":
-            print(console.completion(list(COMMANDS), argv[1:]))
-            return 0
-        if (elsewhere := console.elsewhere().get(argv[0])) is not None:
-            return elsewhere(argv)
-        if argv[0] not in COMMANDS:
-            known = [*COMMANDS, *console.elsewhere(), "completion"]
-            raise UserError(f"command: got {argv[0]!r}; expected one of {', '.join(known)}{nearest(argv[0], known)}")
-        return _run(argv[0], argv[1:], lines[argv[0]])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(argv[0], argv[1:], lines))
 
 
-def _run(name: str, argv: Sequence[str], line: str) -> int:
+def _run(name: str, argv: Sequence[str], lines: Mapping[str, str]) -> int | None:
+    """Do what a command says; its exit code. UserError for a mistake, before anything is loaded where that is possible."""
+    if name == "completion":
+        print(console.completion(list(COMMANDS), argv))
+        return 0
+    if (elsewhere := console.elsewhere().get(name)) is not None:
+        return elsewhere([name, *argv])
+    if name not in COMMANDS:
+        known = [*COMMANDS, *console.elsewhere(), "completion"]
+        raise UserError(refusal("command", repr(name), f"one of {', '.join(known)}") + nearest(name, known))
+    line = lines[name]
     if "--help" in argv or "-h" in argv:
         print(console.short_help(name, line))
         return 0
     fields = console.fields_of(name, argv)
     config = parse(Config, ["--help" if arg == "--help-all" else arg for arg in fields], prog=f"tppo {name}", description=line)
     check(config)
-    import torch  # after the arguments are known to be right: these take seconds to import
-    import transformers
-
-    torch.set_num_threads(config.run.threads)
-    transformers.utils.logging.disable_progress_bar()  # a bar of its own for every file that is read or written
-    return COMMANDS[name](config, given_fields(fields)) or 0
+    return COMMANDS[name](config, given_fields(fields))
 
 
 def run() -> None:

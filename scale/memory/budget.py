@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from scale.config import ScaleConfig
+from scale.config import ScaleConfig, num_ranks
 from scale.memory.fake_pass import Pass, Shape, terms
 from tppo_ref.method.errors import UserError
 
@@ -172,10 +172,6 @@ def host_bytes(config: ScaleConfig) -> float:
     copies = sum(resident(here).values())
     gradients = max(shard_bytes(here, shape, value) for shape, value in zip(shapes(here), (False, True), strict=True))
     return config.cluster.devices_per_node * (copies + (copies + gradients if config.sharding.offload else 0.0))
-
-
-def num_ranks(config: ScaleConfig) -> int:
-    return config.cluster.nodes * config.cluster.devices_per_node
 
 
 def num_engines(config: ScaleConfig) -> int:

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from tppo_ref.loop.bounds import Bounds, Count, Natural, NotNegative, Positive, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Successive batching: slots and windows."""
 
-    slots: int = 32
+    slots: Count = 32
     """Decoding slots; under synchronous PPO also the responses per step. The port: 512 prompts x 16. [M]"""
-    window: int = 64
+    window: Count = 64
     """Decode steps per window, in tokens. The paper: 8k [S]; the port: a third of the longest response. [M]"""
-    max_response_tokens: int = 320
+    max_response_tokens: Count = 320
     """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The port: 24k. [M]"""
-    min_response_tokens: int = 0
+    min_response_tokens: Natural = 0
     """The end token is forbidden before this many tokens. [O]"""
     refill: Literal["immediate", "step", "batch"] = "immediate"
     """A freed slot takes the next prompt in the same window, waits for the next, or (synchronous) goes on up to a batch. [S]"""
-    responses_per_step: int = 0
+    responses_per_step: Natural = 0
     """Responses begun, and ended, in each step with refill batch; 0 = as many as slots. [O]"""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Independent samples of each prompt. The port: 16. [O]"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature; log-probabilities are of the sampling distribution. [I]"""
 
 
@@ -32,21 +34,21 @@ class RolloutConfig:
 class AdvantageConfig:
     """Extended GAE."""
 
-    gamma: float = 1.0
+    gamma: Unit = 1.0
     """Discount per token. [S]"""
-    lam: float = 0.95
+    lam: Unit = 0.95
     """Trace parameter of the policy's advantages; the floor of the length-adaptive one. [P]"""
-    lam_alpha: float | None = 0.05
+    lam_alpha: Positive | None = 0.05
     """alpha of max(lam, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING; none = lam at every length. [P]"""
     cut_value: Literal["previous", "critic", "zero"] = "previous"
     """V(s_l) at a cut: the paper's V(s_{l-1}), the critic's own, or 0 (treats a cut as an end). [S]"""
     tail: Literal["exclude", "defer"] = "exclude"
     """Last tokens of a cut row: left out for good (the port), or trained in the next window (docs/theory.md, P7). [P]"""
-    tail_tokens: int = 8
+    tail_tokens: Natural = 8
     """Length of that tail, in tokens; 0 = none, all are trained at once. [P]"""
     whiten: bool = True
     """Whiten advantages over the step's trained tokens, all ranks. [P]"""
-    clamp: float = 10.0
+    clamp: Positive = 10.0
     """Whitened advantages are clamped to +- this. [P]"""
 
 
@@ -54,47 +56,47 @@ class AdvantageConfig:
 class PolicyConfig:
     """The policy's update."""
 
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Learning rate. The port: 8e-7 at 32B. [M]"""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Natural = 0
     """Training steps over which the learning rate rises linearly. The port: 20. [M]"""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW weight decay. [P]"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradient norm clip. [I]"""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the step's rows. [P]"""
-    mini_batches: int = 16
+    mini_batches: Count = 16
     """Optimiser steps per epoch, where mini_batch_tokens is 0. [P]"""
-    mini_batch_tokens: int = 500
+    mini_batch_tokens: Natural = 500
     """Trained tokens per optimiser step, about (rows stay whole); 0 = use mini_batches. [M]"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: Count = 4096
     """Tokens fed per forward pass, prompts and prefixes included; one longer row goes alone. [O]"""
-    clip_low: float = 0.2
+    clip_low: NotNegative = 0.2
     """Ratio clip below 1. [P]"""
-    clip_high: float = 0.28
+    clip_high: NotNegative = 0.28
     """Ratio clip above 1 (clip-higher). [P]"""
-    dual_clip: float | None = 10.0
+    dual_clip: Annotated[float, Bounds(1, above=True)] | None = 10.0
     """Floor of the surrogate on negative advantages, in units of A; none = off. [P]"""
-    lm_loss_weight: float = 0.1
+    lm_loss_weight: NotNegative = 0.1
     """Weight of the LM loss on responses that ended correct in this step. [P]"""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """Clip centre for this step's tokens: recomputed before the update, or the engine's, of which a twentieth is checked. [P]"""
     importance: Literal["none", "truncated", "masked"] = "none"
     """Weight pi_start/pi_behaviour per token; none: older tokens are clipped around their behaviour policy. [O]"""
-    importance_cap: float = 2.0
+    importance_cap: Positive = 2.0
     """Cap of that weight. [O]"""
     train_on: Literal["window", "ended"] = "window"
     """This window's tokens, ended or not (T-PPO), or whole responses once, when they end (partial rollouts). [S]"""
-    ewma_decay: float = 0.0
+    ewma_decay: Annotated[float, Bounds(0, 1, below=True)] = 0.0
     """PPO-EWMA (arXiv 2110.00641): clip around an exponential average of the weights with this decay; 0 = off. [O]"""
     prefix: Literal["full", "constant"] = "full"
     """Prompt and earlier windows: differentiated through, or read without gradient, which costs a third (a departure). [P]"""
     keep_prefix: bool = False
     """Keep the constant prefix's keys and values of the pass before the update; they serve the first epoch, and grow stale. [O]"""
-    min_new_tokens: int = 0
+    min_new_tokens: Natural = 0
     """A cut response trains once it holds this many untrained tokens, and always when it ends; 0 = in each window. [S]"""
-    engine_gap_limit: float = 0.03
+    engine_gap_limit: Positive = 0.03
     """Stop where the engine's numbers, recomputed for a sample, are off by more than this on average, in nats. [O]"""
 
 
@@ -104,33 +106,33 @@ class ValueConfig:
 
     update: Literal["independent", "joint"] = "independent"
     """independent: Monte Carlo returns of ended responses (T-PPO); joint: this step's policy tokens, target A + V. [S]"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Learning rate. The port: 2e-6 at 32B. [M]"""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Natural = 0
     """Training steps over which the learning rate rises linearly. The port: 20. [M]"""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW weight decay. [P]"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradient norm clip. [I]"""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the rows. [P]"""
-    mini_batches: int = 16
+    mini_batches: Count = 16
     """Optimiser steps per epoch, where mini_batch_tokens is 0. [P]"""
-    mini_batch_tokens: int = 500
+    mini_batch_tokens: Natural = 500
     """Trained tokens per optimiser step, about (rows stay whole); 0 = use mini_batches. [M]"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: Count = 4096
     """Tokens fed per forward pass. [O]"""
-    clip_low: float | None = 0.5
+    clip_low: NotNegative | None = 0.5
     """Values move at most this far below the stored ones; none = no clip. [P]"""
-    clip_high: float | None = 0.6
+    clip_high: NotNegative | None = 0.6
     """Values move at most this far above the stored ones; none = no clip. [P]"""
-    batch_responses: int = 0
+    batch_responses: Natural = 0
     """0: train on every response that ended in this step; n: hold responses back until n are there. [O]"""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """First steps that train the value model alone; the policy's tokens of these are excluded. The port: 10. [M]"""
-    pretrain_responses: int = 1024
+    pretrain_responses: Natural = 1024
     """pretrain-value: responses sampled from the frozen policy. [M]"""
-    pretrain_epochs: int = 4
+    pretrain_epochs: Count = 4
     """pretrain-value: passes over them. [M]"""
 
 

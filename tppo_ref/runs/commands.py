@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+import torch
+import transformers
+
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.build import TaskScorer, base_model, build, make_evaluator, make_policy, make_sampler, make_task, make_value
 from tppo_ref.runs.checkpoint import complete_checkpoints
@@ -18,8 +21,15 @@ from tppo_ref.runs.validation import writable_folder
 from tppo_ref.tasks.jsonl import JsonlTask
 
 
+def settle_libraries(config: Config) -> None:
+    """Torch with as many threads as wanted, and transformers without a bar for every file that it reads or writes."""
+    torch.set_num_threads(config.run.threads)
+    transformers.utils.logging.disable_progress_bar()
+
+
 def train(config: Config) -> Path:
     """Run `config` to its end; returns the newest checkpoint."""
+    settle_libraries(config)
     with closing(Session(build(config))) as session:
         session.train()
         return complete_checkpoints(session.parts.checkpointer.folder)[-1]
@@ -27,6 +37,7 @@ def train(config: Config) -> Path:
 
 def evaluate(config: Config) -> dict[str, float]:
     """The eval/ metrics of model.policy on the task's test prompts; they and the answers go to run.out."""
+    settle_libraries(config)
     out, task = writable_folder(config.run.out, "run.out"), make_task(config)
     policy = make_policy(config, task, base_model(config, task))
     with closing(TaskScorer(task, config.task)) as scorer:
@@ -35,6 +46,7 @@ def evaluate(config: Config) -> dict[str, float]:
 
 def pretrain_value(config: Config) -> Path:
     """A value model that was fitted to responses of model.policy: run.out/value, a folder for --model.value."""
+    settle_libraries(config)
     out, task = writable_folder(config.run.out, "run.out"), make_task(config)
     base = base_model(config, task)
     policy = make_policy(config, task, base)

@@ -18,21 +18,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.build import base_model, make_task
-from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.commands import settle_libraries
+from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.plans import difference, plan_runs
 from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.value_cache import cached_value
 from tppo_ref.runs.versions import versions
 
 
 def compare(config: Config) -> Path:
-    """Run what is not there yet, then write the report; returns its folder (run.out)."""
+    """Run what is not there yet, then write the report; returns its folder (run.out). The plans have been checked."""
     from tppo_ref.runs.report import write_report
 
     out = writable_folder(config.run.out, "run.out")
     runs = plan_runs(prepare(config), out)
+    for run in runs:
+        refuse_other(run)
     waiting = [run for run in runs if not (Path(run.run.out) / "finished").exists()]
     for run in waiting:  # a run that was stopped half-way starts anew: half of its clock ran beside other work
         folder = Path(run.run.out)
@@ -49,50 +53,29 @@ def compare(config: Config) -> Path:
 
 def prepare(config: Config) -> Config:
     """The config with the shared base model and the shared pre-trained value model filled in."""
-    for method in config.compare.methods:  # a misspelt method is told now, not after minutes of warm start
-        apply_method(config, method, strict=False)
-    for method in config.compare.per_method:
-        if method not in config.compare.methods:
-            raise UserError(f"compare.per_method: {method!r} is not among compare.methods ({', '.join(config.compare.methods)})")
-    if len(set(config.compare.methods)) < len(config.compare.methods) or not config.compare.methods:
-        raise UserError(f"compare.methods: expected different methods, at least one, got {config.compare.methods}")
+    settle_libraries(config)
     task = make_task(config)
-    base = base_model(config, task)
-    config = replace_fields(config, {"model.policy": base})
-    value = config.model.value
-    if value is None and config.value.pretrain_responses:
-        value = str(cached_value(config, task))
-    return replace_fields(config, {"model.value": value, "run.progress": False})
+    config = replace_fields(config, {"model.policy": base_model(config, task)})
+    if config.model.value is None and config.value.pretrain_responses:
+        config = replace_fields(config, {"model.value": str(cached_value(config, task))})
+    return config
 
 
-def plan_runs(config: Config, out: Path) -> list[Config]:
-    """One config per seed and method, seeds outermost: what runs side by side differs in the method and not in the hour."""
-    runs = []
-    for seed in range(config.run.seed, config.run.seed + config.compare.seeds):
-        # In turn, so that no method is always the one that ends alone on the machine.
-        turn = (seed - config.run.seed) % len(config.compare.methods)
-        for method in [*config.compare.methods[turn:], *config.compare.methods[:turn]]:
-            run = replace_fields(apply_method(config, method, strict=False), config.compare.per_method.get(method, {}))
-            folder = out / "runs" / f"{method}-seed{seed}"
-            runs.append(replace_fields(run, {"run.seed": seed, "run.out": str(folder), "run.resume": False}))
-            _refuse_other(runs[-1], folder)
-    return runs
-
-
-def _refuse_other(run: Config, folder: Path) -> None:
+def refuse_other(run: Config) -> None:
     """A folder that holds a run with other settings is neither mixed in nor overwritten."""
+    folder = Path(run.run.out)
     wanted = folder / "wanted.json"
-    if wanted.exists():
-        now = json.loads(json.dumps(dataclasses.asdict(run)))
-        try:
-            before = json.loads(wanted.read_text())
-            different = [(s, f) for s in now if s != "compare" for f in now[s] if before[s].get(f) != now[s][f]]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"run.out: {wanted} is not a run's config; choose another run.out, or remove {folder}") from None
-        if different:
-            section, field = different[0]
-            raise UserError(f"run.out: {folder} holds a run with {section}.{field} = {before[section].get(field)}, this one has "
-                            f"{now[section][field]}; choose another run.out, or remove it")  # fmt: skip
+    if not wanted.exists():
+        return
+    try:
+        found = difference(run, json.loads(wanted.read_text()))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        raise UserError(refusal("run.out", f"{wanted}, which is no run's config", "a folder of this comparison",
+                                f"choose another run.out, or remove {folder}")) from None  # fmt: skip
+    if found:
+        field, before, now = found
+        raise UserError(refusal("run.out", f"{folder}, which holds a run with {field} {before}", f"one with {now}",
+                                "choose another run.out, or remove it"))  # fmt: skip
 
 
 def _run_all(runs: list[Config], config: Config) -> None:
@@ -149,7 +132,7 @@ def _start(run: Config) -> subprocess.Popen[bytes]:
         shutil.rmtree(folder / stale, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(run.run.threads), "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("wb") as log:
-        command = [sys.executable, "-m", "tppo_ref", "train", "--config", str(folder / "wanted.json")]
+        command = [sys.executable, "-m", "tppo_ref.runs.planned", str(folder / "wanted.json")]
         # A session of its own: Ctrl-C reaches this process, which then asks each run to stop, once.
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 

@@ -14,8 +14,9 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, Literal
 
+from tppo_ref.loop.bounds import Count, Natural, NotNegative, Positive, Share, Unit
 from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, RolloutConfig, ValueConfig
-from tppo_ref.method.errors import UserError, nearest
+from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.runs.parsing import field_paths, get_field, replace_fields
 
 
@@ -35,15 +36,15 @@ class TaskConfig:
     """jsonl only: key of the prompt text; empty = 'prompt' or 'question'. [O]"""
     answer_key: str = "answer"
     """jsonl only: key of the answer. [O]"""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Count = 1024
     """jsonl only: a longer prompt is an error that names its line. [O]"""
     chat_template: bool = False
     """jsonl only: wrap prompts in the tokenizer's chat template. [O]"""
     verifier: str | None = None
     """Dotted name module:function of a verifier of your own; none = the task's. [O]"""
-    verifier_timeout_s: float = 5.0
+    verifier_timeout_s: Positive = 5.0
     """Wall-clock seconds after which a verification is killed, counted and scored as failed; an import has 60, or this. [O]"""
-    verifier_workers: int = 1
+    verifier_workers: Count = 1
     """Verifier processes. [O]"""
     failure_score: float = -1.0
     """Score of a response whose verification timed out or raised. [O]"""
@@ -57,15 +58,15 @@ class ModelConfig:
     """Checkpoint folder, or config.json of a fresh model; none = the task's own warm-started base model. [O]"""
     value: str | None = None
     """Checkpoint folder of a (pre-trained) value model; none = the policy's weights under a new scalar head. [O]"""
-    hidden_size: int = 32
+    hidden_size: Count = 32
     """Width of the built-in base model. [M]"""
-    num_layers: int = 3
+    num_layers: Count = 3
     """Layers of the built-in base model. [M]"""
-    num_heads: int = 2
+    num_heads: Count = 2
     """Attention heads of the built-in base model. [M]"""
-    warm_start_steps: int = 700
+    warm_start_steps: Count = 700
     """Supervised steps on imperfect demonstrations that make the built-in base model. [M]"""
-    warm_start_lr: float = 5e-3
+    warm_start_lr: Positive = 5e-3
     """Peak learning rate of these steps. [M]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; losses and advantages are float32 always. [O]"""
@@ -73,7 +74,7 @@ class ModelConfig:
     """cpu, cuda, cuda:N or auto. [O]"""
     trust_remote_code: bool = False
     """Let a checkpoint folder run its own Python code. [O]"""
-    logit_chunk_tokens: int = 0
+    logit_chunk_tokens: Natural = 0
     """Tokens whose logits exist at once; 0 = as many as fit half a gigabyte. [O]"""
 
 
@@ -83,11 +84,11 @@ class RunConfig:
 
     method: str = "tppo"
     """Named method: a set of defaults for the fields above (see METHODS). [O]"""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of sampling, prompt order and mini-batches. [O]"""
-    steps: int = 1000
+    steps: Count = 1000
     """Stop after this many training steps; not used where train_seconds is given. [O]"""
-    train_seconds: float | None = None
+    train_seconds: Positive | None = None
     """Stop after this many seconds on the training clock (evaluation, checkpoints excluded); none = by steps. [O]"""
     out: str = "runs/train"
     """Folder for checkpoints, metrics and figures. [O]"""
@@ -95,27 +96,27 @@ class RunConfig:
     """Folder for warm-started base models and pre-trained value models. [O]"""
     resume: bool = False
     """Go on from the newest checkpoint in `out`. [O]"""
-    checkpoint_every: int = 200
+    checkpoint_every: Natural = 200
     """Steps between checkpoints; 0 = only at the end. [O]"""
-    checkpoints_kept: int = 2
+    checkpoints_kept: Count = 2
     """Older ones are removed. [O]"""
-    eval_every_s: float = 5.0
+    eval_every_s: NotNegative = 5.0
     """Training-clock seconds between evaluations; 0 = only at start and end. [O]"""
-    eval_prompts: int = 256
+    eval_prompts: Count = 256
     """Prompts of the fixed evaluation set. [O]"""
-    eval_samples: int = 1
+    eval_samples: Count = 1
     """Sampled full-length answers per evaluation prompt. [O]"""
     progress: bool = True
     """Show progress bars. [O]"""
     timeline: bool = True
     """Write the decoding slots of each window to timeline.csv, the load of each decode step to decode.csv. [O]"""
-    threads: int = 1
+    threads: Count = 1
     """CPU threads of torch; more do not help models this small. [M]"""
-    staleness_warning: int = 8
+    staleness_warning: Natural = 8
     """Warn when a trained token was sampled more than this many weight versions ago. [O]"""
     wandb_project: str = ""
     """Weights & Biases: log to this project, too; empty = do not. Needs `pip install wandb`. [O]"""
-    cut_warning: float = 0.9
+    cut_warning: Unit = 0.9
     """Warn when more than this share of a step's rows is cut or capped. [O]"""
 
 
@@ -125,11 +126,11 @@ class CompareConfig:
 
     methods: list[str] = dataclasses.field(default_factory=lambda: ["ppo", "tppo"])
     """Named methods, in the order of the table. [O]"""
-    seeds: int = 3
+    seeds: Count = 3
     """Seeds per method: run.seed, run.seed + 1, ... [O]"""
-    jobs: int = 2
+    jobs: Count = 2
     """Runs at a time, each with run.threads threads. [O]"""
-    target: float = 0.95
+    target: Share = 0.95
     """Target accuracy, as a share of the first method's best mean evaluation. [O]"""
     per_method: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Fields for one method only, for example {ppo: {policy.lr: 4e-4}}. [O]"""
@@ -183,12 +184,11 @@ def apply_method(config: Config, method: str, *, strict: bool = True, given: Col
     is not the default was given in any case.
     """
     if method not in METHODS:
-        raise UserError(
-            f"run.method: unknown method {method!r}, expected one of {', '.join(METHODS)}{nearest(method, list(METHODS))}"
-        )
+        raise UserError(refusal("run.method", repr(method), f"one of {', '.join(METHODS)}") + nearest(method, list(METHODS)))
     overrides = {path: get_field(config, value) if value == WHOLE else value for path, value in METHODS[method].items()}
     for path, value in overrides.items():
         current = get_field(config, path)
         if strict and current != value and (path in given or current != get_field(Config(), path)):
-            raise UserError(f"{path}: method {method} fixes it at {value}, got {current}; drop it or choose another run.method")
+            remedy = "drop it, or choose another run.method"
+            raise UserError(refusal(path, str(current), f"{value}, at which method {method} fixes it", remedy))
     return replace_fields(config, {**overrides, "run.method": method})

@@ -6,9 +6,11 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
+from typing import Any
 
 import docstring_parser
 
+from tppo_ref.loop.bounds import bounds_of
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.glossary import glossary_markdown
 
@@ -47,11 +49,18 @@ def config_markdown() -> str:
     lines += [f"- [{mark}] {meaning}" for mark, meaning in MARKS.items()]
     hints = typing.get_type_hints(Config)
     for section in dataclasses.fields(Config):
-        lines += ["", f"## {section.name}", "", "| field | default | meaning | from |", "| --- | --- | --- | --- |"]
-        defaults = getattr(Config(), section.name)
+        lines += ["", f"## {section.name}", "", "| field | default | may be | meaning | from |", "| --- | --- | --- | --- | --- |"]
+        defaults, types = getattr(Config(), section.name), typing.get_type_hints(hints[section.name], include_extras=True)
         for name, (text, mark) in field_help(hints[section.name]).items():
-            lines.append(f"| `{section.name}.{name}` | `{getattr(defaults, name)}` | {text} | [{mark}] |")
+            row = (f"`{section.name}.{name}`", f"`{getattr(defaults, name)}`", _may_be(types[name]), text, f"[{mark}]")
+            lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _may_be(hint: Any) -> str:
+    """The bounds or the choices of a field, in words."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    return ", ".join(map(str, choices)) or str(bounds_of(hint) or "")
 
 
 def metrics_markdown() -> str:

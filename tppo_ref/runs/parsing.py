@@ -6,11 +6,11 @@ import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tppo_ref.method.errors import UserError, nearest
+from tppo_ref.method.errors import UserError, nearest, refusal
 
 ConfigT = TypeVar("ConfigT")
 
@@ -23,14 +23,18 @@ GONE = {
 
 def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
     """A copy of a nested config with dotted fields replaced, as `{"rollout.window": 64}`. Unknown names are UserErrors."""
+    paths = field_paths(type(config))
     for path, value in overrides.items():
-        head, _, rest = path.partition(".")
-        known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
-        if head not in known or (rest and path not in field_paths(type(config))):
-            raise UserError(f"{path}: no such field{_instead(path, field_paths(type(config)))}")
-        value = replace_fields(getattr(config, head), {rest: value}) if rest else _number(path, value, getattr(config, head))
-        config = dataclasses.replace(config, **{head: value})  # type: ignore[type-var]
+        if path not in paths and not hasattr(config, path):  # a whole section may be given, too
+            raise UserError(f"{path}: no such field{_instead(path, paths)}")
+        config = _replaced(config, path.split("."), _number(path, value, get_field(config, path)))
     return config
+
+
+def _replaced(config: Any, names: Sequence[str], value: Any) -> Any:
+    if len(names) > 1:
+        value = _replaced(getattr(config, names[0]), names[1:], value)
+    return dataclasses.replace(config, **{names[0]: value})
 
 
 def _number(path: str, value: Any, current: Any) -> Any:
@@ -40,7 +44,7 @@ def _number(path: str, value: Any, current: Any) -> Any:
     try:
         return type(current)(value)
     except ValueError:
-        raise UserError(f"{path}: expected {type(current).__name__}, got {value!r}") from None
+        raise UserError(refusal(path, repr(value), "an integer" if isinstance(current, int) else "a number")) from None
 
 
 def field_paths(config_class: Any, prefix: str = "") -> list[str]:
@@ -66,19 +70,34 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     Unknown keys, wrong types and unreadable files raise UserError, in one line, with the nearest right name.
     `--help` and `--print_config` print and leave with exit code 0.
     """
+    given_fields(argv)
+    parser = _parser(config_class, prog, description)
+    return _instance(config_class, parser, lambda: parser.parse_args(list(argv)))
+
+
+def typed(config: ConfigT) -> ConfigT:
+    """The config, its fields of the types that they are declared with; UserError where one cannot be."""
+    parser = _parser(type(config), "", "")
+    return _instance(type(config), parser, lambda: parser.parse_object(dataclasses.asdict(config)))  # type: ignore[call-overload]
+
+
+def _parser(config_class: Any, prog: str, description: str) -> Any:
     import jsonargparse  # slow to import, and nothing else of the library needs it
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML or JSON file with any of the fields below.")
     parser.add_class_arguments(config_class, None)
-    names = field_paths(config_class)
-    given_fields(argv)
+    return parser
+
+
+def _instance(config_class: type[ConfigT], parser: Any, parsed: Callable[[], Any]) -> ConfigT:
+    import jsonargparse
+
     try:
-        parsed = parser.parse_args(list(argv))
-        values = parser.instantiate(parsed).as_dict()
+        values = parser.instantiate(parsed()).as_dict()
     except jsonargparse.ArgumentError as error:
-        raise UserError(_one_line(str(error), names)) from None
+        raise UserError(_one_line(str(error), field_paths(config_class))) from None
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
@@ -96,17 +115,24 @@ def given_fields(argv: Sequence[str]) -> set[str]:
         try:
             content = yaml.safe_load(Path(name).read_text())
         except OSError as error:
-            raise UserError(f"config: cannot read {name} ({error.strerror}); give an existing file") from None
+            raise UserError(refusal("config", name, "a file that can be read", f"{error.strerror}; give another")) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"config: {name} is neither YAML nor JSON: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(refusal("config", name, "YAML or JSON", " ".join(str(error).split())[:200])) from None
         sections = content if isinstance(content, dict) else {"the file": content}
         for section, fields in sections.items():
             if not isinstance(fields, dict):
-                raise UserError(
-                    f"config: {name}: expected `section:` with `field: value` lines under it, got {section}: {fields!r}"
-                )
-            given |= {f"{section}.{field}" for field in fields}
+                lines = "`section:` with `field: value` lines under it"
+                raise UserError(refusal("config", f"{name} with {section}: {fields!r}", lines))
+        given |= set(_leaves(sections))
     return given
+
+
+def _leaves(sections: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of what nested mappings hold; also of a mapping that is a field's value."""
+    for name, value in sections.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
 
 
 def _instead(name: str, names: Sequence[str]) -> str:

@@ -1,90 +1,179 @@
-"""What a config refuses before anything is loaded: one line with the field, its value and what was expected."""
+"""What a config refuses before anything is loaded: one line with the field, its value, what was expected and what helps.
+
+A number outside of its bounds, which stand beside the field; what cannot run (IMPOSSIBLE); and options that another one cancels
+(CANCELLED), which would otherwise be given and do nothing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import tempfile
+import typing
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
+from tppo_ref.loop.bounds import bounds_of
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import get_field
 
-AT_LEAST_ONE = (
-    "rollout.slots", "rollout.window", "rollout.max_response_tokens", "rollout.samples_per_prompt", "policy.epochs",
-    "policy.mini_batches", "policy.micro_batch_tokens", "value.epochs", "value.mini_batches", "value.micro_batch_tokens",
-    "run.steps", "run.threads", "run.eval_prompts", "run.eval_samples", "run.checkpoints_kept", "compare.seeds", "compare.jobs",
-    "task.verifier_workers", "model.warm_start_steps", "value.pretrain_epochs", "model.hidden_size", "model.num_layers",
-    "model.num_heads",
+# ------------------------------------------------------------------------------------------------------------------- one field
+
+
+def check_bounds(config: Any, prefix: str = "") -> None:
+    """UserError for the first number of a nested config that is outside of its field's bounds, or not finite."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value, bounds = getattr(config, name), bounds_of(hint)
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{prefix}{name}.")
+        elif bounds is not None and value is not None and not bounds.holds(value):
+            kind = "an integer" if Annotated[int, bounds] == hint else "a number"
+            null = ", or null" if type(None) in typing.get_args(hint) else ""
+            raise UserError(refusal(f"{prefix}{name}", str(value), f"{kind} {bounds}{null}"))
+
+
+# -------------------------------------------------------------------------------------------------------------- several fields
+
+
+class Refusal(NamedTuple):
+    """`field` is refused where `when` holds. Names of other fields in braces stand for their values."""
+
+    field: str
+    when: Callable[[Any], bool]
+    expected: str
+    remedy: str = ""
+
+
+IMPOSSIBLE = (
+    Refusal("rollout.min_response_tokens", lambda c: c.rollout.min_response_tokens >= c.rollout.max_response_tokens,
+            "less than rollout.max_response_tokens ({rollout.max_response_tokens})"),
+    Refusal("rollout.responses_per_step", lambda c: 0 < c.rollout.responses_per_step < c.rollout.slots,
+            "0, or at least rollout.slots ({rollout.slots})"),
+    Refusal("model.hidden_size", lambda c: c.model.hidden_size % (2 * c.model.num_heads) != 0,
+            "a multiple of twice model.num_heads ({model.num_heads})"),
+    Refusal("policy.old_logprobs", lambda c: c.policy.importance != "none" and c.policy.old_logprobs == "engine",
+            "recompute with policy.importance {policy.importance}, whose weights compare both"),
+    Refusal("policy.keep_prefix",
+            lambda c: c.policy.keep_prefix and (c.policy.prefix, c.policy.old_logprobs) != ("constant", "recompute"),
+            "false, or policy.prefix constant with policy.old_logprobs recompute, which fills it"),
+    Refusal("advantage.tail", lambda c: c.advantage.tail == "defer" and not c.advantage.tail_tokens,
+            "exclude with advantage.tail_tokens 0, which leaves nothing to defer",
+            "give a tail, or choose another run.method"),
 )  # fmt: skip
-POSITIVE = (
-    "policy.lr", "value.lr", "model.warm_start_lr", "policy.max_grad_norm", "value.max_grad_norm", "rollout.temperature",
-    "task.verifier_timeout_s", "advantage.clamp", "policy.importance_cap", "policy.engine_gap_limit",
+"""What cannot run."""
+
+
+class Cancelled(NamedTuple):
+    """`field` does nothing where `when` holds: there it is refused, unless it is as by default and so was hardly given."""
+
+    field: str
+    when: Callable[[Any], bool]
+    why: str
+
+
+def joint(c: Config) -> bool:
+    """The value model trains on the policy's rows, in the policy's mini-batches."""
+    return c.value.update == "joint"
+
+
+def never_cut(c: Config) -> bool:
+    """Every row is a whole response: nothing is RUNNING at a window's edge when it is trained."""
+    synchronous = c.rollout.refill == "step" and c.rollout.window >= c.rollout.max_response_tokens
+    return c.rollout.refill == "batch" or synchronous or c.policy.train_on == "ended"
+
+
+def built_in(c: Config) -> bool:
+    """The task makes its own prompts."""
+    return c.task.name != "jsonl"
+
+
+JOINT = "with value.update joint the value model trains in the policy's mini-batches"
+WHOLE_ROWS = "no row is cut (rollout.refill {rollout.refill}, policy.train_on {policy.train_on})"
+NO_FILE = "task.name {task.name} reads no file; give --task.name jsonl to train on your own prompts"
+BY_TOKENS = "{section}.mini_batch_tokens {{{section}.mini_batch_tokens}} says how many there are; 0 lets mini_batches count"
+
+CANCELLED = (
+    *(Cancelled(f"value.{name}", joint, JOINT)
+      for name in ("epochs", "batch_responses", "mini_batches", "mini_batch_tokens", "micro_batch_tokens")),
+    *(Cancelled(f"advantage.{name}", never_cut, WHOLE_ROWS) for name in ("cut_value", "tail", "tail_tokens")),
+    Cancelled("policy.min_new_tokens", never_cut, WHOLE_ROWS),
+    Cancelled("rollout.window", lambda c: c.rollout.refill == "batch" and c.rollout.window != c.rollout.max_response_tokens,
+              "with rollout.refill batch a window closes when its responses have ended"),
+    Cancelled("rollout.responses_per_step", lambda c: c.rollout.refill != "batch",
+              "only rollout.refill batch has a batch, not {rollout.refill}"),
+    Cancelled("policy.mini_batches", lambda c: c.policy.mini_batch_tokens > 0, BY_TOKENS.format(section="policy")),
+    Cancelled("value.mini_batches", lambda c: c.value.mini_batch_tokens > 0, BY_TOKENS.format(section="value")),
+    Cancelled("policy.importance_cap", lambda c: c.policy.importance == "none", "with policy.importance none there are no weights"),
+    Cancelled("policy.engine_gap_limit", lambda c: c.policy.old_logprobs != "engine",
+              "with policy.old_logprobs {policy.old_logprobs} the engine's are not taken"),
+    Cancelled("advantage.clamp", lambda c: not c.advantage.whiten, "only whitened advantages are clamped (advantage.whiten false)"),
+    Cancelled("advantage.lam_alpha", lambda c: c.advantage.lam == 1, "with advantage.lam 1 lambda is 1 at every length"),
+    Cancelled("run.steps", lambda c: c.run.train_seconds is not None, "run.train_seconds {run.train_seconds} ends the run"),
 )  # fmt: skip
-NOT_NEGATIVE = (
-    "advantage.tail_tokens", "rollout.min_response_tokens", "rollout.responses_per_step", "policy.min_new_tokens",
-    "policy.mini_batch_tokens", "value.mini_batch_tokens",
-    "policy.lr_warmup_steps", "value.lr_warmup_steps", "value.warmup_steps", "value.batch_responses", "run.checkpoint_every",
-    "run.eval_every_s", "model.logit_chunk_tokens", "policy.lm_loss_weight", "policy.weight_decay", "value.weight_decay",
-    "value.pretrain_responses", "policy.clip_low", "policy.clip_high", "run.seed",
-)  # fmt: skip
+"""Options of training that another option cancels."""
+
+CANCELLED_TASK = tuple(
+    Cancelled(f"task.{name}", built_in, NO_FILE)
+    for name in ("path", "eval_path", "tokenizer", "prompt_key", "answer_key", "max_prompt_tokens", "chat_template")
+)
+"""Options of the task that its name cancels."""
+
+CANCELLED_MODEL = tuple(
+    Cancelled(f"model.{name}", lambda c: c.model.policy is not None, "model.policy {model.policy} has its own shape and weights")
+    for name in ("hidden_size", "num_layers", "num_heads", "warm_start_steps", "warm_start_lr")
+)
+"""Options of the built-in base model that a model of one's own cancels."""
+
+
+def refuse(config: Any, refusals: Sequence[Refusal]) -> None:
+    """UserError for the first of `refusals` that holds of a config."""
+    for one in refusals:
+        if one.when(config):
+            expected, remedy = _filled(one.expected, config), _filled(one.remedy, config)
+            raise UserError(refusal(one.field, str(get_field(config, one.field)), expected, remedy))
+
+
+def refuse_cancelled(config: Any, table: Sequence[Cancelled], given: Collection[str] = ()) -> None:
+    """UserError for the first field of `table` that was given and does nothing.
+
+    given   fields that are known to have been given, whatever their value
+    """
+    if found := cancelled_fields(config, table, given):
+        field, _, why = found[0]
+        raise UserError(refusal(field, str(get_field(config, field)), f"it left out: {_filled(why, config)}", "drop it"))
+
+
+def cancelled_fields(config: Any, table: Sequence[Cancelled], given: Collection[str] = ()) -> list[Cancelled]:
+    """Rows of `table` whose field was given and does nothing."""
+    defaults = type(config)()
+    done = [one for one in table if one.field in given or get_field(config, one.field) != get_field(defaults, one.field)]
+    return [one for one in done if one.when(config)]
+
+
+def _filled(text: str, config: Any) -> str:
+    """`{section.field}` replaced by its value."""
+    return re.sub(r"{([\w.]+)}", lambda match: str(get_field(config, match[1])), text)
+
+
+# -------------------------------------------------------------------------------------------------------------------- a command
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot run, before anything is loaded: UserError with the field, its value and what was expected."""
-    lam, gamma = config.advantage.lam, config.advantage.gamma
-    rollout, run = config.rollout, config.run
-    for path in AT_LEAST_ONE:
-        if get_field(config, path) < 1:
-            raise UserError(f"{path}: expected an integer of at least 1, got {get_field(config, path)}")
-    for path in POSITIVE:
-        if not 0 < get_field(config, path) < float("inf"):
-            raise UserError(f"{path}: expected a positive number, got {get_field(config, path)}")
-    for path in NOT_NEGATIVE:
-        if get_field(config, path) < 0:
-            raise UserError(f"{path}: expected a number of at least 0, got {get_field(config, path)}")
-    alpha = config.advantage.lam_alpha
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise UserError(refusal("advantage.lam_alpha", str(alpha), "a positive number, or null for a lambda of one length"))
-    if config.advantage.tail == "defer" and not config.advantage.tail_tokens:
-        remedy = "drop it or choose another run.method"
-        raise UserError(refusal("advantage.tail", "defer with tail_tokens 0", "a tail to train in the next window", remedy))
-    for path, number in (("advantage.lam", lam), ("advantage.gamma", gamma)):
-        if not 0 <= number <= 1:
-            raise UserError(f"{path}: expected a number from 0 to 1, got {number}")
-    if not 0 <= config.policy.ewma_decay < 1:
-        raise UserError(f"policy.ewma_decay: expected a number from 0 up to, not including, 1, got {config.policy.ewma_decay}")
-    if config.model.hidden_size % (2 * config.model.num_heads):
-        raise UserError(
-            f"model.hidden_size: expected a multiple of twice model.num_heads ({config.model.num_heads}), "
-            f"got {config.model.hidden_size}"
-        )
-    if not 0 < config.compare.target <= 1:
-        raise UserError(f"compare.target: expected a share above 0, up to 1, got {config.compare.target}")
-    if config.policy.importance != "none" and config.policy.old_logprobs == "engine":
-        raise UserError(
-            f"policy.old_logprobs: importance weights ({config.policy.importance}) need recomputed log-probabilities, got engine"
-        )
-    batch = rollout.responses_per_step
-    if batch and rollout.refill != "batch":
-        raise UserError(
-            f"rollout.responses_per_step: got {batch} with refill {rollout.refill}; expected 0; only refill batch has a batch"
-        )
-    if 0 < batch < rollout.slots:
-        raise UserError(f"rollout.responses_per_step: got {batch}; expected at least rollout.slots ({rollout.slots}), or 0")
-    if config.policy.keep_prefix and (config.policy.prefix, config.policy.old_logprobs) != ("constant", "recompute"):
-        raise UserError(
-            "policy.keep_prefix: got true; expected false, or policy.prefix constant with old_logprobs recompute, which fills it"
-        )
-    for path in ("value.clip_low", "value.clip_high"):
-        if (bound := get_field(config, path)) is not None and not bound >= 0:
-            raise UserError(f"{path}: expected a number of at least 0, or null, got {bound}")
-    if rollout.min_response_tokens >= rollout.max_response_tokens:
-        raise UserError(f"rollout.min_response_tokens: expected less than rollout.max_response_tokens "
-                        f"({rollout.max_response_tokens}), got {rollout.min_response_tokens}")  # fmt: skip
-    if config.policy.dual_clip is not None and config.policy.dual_clip <= 1:
-        raise UserError(f"policy.dual_clip: expected a number above 1, or null, got {config.policy.dual_clip}")
-    if run.train_seconds is not None and run.train_seconds <= 0:
-        raise UserError(f"run.train_seconds: expected a positive number, or null, got {run.train_seconds}")
+    """Refuse what no command can run with."""
+    check_bounds(config)
+    refuse(config, IMPOSSIBLE)
+
+
+def check_task(config: Config) -> None:
+    """Refuse options of task and base model that do nothing, for the commands that train and evaluate."""
+    refuse_cancelled(config, (*CANCELLED_TASK, *CANCELLED_MODEL))
+
+
+def check_training(config: Config, given: Collection[str] = ()) -> None:
+    """Refuse options of training that do nothing: for a config as it will be trained, its method applied."""
+    refuse_cancelled(config, CANCELLED, given)
 
 
 def writable_folder(path: str, name: str) -> Path:
@@ -94,5 +183,5 @@ def writable_folder(path: str, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # nameless: ranks of other machines test the same folder at the same time
     except OSError as error:
-        raise UserError(f"{name}: cannot write to {path} ({error.strerror}); choose another folder") from None
+        raise UserError(refusal(name, path, "a folder that can be written to", f"{error.strerror}; choose another")) from None
     return folder
