@@ -30,12 +30,12 @@ def uniform(seed_n: np.ndarray) -> np.ndarray:
 
 
 def draw(logits_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [n] by inverse CDF in float64, and their log-probabilities [n] in float32.
+    """Tokens [n] by inverse CDF in float64, and their log-probabilities [n] in the dtype of the logits.
 
     The first token whose cumulative probability exceeds u times the total: a token of probability 0 is never drawn.
     """
     logprobs = logits_nV.log_softmax(-1)
-    cdf = logprobs.double().exp_().cumsum(-1)
+    cdf = logprobs.to(torch.float64, copy=True).exp_().cumsum(-1)
     # u <= 1 - 2**-53, so u * total rounds to less than the total and some cumulative sum exceeds it; NaN alone needs the clamp.
     tokens = torch.searchsorted(cdf, uniform_n[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
