@@ -133,9 +133,8 @@ def _num_constant(live_from: Sequence[int], num_prompt: np.ndarray, num_response
 
 def _prefix(rows: list[np.ndarray], kept: PrefixKeys, device: torch.device) -> tuple[Tensor, Tensor, PackedLayout]:
     """The constant tokens end to end. Never empty: sharded models gather their weights in each pass, on every rank or on none."""
-    rows = [row for row in rows if len(row)] or [
-        np.zeros(1, dtype=np.int64)
-    ]  # a prompt of one token has nothing before its live end
+    rows = [row for row in rows if len(row)]  # nothing stands before the live end of a one-token prompt's whole response
+    rows = rows or [np.zeros(1, dtype=np.int64)]
     ids, positions = np.concatenate(rows), np.concatenate([np.arange(len(row)) for row in rows])
     layout = PackedLayout([len(row) for row in rows], device, record=kept)
     return torch.from_numpy(ids).to(device)[None], torch.from_numpy(positions).to(device)[None], layout
