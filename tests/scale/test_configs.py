@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from scale import launch
-from scale.config import ScaleConfig, check
+from scale.config import CANCELLED, ScaleConfig, check
 from scale.memory import budget as memory
-from tppo_ref.runs.parsing import get_field, parse
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.parsing import get_field, parse, replace_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "scale" / "configs"
@@ -118,16 +119,41 @@ def test_the_tiny_config_parses():
 WRONG = [
     (["--algo.rollout.windwo", "4"], "--algo.rollout.windwo: no such option; did you mean algo.rollout.window?"),
     (["--engine.windows", "4"], "no such option"),
-    (["--algo.policy.lr", "-1"], "policy.lr: expected a positive number, got -1.0"),
+    (["--algo.policy.lr", "-1"], "algo.policy.lr: got -1.0; expected a number above 0"),
     (["--algo.rollout.slots", "8200"], "algo.rollout.slots: 8200 slots cannot be dealt to 16 engines"),
-    (["--engine.tensor_parallel", "3"], "engine.tensor_parallel: 64 ranks cannot be cut into groups of 3"),
+    (
+        ["--engine.tensor_parallel", "3"],
+        "engine.tensor_parallel: got 3; expected a divisor of the ranks (cluster.nodes 8 x cluster.devices_per_node 8)",
+    ),
     (
         ["--engine.tensor_parallel", "16"],
         "engine.tensor_parallel: 40 heads and 8 key-value heads cannot be cut into 16; give one of 1, 2, 4, 8, 40",
     ),
     (["--engine.tensor_parallel", "8", "--cluster.devices_per_node", "4"], "does not fit on a machine"),
-    (["--engine.gpu_memory_utilization", "1.5"], "engine.gpu_memory_utilization: expected a share above 0, up to 1, got 1.5"),
-    (["--cluster.device_bytes", "0"], "cluster.device_bytes: expected a positive number of bytes, got 0.0"),
+    (["--engine.gpu_memory_utilization", "1.5"], "engine.gpu_memory_utilization: got 1.5; expected a number above 0, at most 1"),
+    (["--cluster.device_bytes", "0"], "cluster.device_bytes: got 0.0; expected a number above 0"),
+    (["--cluster.device_bytes", ".nan"], "cluster.device_bytes: got nan; expected a number above 0"),
+    (
+        ["--cluster.requeued", "true", "--algo.run.resume", "true"],
+        "algo.run.resume: got True; expected false with cluster.requeued true",
+    ),
+    (["--algo.run.method", "ppo"], "algo.rollout.window: got 8192; expected 24576, at which method ppo fixes it; drop it, or"),
+    (
+        ["--algo.run.method", "ppo", "--algo.rollout.window", "24576"],
+        "algo.rollout.refill: got immediate; expected batch, at which method ppo",
+    ),
+    (
+        ["--algo.value.update", "joint", "--algo.value.epochs", "2"],
+        "algo.value.epochs: got 2; expected it left out: with value.update joint",
+    ),
+    (
+        ["--algo.policy.mini_batch_tokens", "9", "--algo.policy.mini_batches", "2"],
+        "algo.policy.mini_batches: got 2; expected it left out: ",
+    ),
+    (
+        ["--reward.format_penalty", "1", "--algo.task.verifier", "own:verify"],
+        "reward.format_penalty: got 1.0; expected 0 with a verifier",
+    ),
     (["--sharding.compute_dtype", "float16"], "sharding.compute_dtype"),
     (["--algo.model.policy", "models/Nothing"], "algo.model.policy: models/Nothing is not here"),
     (["--algo.model.policy", "null"], "algo.model.policy: expected a model's folder or a config.json, got none"),
@@ -153,3 +179,35 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path):
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == "error: engine.tensor_paralel: no such field; did you mean engine.tensor_parallel?\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------ cancelled
+
+OTHER = {
+    "algo.run.eval_every_s": 9.0, "algo.model.dtype": "bfloat16", "algo.model.trust_remote_code": True, "algo.compare.methods": ["tppo"],
+    "algo.compare.seeds": 4, "algo.compare.jobs": 3, "algo.compare.target": 0.5, "algo.compare.per_method": {"tppo": {}},
+    "engine.sleep_level": 1, "engine.block_size": 16, "engine.max_batched_tokens": 9, "engine.probe_prompts": 9, "engine.probe_tokens": 9,
+    "engine.probe_mean": 0.5, "engine.probe_top_percent": 0.5, "algo.task.eval_path": "e.jsonl", "algo.task.prompt_key": "q",
+    "algo.task.answer_key": "a", "algo.task.chat_template": True, "data.instruction": "Think.", "data.over_long": "error",
+    "reward.overlong_penalty": 0.5,
+}  # fmt: skip
+"""A value of each field that something cancels, which is not its default."""
+
+
+def test_every_pair_of_the_table_has_a_value():
+    assert {row.field for row in CANCELLED} == OTHER.keys()
+    assert all(get_field(ScaleConfig(), field) != value for field, value in OTHER.items())
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_an_option_that_does_nothing_is_refused_by_name(field):
+    with pytest.raises(UserError) as error:
+        check(replace_fields(ScaleConfig(), {"engine.kind": "torch", field: OTHER[field]}))
+    assert str(error.value).startswith(f"{field}: got {OTHER[field]}; expected it left out: ")
+    assert str(error.value).endswith("; drop it")
+
+
+@pytest.mark.parametrize("field", [f for f in OTHER if not f.startswith(("algo.run.", "algo.model.", "algo.compare."))])
+def test_it_is_not_where_it_does_something(field):
+    needed = {"algo.task.path": "p.jsonl", "algo.task.tokenizer": "bytes", "reward.overlong_buffer": 8}
+    check(replace_fields(ScaleConfig(), needed | {field: OTHER[field]}))

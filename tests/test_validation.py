@@ -1,0 +1,340 @@
+"""What a config refuses: numbers out of bounds, what cannot run, and options that another option cancels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+
+import pytest
+from helpers import make_trainer, one_thread  # noqa: F401  (a fixture)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tppo_ref.__main__ import main
+from tppo_ref.loop.bounds import Bounds, Count, Natural, NotNegative, Positive, Share, Unit, bounds_of
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs.config import METHODS, Config, apply_method
+from tppo_ref.runs.parsing import field_paths, get_field, parse, replace_fields
+from tppo_ref.runs.plans import CANCELLED_COMPARE, SHARED, check_plans, plan_of
+from tppo_ref.runs.validation import (
+    CANCELLED,
+    CANCELLED_MODEL,
+    CANCELLED_TASK,
+    IMPOSSIBLE,
+    cancelled_fields,
+    check,
+    check_task,
+    check_training,
+)
+
+NUMBERS = {
+    f"{section.name}.{name}": bounds
+    for section in dataclasses.fields(Config)
+    for name, hint in typing.get_type_hints(type(getattr(Config(), section.name)), include_extras=True).items()
+    if (bounds := bounds_of(hint)) is not None
+}
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------------- bounds
+
+
+def test_every_number_of_the_config_has_bounds():
+    """But those that may be any finite number."""
+    numbers = {path for path in field_paths(Config) if isinstance(get_field(Config(), path), int | float)}
+    numbers -= {path for path in numbers if isinstance(get_field(Config(), path), bool)}
+    assert numbers <= NUMBERS.keys()
+    assert {path for path, bounds in NUMBERS.items() if bounds == Bounds()} == {"task.failure_score"}
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_field_takes_what_is_not_finite(path, number):
+    with pytest.raises(UserError) as error:
+        check(replace_fields(Config(), {path: number}))
+    assert one_line(error).startswith(f"{path}: got {number}; expected ")
+
+
+@pytest.mark.parametrize("path", [path for path, bounds in NUMBERS.items() if bounds.low > -math.inf])
+def test_no_field_takes_less_than_its_least(path):
+    bounds = NUMBERS[path]
+    least = bounds.low if bounds.above else bounds.low - 1
+    with pytest.raises(UserError) as error:
+        check(replace_fields(Config(), {path: least}))
+    assert one_line(error).startswith(f"{path}: got ")
+    assert str(bounds) in str(error.value)
+
+
+@pytest.mark.parametrize("path", [path for path, bounds in NUMBERS.items() if bounds.high < math.inf])
+def test_no_field_takes_more_than_its_most(path):
+    bounds = NUMBERS[path]
+    with pytest.raises(UserError, match=f"^{path}: got "):
+        check(replace_fields(Config(), {path: bounds.high if bounds.below else bounds.high + 0.01}))
+
+
+def test_the_defaults_are_inside_of_their_bounds():
+    check(Config())
+    check_task(Config())
+    check_training(Config())
+
+
+@given(st.floats(), st.floats(-10, 10), st.floats(-10, 10), st.booleans(), st.booleans())
+def test_bounds_hold_what_lies_between_and_is_finite(number, low, high, above, below):
+    held = Bounds(low, high, above=above, below=below).holds(number)
+    inside = math.isfinite(number) and low <= number <= high
+    assert held == (inside and not (above and number == low) and not (below and number == high))
+
+
+@pytest.mark.parametrize(("hint", "said"), [
+    (Count, "at least 1"), (Natural, "at least 0"), (Positive, "above 0"), (NotNegative, "at least 0"), (Unit, "at least 0, at most 1"),
+    (Share, "above 0, at most 1"), (Positive | None, "above 0"), (float, "finite"), (float | None, "finite"), (int, "None"), (str, "None"),
+])  # fmt: skip
+def test_the_bounds_of_a_type_in_words(hint, said):
+    assert str(bounds_of(hint)) == said
+
+
+def test_an_integers_refusal_says_so_and_null_is_offered_where_it_may_be():
+    for fields, said in (
+        ({"rollout.slots": 0}, "rollout.slots: got 0; expected an integer at least 1"),
+        ({"policy.lr": 0.0}, "policy.lr: got 0.0; expected a number above 0"),
+        ({"policy.dual_clip": 1.0}, "policy.dual_clip: got 1.0; expected a number above 1, or null"),
+    ):
+        with pytest.raises(UserError) as error:
+            check(replace_fields(Config(), fields))
+        assert one_line(error) == said
+
+
+# ----------------------------------------------------------------------------------------------------------------- impossible
+
+IMPOSSIBLE_EXAMPLES = {
+    "rollout.min_response_tokens": {"rollout.min_response_tokens": 320},
+    "rollout.responses_per_step": {"rollout.refill": "batch", "rollout.responses_per_step": 31},
+    "model.hidden_size": {"model.hidden_size": 34},
+    "policy.old_logprobs": {"policy.importance": "masked", "policy.old_logprobs": "engine"},
+    "policy.keep_prefix": {"policy.keep_prefix": True},
+    "advantage.tail": {"advantage.tail": "defer", "advantage.tail_tokens": 0},
+}
+
+
+@pytest.mark.parametrize("refusal", IMPOSSIBLE, ids=lambda r: r.field)
+def test_what_cannot_run_is_refused_by_name(refusal):
+    with pytest.raises(UserError) as error:
+        check(replace_fields(Config(), IMPOSSIBLE_EXAMPLES[refusal.field]))
+    assert one_line(error).startswith(f"{refusal.field}: got {IMPOSSIBLE_EXAMPLES[refusal.field].get(refusal.field)}; expected ")
+    assert "{" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------ cancelled
+
+OTHER = {
+    "value.epochs": 2, "value.batch_responses": 7, "value.mini_batches": 3, "value.mini_batch_tokens": 0, "value.micro_batch_tokens": 9,
+    "advantage.cut_value": "zero", "advantage.tail": "defer", "advantage.tail_tokens": 3, "policy.min_new_tokens": 5, "rollout.window": 7,
+    "rollout.responses_per_step": 40, "policy.mini_batches": 3, "policy.importance_cap": 3.0, "policy.engine_gap_limit": 0.1,
+    "advantage.clamp": 1.5, "advantage.lam_alpha": 0.1, "run.steps": 7, "task.path": "p.jsonl", "task.eval_path": "e.jsonl",
+    "task.tokenizer": "bytes", "task.prompt_key": "q", "task.answer_key": "a", "task.max_prompt_tokens": 9, "task.chat_template": True,
+    "model.hidden_size": 64, "model.num_layers": 2, "model.num_heads": 4, "model.warm_start_steps": 3, "model.warm_start_lr": 1e-3,
+    "run.method": "ppo", "run.resume": True,
+}  # fmt: skip
+"""A value of each such field that is not its default."""
+
+CASES = [
+    *((f"value.{name}", {"value.update": "joint"}) for name in ("epochs", "batch_responses", "mini_batches", "mini_batch_tokens", "micro_batch_tokens")),
+    *((field, cause) for field in ("advantage.cut_value", "advantage.tail", "advantage.tail_tokens", "policy.min_new_tokens")
+      for cause in ({"rollout.refill": "batch"}, {"rollout.refill": "step", "rollout.window": 320}, {"policy.train_on": "ended"})),
+    ("rollout.window", {"rollout.refill": "batch"}),
+    ("rollout.responses_per_step", {"rollout.refill": "immediate"}),
+    ("policy.mini_batches", {"policy.mini_batch_tokens": 500}),
+    ("value.mini_batches", {"value.mini_batch_tokens": 500}),
+    ("policy.importance_cap", {"policy.importance": "none"}),
+    ("policy.engine_gap_limit", {"policy.old_logprobs": "recompute"}),
+    ("advantage.clamp", {"advantage.whiten": False}),
+    ("advantage.lam_alpha", {"advantage.lam": 1.0}),
+    ("run.steps", {"run.train_seconds": 60.0}),
+]  # fmt: skip
+"""A field, and what cancels it."""
+
+NEEDED = {
+    "rollout.responses_per_step": {"rollout.refill": "batch"}, "policy.mini_batches": {"policy.mini_batch_tokens": 0},
+    "value.mini_batches": {"value.mini_batch_tokens": 0}, "policy.importance_cap": {"policy.importance": "masked"},
+    "policy.engine_gap_limit": {"policy.old_logprobs": "engine"},
+}  # fmt: skip
+"""What a field needs in order to do something, where the defaults do not give it."""
+
+
+def test_every_pair_of_the_table_has_a_case():
+    assert {row.field for row in CANCELLED} == {field for field, _ in CASES}
+    assert {row.field for row in (*CANCELLED, *CANCELLED_TASK, *CANCELLED_MODEL, *CANCELLED_COMPARE)} == OTHER.keys()
+    assert all(get_field(Config(), field) != value for field, value in OTHER.items())
+
+
+@pytest.mark.parametrize(("field", "cause"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))
+def test_an_option_that_another_one_cancels_is_refused_by_name(field, cause):
+    with pytest.raises(UserError) as error:
+        check_training(replace_fields(Config(), {field: OTHER[field]} | cause))
+    said = one_line(error)
+    assert said.startswith(f"{field}: got {OTHER[field]}; expected it left out: ")
+    assert said.endswith("; drop it")
+    assert "{" not in said
+
+
+@pytest.mark.parametrize("field", {row.field for row in CANCELLED})
+def test_an_option_that_nothing_cancels_is_not_refused(field):
+    check_training(replace_fields(Config(), {field: OTHER[field]} | NEEDED.get(field, {})))
+
+
+LOOP_CASES = [(f, c) for f, c in CASES if f not in ("run.steps", "rollout.responses_per_step", "policy.engine_gap_limit")]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("field", "cause"), LOOP_CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())))
+def test_a_cancelled_option_really_changes_nothing(field, cause):
+    """Two steps with it and without it are the same, but for the clock: else it must not stand in the table."""
+
+    def steps(fields: dict) -> list[dict]:
+        changes = {name.replace(".", "__"): value for name, value in ({"rollout.max_response_tokens": 20} | fields).items()}
+        trainer = make_trainer("tppo", **changes)
+        rows = [trainer.step() for _ in range(2)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/") and k not in ("rollout/tokens_per_s", "rollout/idle_s")}
+            for row in rows
+        ]
+
+    cause = {k: 20 if (k, v) == ("rollout.window", 320) else v for k, v in cause.items()}  # these responses have at most 20 tokens
+    one, two = steps(cause), steps(cause | {field: OTHER[field]})
+    assert [json.dumps(row) for row in one] == [json.dumps(row) for row in two]  # NaN equals itself there
+
+
+@pytest.mark.parametrize("row", CANCELLED_TASK, ids=lambda row: row.field)
+def test_an_option_of_prompt_files_is_refused_with_a_task_that_reads_none(row):
+    with pytest.raises(UserError) as error:
+        check_task(replace_fields(Config(), {row.field: OTHER[row.field]}))
+    assert one_line(error).startswith(f"{row.field}: got {OTHER[row.field]}; expected it left out: ")
+    assert "--task.name jsonl" in str(error.value)
+    check_task(replace_fields(Config(), {row.field: OTHER[row.field], "task.name": "jsonl"}))
+
+
+@pytest.mark.parametrize("row", CANCELLED_MODEL, ids=lambda row: row.field)
+def test_a_shape_is_refused_beside_a_model_that_has_one(row):
+    with pytest.raises(UserError, match=f"^{row.field}: got {OTHER[row.field]}; expected it left out: model.policy some/folder "):
+        check_task(replace_fields(Config(), {row.field: OTHER[row.field], "model.policy": "some/folder"}))
+    check_task(replace_fields(Config(), {row.field: OTHER[row.field]}))
+
+
+@pytest.mark.parametrize(
+    ("field", "cause"), [CASES[0], CASES[-1], ("task.path", {})], ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_train_refuses_it_on_the_command_line(field, cause, capfd):
+    fields = {field: OTHER[field]} | cause
+    assert main(["train", *(word for name, value in fields.items() for word in (f"--{name}", str(value)))]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {field}: got {OTHER[field]}; expected it left out: ")
+
+
+def test_data_can_be_checked_whatever_the_task_is_named(tmp_path, capsys):
+    """`check-data FILE` gives task.path beside the built-in task that is the default."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n' * 2)
+    assert main(["check-data", str(tmp_path / "p.jsonl")]) == 0
+    assert "0 of " in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ named methods
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_with_the_defaults(method):
+    check_training(apply_method(Config(), method))
+    check(apply_method(Config(), method))
+
+
+# -------------------------------------------------------------------------------------------------------------------- compare
+
+
+def compared(per_method: dict | None = None, **fields: object) -> Config:
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    return replace_fields(Config(), changes | {"compare.per_method": per_method or {}})
+
+
+@pytest.mark.parametrize(("methods", "per_method", "field", "value"), [
+    (["ppo"], {"ppo": {"value.update": "independent"}}, "value.update", "independent"),
+    (["tppo-defer"], {"tppo-defer": {"advantage.tail": "exclude"}}, "advantage.tail", "exclude"),
+    (["ppo"], {"ppo": {"rollout.refill": "immediate", "rollout.window": 48}}, "rollout.window", 48),
+    (["tppo", "ppo"], {"ppo": {"policy.lr": "6e-4"}}, "policy.lr", 6e-4),
+])  # fmt: skip
+def test_per_method_has_the_last_word(methods, per_method, field, value):
+    config = compared(per_method, compare__methods=methods)
+    check_plans(config)
+    (method,) = per_method
+    assert get_field(plan_of(config, method), field) == value
+
+
+@pytest.mark.parametrize(("own", "said"), [
+    ({"rollout.windw": 8}, "rollout.windw: no such field; did you mean rollout.window?"),
+    ({"policy.lr": "fast"}, "policy.lr: got 'fast'; expected a number"),
+    ({"policy.lr": [1]}, "policy.lr"),
+    ({"policy.lr": math.nan}, "policy.lr: got nan; expected a number above 0"),
+    ({"advantage.tail": "none"}, "advantage.tail"),
+    ({"rollout.window": 7.5}, "rollout.window"),
+    ({"rollout.window": 64}, "rollout.window: got 64; expected it left out: with rollout.refill batch a window closes when"),
+    ({"value.epochs": 1}, "value.epochs: got 1; expected it left out: with value.update joint"),
+    ({"run.seed": 3}, "run.seed: got 3; expected it the same for all methods; give it outside of per_method"),
+    ({"run.train_seconds": 9.0}, "run.train_seconds: got 9.0; expected it the same for all methods"),
+    ({"run.steps": 9}, "run.steps: got 9; expected it the same for all methods"),
+    ({"run.eval_prompts": 9}, "run.eval_prompts: got 9; expected it the same for all methods"),
+    ({"task.name": "fork"}, "task.name: got fork; expected it the same for all methods"),
+    ({"model.value": "x"}, "model.value: got x; expected it the same for all methods"),
+    ({"rollout.max_response_tokens": 9}, "rollout.max_response_tokens: got 9; expected it the same for all methods"),
+    ({"rollout.slots": 9}, "rollout.slots: got 9; expected it the same for all methods"),
+    ({"value.pretrain_epochs": 9}, "value.pretrain_epochs: got 9; expected it the same for all methods"),
+    ({"compare.jobs": 9}, "compare.jobs: got 9; expected it the same for all methods"),
+])  # fmt: skip
+def test_a_mistake_in_per_method_is_told_before_anything_is_made(own, said, tmp_path, capfd):
+    argv = ["compare", "--run.out", str(tmp_path / "out"), "--run.cache", str(tmp_path / "cache")]
+    (tmp_path / "c.json").write_text(json.dumps({"compare": {"per_method": {"ppo": own}}}))
+    assert main([*argv, "--config", str(tmp_path / "c.json")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: compare.per_method.ppo.{said}"), line
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"run.method": "ppo"}, "run.method: got ppo; expected it left out: compare.methods names the methods"),
+    ({"run.resume": True}, "run.resume: got True; expected it left out: "),
+    ({"compare.methods": []}, "compare.methods: got []; expected different methods, at least one"),
+    ({"compare.methods": ["ppo", "ppo"]}, "compare.methods: got ['ppo', 'ppo']; expected different methods"),
+    ({"compare.methods": ["ppo", "tpo"]}, "run.method: got 'tpo'; expected one of "),
+    ({"compare.per_method": {"tppo-defer": {}}}, "compare.per_method: got 'tppo-defer'; expected one of compare.methods (ppo, tppo)"),
+    ({"policy.mini_batches": 3}, "policy.mini_batches: got 3; expected it left out: "),
+])  # fmt: skip
+def test_a_mistake_in_a_comparison_is_refused(fields, said):
+    with pytest.raises(UserError) as error:
+        check_plans(replace_fields(Config(), fields))
+    assert one_line(error).startswith(said)
+
+
+def test_one_command_line_serves_methods_that_have_no_use_for_all_of_it():
+    """An option that only this method cancels is left out of its plan; it is refused where the user's own options cancel it."""
+    config = compared(value__epochs=2, advantage__tail_tokens=3, compare__methods=["ppo", "tppo"])
+    check_plans(config)
+    assert (plan_of(config, "tppo").value.epochs, plan_of(config, "tppo").advantage.tail_tokens) == (2, 3)
+    assert (plan_of(config, "ppo").value.epochs, plan_of(config, "ppo").advantage.tail_tokens) == (1, 8)
+    assert not cancelled_fields(plan_of(config, "ppo"), CANCELLED)
+    with pytest.raises(UserError, match=r"^value\.epochs: got 2; expected it left out"):
+        check_plans(compared(value__epochs=2, value__update="joint"))
+
+
+def test_what_all_runs_share_is_named_in_full():
+    paths = field_paths(Config)
+    assert all(any(path.startswith(shared) for path in paths) for shared in SHARED)
+
+
+def test_a_plan_survives_the_file_that_its_run_reads(tmp_path):
+    plan = plan_of(compared({"ppo": {"value.update": "independent", "policy.lr": "6e-4"}}), "ppo")
+    (tmp_path / "wanted.json").write_text(json.dumps(dataclasses.asdict(plan)))
+    assert parse(Config, ["--config", str(tmp_path / "wanted.json")], prog="x") == plan
