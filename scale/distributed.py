@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tppo_ref.loop.parallel import Thing
+from tppo_ref.loop.parallel import Thing, clip_gradients
 from tppo_ref.method.errors import UserError
 
 
@@ -108,13 +108,7 @@ class Collective:
         return [thing for i, thing in enumerate(things) if i not in leaving] + arrived
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if bool(torch.isfinite(norm)):  # the same on every rank: it is the norm over all shards
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return float(norm)
+        return clip_gradients(module, max_norm, lambda norm: norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     @staticmethod
     def _reduce(numbers: Iterable[float], how: Any) -> list[float]:

@@ -30,7 +30,7 @@ GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
 
 def main(argv: Sequence[str]) -> int:
     from scale.config import ScaleConfig, check, check_training
-    from scale.shutdown import may_tell_alone
+    from scale.shutdown import tells_before_the_start
     from tppo_ref.method.errors import UserError, nearest
     from tppo_ref.runs.parsing import given_fields, parse
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
             return work(command, config)
         return start_workers(argv, config)
     except UserError as error:
-        if may_tell_alone():
+        if tells_before_the_start():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -134,7 +134,7 @@ def work(command: str, config: object) -> int:
     from tppo_ref.method.errors import UserError
 
     assert isinstance(config, ScaleConfig)
-    shutdown.leave_with_the_others()
+    shutdown.exit_when_the_job_ends()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, and these processes leave without giving it back
     code, message = 0, ""
@@ -149,18 +149,18 @@ def work(command: str, config: object) -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     except Exception as error:
-        code, message = 1, shutdown.word_of_a_lost_rank(error)
+        code, message = 1, shutdown.message_of_a_lost_rank(error)
         if message and not shutdown.under_torchrun():
-            time.sleep(shutdown.ECHO_S)  # the launcher says which one, and ends the rest
+            time.sleep(shutdown.QUIET_S)  # the launcher says which one, and ends the rest
         elif not message:
             message = f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             traceback.print_exc()
-    alone = bool(message) and world is None and shutdown.may_tell_alone()
-    with shutdown.telling:
-        if message and (alone or (world and shutdown.report_once())):
+    alone = bool(message) and world is None and shutdown.tells_before_the_start()
+    with shutdown.report_lock:
+        if message and (alone or (world and shutdown.claim_the_report())):
             print(message, file=sys.stderr, flush=True)
     if code in (0, 130):
-        shutdown.last_barrier()
+        shutdown.wait_for_all_ranks()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no orderly end: vLLM and torch each take the process groups down, and the second one fails

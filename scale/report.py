@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from scale.config import ScaleConfig
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.figures import COLOURS, LINES
 from tppo_ref.runs.sinks import read_metrics
 
@@ -54,10 +55,7 @@ def report(config: ScaleConfig) -> int:
         if not rows:
             print(f"{name}: nothing to draw yet")
             continue
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / f"{name}.csv", rows)
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, rows)
         figure.savefig(folder / f"{name}.png", dpi=150)

@@ -9,6 +9,7 @@ embedding, norm and head form the root group.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from scale.config import ShardingConfig
 from scale.distributed import World
 from tppo_ref.method.errors import UserError
-from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy, load_value_model
+from tppo_ref.rollout.models import PolicyModel, ValueModel, as_value_config, in_value_head, load_policy, load_value_model
 
 
 def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
@@ -110,12 +111,18 @@ def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **opti
         config = transformers.AutoConfig.from_pretrained(str(source), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.policy: {source} cannot be read ({' '.join(str(error).split())[:200]})") from None
-    auto: Any = transformers.AutoModelForCausalLM
-    if kind is ValueModel:
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        auto = transformers.AutoModelForTokenClassification
     with torch.device("meta"):
-        return kind(auto.from_config(config, dtype=torch.float32), **options)
+        return from_config(kind, config, **options)
+
+
+def from_config(kind: type[PolicyModel] | type[ValueModel], config: Any, **options: Any) -> PolicyModel | ValueModel:
+    """A float32 model of a transformers config, on whatever device and in whatever mode are current."""
+    import transformers
+
+    if kind is PolicyModel:
+        return kind(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), **options)
+    auto = transformers.AutoModelForTokenClassification
+    return kind(auto.from_config(as_value_config(copy.deepcopy(config)), dtype=torch.float32), **options)
 
 
 def _restore_buffers(model: nn.Module, device: str) -> None:
@@ -165,7 +172,7 @@ def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path,
                 if list(rows.get_shape()) != list(parameter.shape):
                     raise UserError(f"{files[name]}: {name} has shape {rows.get_shape()}, the config says {list(parameter.shape)}")
                 local.copy_(rows[_own_rows(parameter)])
-        elif isinstance(model, ValueModel) and name.startswith(("score.", "classifier.")):
+        elif isinstance(model, ValueModel) and in_value_head(name):
             generator = torch.Generator().manual_seed(seed)
             std = model.hf.config.initializer_range if parameter.dim() > 1 else 0.0
             whole = torch.randn(parameter.shape, generator=generator) * std

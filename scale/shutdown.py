@@ -12,16 +12,16 @@ import sys
 import threading
 import time
 
-ECHO_S = 10.0  # how long a rank keeps quiet about what another one should tell
+QUIET_S = 10.0  # how long a rank keeps quiet about what another one should tell
 REMEDY = "start again with --algo.run.resume true to go on from the last checkpoint"
-telling = threading.Lock()
+report_lock = threading.Lock()
 
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def report_once() -> bool:
+def claim_the_report() -> bool:
     """True on the first rank that calls it: several ranks fail of one cause, and one line is enough."""
     import torch.distributed as dist
 
@@ -31,7 +31,7 @@ def report_once() -> bool:
         return int(os.environ.get("RANK", "0")) == 0
 
 
-def may_tell_alone() -> bool:
+def tells_before_the_start() -> bool:
     """Whether this rank should tell a mistake that was found before the ranks know of each other, and that most likely all find.
 
     Rank 0 tells it. The others leave after it: torchrun ends every rank as soon as one has gone. Whoever is still there after that
@@ -40,11 +40,11 @@ def may_tell_alone() -> bool:
     if os.environ.get("RANK", "0") == "0":
         return True
     if under_torchrun():
-        time.sleep(ECHO_S)
+        time.sleep(QUIET_S)
     return under_torchrun()
 
 
-def word_of_a_lost_rank(error: Exception) -> str:
+def message_of_a_lost_rank(error: Exception) -> str:
     """What to say of an error that only means that another rank is gone or late; empty for any other error."""
     import torch.distributed as dist
 
@@ -56,7 +56,7 @@ def word_of_a_lost_rank(error: Exception) -> str:
     return f"error: rank {os.environ['RANK']} {what}; {REMEDY}"
 
 
-def last_barrier() -> None:
+def wait_for_all_ranks() -> None:
     """The last collective of ranks that leave in order."""
     import torch.distributed as dist
 
@@ -64,29 +64,29 @@ def last_barrier() -> None:
         dist.barrier()
 
 
-def leave_with_the_others() -> None:
+def exit_when_the_job_ends() -> None:
     """Leave when whoever started this rank is gone, or torchrun sends SIGTERM."""
     if "TPPO_PARENT_PIPE" in os.environ:
-        threading.Thread(target=_leave_with_parent, daemon=True).start()
+        threading.Thread(target=_exit_when_the_launcher_is_gone, daemon=True).start()
     if under_torchrun():
-        _leave_with_torchrun()
-        threading.Thread(target=_leave_when_orphaned, args=(os.getppid(),), daemon=True).start()
+        _exit_on_sigterm()
+        threading.Thread(target=_exit_when_orphaned, args=(os.getppid(),), daemon=True).start()
 
 
-def _leave_when_orphaned(agent: int) -> None:
+def _exit_when_orphaned(agent: int) -> None:
     """torchrun starts its ranks in sessions of their own: a kill -9 of torchrun alone would leave them running."""
     while os.getppid() == agent:
         time.sleep(1)
     os._exit(1)
 
 
-def _leave_with_parent() -> None:
+def _exit_when_the_launcher_is_gone() -> None:
     while os.read(0, 1):
         pass
     os._exit(1)
 
 
-def _leave_with_torchrun() -> None:
+def _exit_on_sigterm() -> None:
     """At once, and with a word where no rank has said why.
 
     A thread does it: the rank may stand in a collective operation with a rank that is gone, and Python's handlers wait for its end.
@@ -99,8 +99,8 @@ def _leave_with_torchrun() -> None:
     def leave() -> None:
         while os.read(read, 1) != bytes([signal.SIGTERM]):
             pass
-        with telling:  # not between a rank's word that it will say why, and the line itself
-            if report_once():
+        with report_lock:  # not between a rank's word that it will say why, and the line itself
+            if claim_the_report():
                 print(f"error: torchrun ended the ranks: one was killed or is gone (torchrun's report says which), or the job was "
                       f"stopped; {REMEDY}", file=sys.stderr, flush=True)  # fmt: skip
             os._exit(1)

@@ -16,7 +16,6 @@ What is not seen: the allocator's fragmentation, communication buffers, and the 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -34,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scale.config import ShardingConfig
-from scale.sharding import decoder_layers, shard
+from scale.sharding import decoder_layers, from_config, shard
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel, ValueModel
 from tppo_ref.rollout.packing import TokenBatch
@@ -76,7 +75,7 @@ class Shape:
             self.text = file.read_text()
             self.config = transformers.AutoConfig.for_model(**json.loads(self.text))
             with torch.device("meta"):
-                policy, value = build(PolicyModel, self.config), build(ValueModel, self.config)
+                policy, value = from_config(PolicyModel, self.config), from_config(ValueModel, self.config)
         except UserError:
             raise
         except Exception as error:  # transformers raises a dozen types for a bad config
@@ -109,18 +108,6 @@ class Shape:
     @property
     def max_positions(self) -> int:
         return self.config.max_position_embeddings
-
-
-def build(kind: type[PolicyModel] | type[ValueModel], config: Any, **options: Any) -> PolicyModel | ValueModel:
-    """A model in float32, on whatever device and mode are current."""
-    import transformers
-
-    config = copy.deepcopy(config)
-    auto: Any = transformers.AutoModelForCausalLM
-    if kind is ValueModel:
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        auto = transformers.AutoModelForTokenClassification
-    return kind(auto.from_config(config, dtype=torch.float32), **options)
 
 
 def terms(shape: Shape, passing: Pass) -> dict[str, float]:
@@ -156,7 +143,7 @@ def trace(config: Any, passing: Pass) -> Counter[str]:
     with fake_ranks(passing.world) as mesh, warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")  # FSDP warns of views that ValueModel returns
         with torch.device("cpu"):
-            model = build(kind, config, **options)
+            model = from_config(kind, config, **options)
         shard(model, mesh, dataclasses.replace(passing.sharding, offload=False))  # offloaded ones would be here, too
         if passing.train:
             for parameter in model.parameters():

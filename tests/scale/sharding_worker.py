@@ -178,7 +178,7 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
     import os
 
-    from scale.shutdown import last_barrier
+    from scale.shutdown import wait_for_all_ranks
 
-    last_barrier()
+    wait_for_all_ranks()
     os._exit(0)

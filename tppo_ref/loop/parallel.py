@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +26,17 @@ def mean_and_variance(x_N: torch.Tensor, parallel: Parallel) -> tuple[int, float
     mean = per(total, n)
     (squares,) = parallel.sum([float((x_N - mean).square().sum())])
     return int(n), mean, per(squares, n)
+
+
+def clip_gradients(
+    module: torch.nn.Module, max_norm: float, whole: Callable[[torch.Tensor], torch.Tensor] = lambda norm: norm
+) -> float:
+    """`Parallel.grad_norm`. whole: brings the norm of shards to that of all of them, the same on every rank."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if bool(torch.isfinite(norm)):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)
 
 
 class Parallel(Protocol):
@@ -77,8 +88,4 @@ class SingleProcess:
         return things
 
     def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if bool(torch.isfinite(norm)):
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return float(norm)
+        return clip_gradients(module, max_norm)

@@ -153,6 +153,22 @@ class PolicyModel(_Backbone):
         return logits.gather(-1, target_M[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+def as_value_config(config: Any) -> Any:
+    """A transformers config, changed to that of a value model: one label per token, no dropout in the head."""
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    return config
+
+
+def value_head(hf: Any) -> Any:
+    """The scalar head of a token classifier, which transformers names by architecture."""
+    return hf.score if hasattr(hf, "score") else hf.classifier
+
+
+def in_value_head(name: str) -> bool:
+    """Whether a parameter belongs to the scalar head: a policy's folder lacks it, and it starts at random."""
+    return name.startswith(("score.", "classifier."))
+
+
 class ValueModel(_Backbone):
     """A token classifier with one label as the critic: `forward(batch) -> (value_BT, last_value_B)`, float32.
 
@@ -170,7 +186,7 @@ class ValueModel(_Backbone):
         packed = pack(batch, self.device)
         hidden = self.read(packed)
         read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
-        head = self.hf.score if hasattr(self.hf, "score") else self.hf.classifier
+        head = value_head(self.hf)
         value = at_least_float32(head(read)[:, 0])
         num_tokens = len(packed.predictor_M)
         return packed.unpack(value[:num_tokens]), value[num_tokens:].clone()  # no view: sharded modules must not return one
@@ -203,7 +219,7 @@ def load_value_model(
     """
     hf = _load("AutoModelForTokenClassification", source, seed, dtype, device, trust_remote_code)
     model = ValueModel(hf)
-    _check_against_plain_forward(model, hf.score if hasattr(hf, "score") else hf.classifier)
+    _check_against_plain_forward(model, value_head(hf))
     return model
 
 
@@ -223,12 +239,12 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
         try:
             config = _config(transformers, source, trust_remote_code)
             if is_value:
-                config.num_labels, config.classifier_dropout = 1, 0.0
+                as_value_config(config)
             if is_folder:
                 hf, info = auto.from_pretrained(
                     source, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
                 )
-                missing = sorted(n for n in info["missing_keys"] if not (is_value and n.startswith(("score.", "classifier."))))
+                missing = sorted(n for n in info["missing_keys"] if not (is_value and in_value_head(n)))
             else:
                 hf = auto.from_config(config, **options)
         except UserError:

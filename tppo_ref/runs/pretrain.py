@@ -6,7 +6,6 @@ updates would wait for a window. Responses to a fifth of the prompts are held ou
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import json
@@ -30,6 +29,7 @@ from tppo_ref.method.records import Prompt, Response
 from tppo_ref.rollout.batcher import SampleStream
 from tppo_ref.rollout.models import ValueModel
 from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.evaluate import Sampler
 
@@ -170,10 +170,7 @@ def explained_by_position(
 
 def write_report(report: Sequence[dict[str, Any]], num_test: int, folder: Path) -> None:
     """Print how much the value model explains, beside its folder write it, and warn where a constant would do better."""
-    with (folder.parent / "explained_variance.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["from_token", "to_token", "tokens", "explained_variance"])
-        writer.writeheader()
-        writer.writerows(report)
+    write_csv(folder.parent / "explained_variance.csv", report)
     print(f"{'tokens':>14} {'count':>8}  explained variance on {num_test} held-out responses")
     for row in report:
         print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")
