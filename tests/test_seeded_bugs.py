@@ -173,6 +173,14 @@ BUGS = [
     Bug("what may not move moves", "scale/distributed.py", "if movable and tokens)",
         "if tokens)",
         "scale/test_level.py::test_a_thing_moves_once_at_most_only_if_it_may_and_no_rank_gets_more_than_the_fullest_had"),
+    Bug("the clip's anchor of the critic is zero", 'tppo_ref/loop/value_targets.py',
+        'pad([r.values for r in responses], dtype, device)',
+        'torch.zeros_like(targets_BT)',
+        'test_whole_step.py::test_a_named_methods_steps_are_the_oracles'),
+    Bug("the learning rate's warm-up counts updates", 'tppo_ref/loop/learner.py',
+        '        if not self.grad_norms:\n            self._warm_up()',
+        '        self._warm_up()',
+        'test_whole_step.py::test_steps_are_the_oracles_under_any_settings'),
 ]  # fmt: skip
 
 
