@@ -76,12 +76,17 @@ def egae(
     if (last_value_B is not None) != (cut_value == "critic"):
         wanted = "V after the cut, [B]," if cut_value == "critic" else "None"
         raise refused("last_value_B", last_value_B, f"{wanted} with cut_value={cut_value!r}")
-    end_value_B = rewards_BT.new_zeros(len(rewards_BT))
     if last_value_B is not None:
-        end_value_B = checks.last_value(last_value_B, rewards_BT, read_B=cut_B & (runs.stop_B > runs.first_B))
-    elif cut_value == "previous":
-        end_value_B = torch.where(cut_B, _last(values_BT, runs), 0.0)  # V(s_l) = V(s_{l-1})
+        last_value_B = checks.last_value(last_value_B, rewards_BT, read_B=cut_B & (runs.stop_B > runs.first_B))
+    end_value_B = value_at_cut(values_BT, runs, cut_B, cut_value, last_value_B)
     return _sum_of_deltas(rewards_BT, values_BT, runs, end_value_B, gamma, lam)
+
+
+def value_at_cut(values_BT: Tensor, runs: Runs, cut_B: Tensor, cut_value: CutValue, last_value_B: Tensor | None) -> Tensor:
+    """What stands for V(s_l) after each row's last token, [B]: V(s_{l-1}) at a cut (T-PPO), or another `CutValue`; 0 at an end."""
+    if cut_value == "previous":
+        return torch.where(cut_B, _last(values_BT, runs), 0.0)
+    return values_BT.new_zeros(len(values_BT)) if last_value_B is None else last_value_B
 
 
 def _sum_of_deltas(
