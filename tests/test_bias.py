@@ -1,6 +1,6 @@
 """The bias laboratory's own promises: what its tables and gradients say, its errors, the command line and the figures.
 
-theory.md's laws, and the written-out oracle behind all numbers, are in test_bias_laws.py.
+docs/theory.md's laws, and the written-out oracle behind all numbers, are in test_bias_laws.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""theory.md's laws P1 to P7 on random token MDPs, exactly; the laws that people would believe, refuted; and sampled rollouts as witness.
+"""docs/theory.md's laws P1 to P7 on random token MDPs, exactly; the laws that people would believe, refuted; and sampled rollouts as witness.
 
-The oracle is `Listing`: every response written out by plain Python loops over the MDP's edges, estimators as the sums of theory.md,
+The oracle is `Listing`: every response written out by plain Python loops over the MDP's edges, estimators as the sums of docs/theory.md,
 masks decided token by token. It shares nothing with sim.lab.rollouts, sim.lab.estimators, sim.lab.bias and sim.lab.gradients. With Fractions it is exact.
 """
 
@@ -92,7 +92,7 @@ class Listing:
                 yield from grow(node, self.number(float(prob)), [])
 
     def delta_sum(self, steps: list[Step], t: int, l: float, critic, lam: Number, rule: str) -> Number:
-        """theory.md's B_t ("previous"), C_t ("critic"), Z_t ("zero"); A_t at l = infinity."""
+        """docs/theory.md's B_t ("previous"), C_t ("critic"), Z_t ("zero"); A_t at l = infinity."""
         T, total = len(steps), self.number(0.0)
         stop = min(T, l)
         for j in range(t, int(stop)):

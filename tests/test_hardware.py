@@ -144,7 +144,7 @@ def _shape_fields(config) -> dict:
 
 
 def test_the_32b_has_the_published_sizes():
-    """paper.md: 65.5 GB in bf16, 262,144 bytes of KV cache per token, 2.0 GiB per 8k sequence."""
+    """Published: 65.5 GB in bf16, 262,144 bytes of KV cache per token, 2.0 GiB per 8k sequence."""
     shape = model("Qwen/Qwen2.5-32B")
     assert shape.weight_bytes() == pytest.approx(65.5e9, rel=1e-3)
     assert shape.kv_bytes_per_token() == 262_144

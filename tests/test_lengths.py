@@ -204,7 +204,7 @@ def test_growth_that_makes_no_sense_is_refused(factors):
 
 # ------------------------------------------------------------------------------------------------------------ published ones
 
-TABLES = {  # name: percentiles, mean, share at the cap; paper.md's table once more
+TABLES = {  # name: percentiles, mean, share at the cap; the published table once more
     "dapo-32b-early": ({50: 466, 75: 695, 90: 1039, 95: 1418, 99: 2710}, 581, 0.0),
     "code-14b": ({50: 9900, 75: 14290, 90: 16000, 95: 16000, 99: 16000}, 9382, 0.15),
     "math-14b": ({50: 661, 75: 1129, 90: 2566, 95: 4101, 99: 16000}, None, 0.01),

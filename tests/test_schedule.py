@@ -874,7 +874,7 @@ def test_operations_per_byte_are_weighted_by_the_seconds_of_the_decode_steps():
 
 
 def test_early_steps_train_short_responses_to_their_end():
-    """theory.md F6: long ones have not ended yet."""
+    """docs/theory.md F6: long ones have not ended yet."""
     setup = setup_of([2, 2, 2, 30], 30, slots=64)
     trace = run(tppo(setup, window=4), steps=60)
     early = dataclasses.replace(trace, records=trace.records[:4])

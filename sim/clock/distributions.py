@@ -67,7 +67,7 @@ class Lengths(abc.ABC):
     """Growth over training; None: the same at every step."""
     name: str = ""
     source: str = ""
-    """Where the numbers come from, with paper.md's marks, and what was inferred."""
+    """Where the numbers come from, with the marks of docs/config.md, and what was inferred."""
 
     def __post_init__(self) -> None:
         if isinstance(self.cap, bool) or not isinstance(self.cap, int) or not 1 <= self.cap <= MAX_CAP:

@@ -1,6 +1,6 @@
 """How a cluster is used, and what software reaches of it: the named parameters of hardware.Roofline, each default with its source.
 
-Marks are paper.md's: [V] a primary source, [2] a secondary one, [I] inferred, [M] measured by us, [O] our choice.
+Marks, as in docs/config.md: [V] a primary source, [2] a secondary one, [I] inferred, [M] measured by us, [O] our choice.
 """
 
 from __future__ import annotations

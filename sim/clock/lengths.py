@@ -109,7 +109,7 @@ PUBLISHED: dict[str, Lengths] = {
     ),
     "math-mixture": _math_mixture(),
 }
-"""Published distributions by name. `source` says what was published and what is ours, with paper.md's marks."""
+"""Published distributions by name. `source` says what was published and what is ours, with the marks of docs/config.md."""
 
 
 # By name, form or file

@@ -7,7 +7,7 @@ Bytes come from footprint.py, seconds from the clock, PPO beside T-PPO at each w
 for all of them (steady.py), so that an answer takes seconds; `Plan.sampling` says how many.
 
 The window. What a cut costs depends on the task and its critic, which nobody knows before the run. What is known beforehand is the
-weight that P4 (theory.md) gives to it: `cut_weight`. The window to choose is the fastest one whose weight is within the tolerance.
+weight that P4 (docs/theory.md) gives to it: `cut_weight`. The window to choose is the fastest whose weight is within the tolerance.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def cut_weight(lengths: Lengths, window: int, *, gamma: float = 1.0, lam: float 
 
         sum over edges l of P(T > l) * sum over the n tokens before l of (gamma lambda)^(n - 1),  over E[T]
 
-    P4 (theory.md): the cut's share of the mean |bias| is at most this times gamma [Lip + lambda |e| (1 + f)], which depends on
+    P4 (docs/theory.md): the cut's share of the mean |bias| is at most this times gamma [Lip + lambda |e| (1 + f)], which depends on
     task and critic. The first edge of a response is anywhere in a window, as with immediate refill.
 
     alpha   of the length-adaptive lambda of a row that is cut at l (`lambda_at_cut`); P4 is proven for alpha = 0 only, with it the

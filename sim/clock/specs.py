@@ -1,4 +1,4 @@
-"""Accelerators and models as data: numbers with units in their names, and where each comes from (paper.md's marks).
+"""Accelerators and models as data: numbers with units in their names, and where each comes from (the marks of docs/config.md).
 
     accelerator("H800")                  by name
     cluster("64xH800")                   (64, the accelerator)
@@ -55,7 +55,7 @@ class Accelerator:
 _HOPPER = Accelerator(
     name="H100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=81_559 * MIB, node_link_bytes_per_s=450e9,
     network_bytes_per_s=50e9, host_link_bytes_per_s=64e9,
-    source="FLOP/s, HBM: paper.md [V]. NVLink 900 GB/s total, PCIe 128 GB/s total: NVIDIA H100 (SXM) data sheet [V]. One 400 Gb/s "
+    source="FLOP/s, HBM: primary [V]. NVLink 900 GB/s total, PCIe 128 GB/s total: NVIDIA H100 (SXM) data sheet [V]. One 400 Gb/s "
     "adapter per GPU: NVIDIA DGX H100 data sheet [V]. Bytes: nvidia-smi [2].",
 )  # fmt: skip
 
@@ -63,12 +63,12 @@ ACCELERATORS: dict[str, Accelerator] = {
     "H100": _HOPPER,
     "H800": dataclasses.replace(
         _HOPPER, name="H800", node_link_bytes_per_s=200e9,
-        source="FLOP/s, HBM: paper.md [V]. NVLink 400 GB/s total, one 400 Gb/s adapter per GPU: DeepSeek-V3 hardware paper, arXiv "
+        source="FLOP/s, HBM: primary [V]. NVLink 400 GB/s total, one 400 Gb/s adapter per GPU: DeepSeek-V3 hardware paper, arXiv "
         "2505.09343 [V]. The rest as H100 [I].",
     ),
     "H200": dataclasses.replace(
         _HOPPER, name="H200", memory_bytes_per_s=4.8e12, memory_bytes=143_771 * MIB,
-        source="FLOP/s, HBM: paper.md [V]. Links as H100: NVIDIA H200 data sheet [V]. Bytes: nvidia-smi [2].",
+        source="FLOP/s, HBM: primary [V]. Links as H100: NVIDIA H200 data sheet [V]. Bytes: nvidia-smi [2].",
     ),
     "H20": dataclasses.replace(
         _HOPPER, name="H20", flops_per_s=148e12, memory_bytes_per_s=4.0e12, memory_bytes=97_871 * MIB,

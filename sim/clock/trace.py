@@ -217,7 +217,7 @@ class Trace:
 
 
 def check_conservation(records: Sequence[StepRecord]) -> None:
-    """Every sampled token is in exactly one place, at every step (theory.md F1)."""
+    """Every sampled token is in exactly one place, at every step (docs/theory.md F1)."""
     balance = 0
     for r in records:
         balance += r.generated - r.trained - r.discarded - r.excluded

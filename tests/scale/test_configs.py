@@ -22,7 +22,7 @@ CONFIGS = ROOT / "scale" / "configs"
 BIG = ("qwen2.5-32b-math", "qwen2.5-7b-math", "qwen2.5-1.5b-math")
 MARK = re.compile(r"\[([SPRV2IMO])\]$")
 
-PAPER = {  # paper.md, T-PPO
+PAPER = {  # read in the port, stated by the paper: docs/config.md
     "algo.rollout.slots": 8192, "algo.rollout.samples_per_prompt": 16, "algo.rollout.window": 8192,
     "algo.rollout.max_response_tokens": 24576, "algo.rollout.refill": "immediate", "algo.advantage.gamma": 1.0,
     "algo.advantage.lam": 0.95, "algo.advantage.lam_alpha": 0.05,

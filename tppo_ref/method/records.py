@@ -37,7 +37,7 @@ class Response:
 
     The per-token lists are aligned: entry t belongs to response token t.
 
-    id              global sample number; prompt and sample_index follow from it (batching.SampleStream)
+    id              global sample number; prompt and sample_index follow from it (rollout.batcher.SampleStream)
     token_ids       response tokens so far, the end token included
     logprobs        log-probability of each token under the policy that sampled it (the behaviour policy)
     versions        weight version of that policy, per token
