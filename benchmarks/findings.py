@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ablations, early_decision
+from benchmarks import ablations, cut_rules, early_decision
 from benchmarks.common import RESULTS
 from sim.lab import instances
 from sim.lab.bias import AtDistance, by_distance
@@ -198,6 +198,17 @@ def early_table() -> tuple[dict[str, Any], ...]:
     return tuple(early_decision.table(early_decision.read(early_decision.PATH)))
 
 
+@functools.cache
+def cut_table() -> dict[str, dict[str, Any]]:
+    return {f"{r['critic']} {r['rule']}": r for r in cut_rules.table(table("cut_rules"))}
+
+
+def cuts(key: str, column: str) -> float:
+    """ "noise:0.3 mixture": a row of the bench of cut rules; "noise:0.3 mixture cliff": `relative`, its error on a named MDP."""
+    spec, rule, *named_mdp = key.split()
+    return float(cut_table()[f"{spec} {rule}"][named_mdp[0] if named_mdp else column])
+
+
 def headline(key: str, column: str) -> Any:
     """ "chain tppo speed-up": the median or mean over seeds with its interval."""
     task, method, quantity = key.split(maxsplit=2)
@@ -211,7 +222,7 @@ def throughput(name: str, key: str, column: str) -> float:
 
 
 SOURCES: dict[str, Callable[[str, str], Any]] = {
-    "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline,
+    "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 
@@ -262,8 +273,18 @@ def lines_of_early() -> str:
     return "\n".join(lines) + "\n"
 
 
+def lines_of_cuts() -> str:
+    """Medians over the random MDPs; in brackets, on how many of them the rule beats T-PPO's."""
+    lines = ["| stand-in for V(s_l) | " + " | ".join(f"critic {spec}" for spec in cut_rules.CRITICS) + " |", "|" + " --- |" * 4]
+    for name in dict.fromkeys(row["rule"] for row in cut_table().values()):
+        found = [cut_table()[f"{spec} {name}"] for spec in cut_rules.CRITICS]
+        shown = [written(row["median"], ".3f") + (f" ({row['wins']})" if name != "previous" else "") for row in found]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early,
+    "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early, "cuts": lines_of_cuts,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""docs/theory.md's laws P1 to P7 on random token MDPs, exactly; the laws that people would believe, refuted; and sampled rollouts as witness.
+"""docs/theory.md's laws P1 to P8 on random token MDPs, exactly; the laws that people would believe, refuted; and sampled rollouts as witness.
 
 The oracle is `Listing`: every response written out by plain Python loops over the MDP's edges, estimators as the sums of docs/theory.md,
 masks decided token by token. It shares nothing with sim.lab.rollouts, sim.lab.estimators, sim.lab.bias and sim.lab.gradients. With Fractions it is exact.
@@ -24,6 +24,8 @@ from scipy.stats import norm
 from sim.lab import instances
 from sim.lab.bias import conditional_moments
 from sim.lab.bounds import at_the_cut, cut_bound, ending_surprise, largest_step_T, surprise_bound
+from sim.lab.critics import critic
+from sim.lab.cut_rules import Cut, mixture, shrunk_step
 from sim.lab.estimators import ESTIMATORS, Estimator, estimate
 from sim.lab.gradients import expected_gradient, gradient_errors
 from sim.lab.rollouts import Rollouts, older_policy
@@ -761,3 +763,128 @@ def test_the_mean_over_sampled_rollouts_agrees_with_the_exact_expectation(name, 
     half = norm.ppf(0.9995) * per_response_B.std(ddof=1) / len(per_response_B) ** 0.5
     assert abs(per_response_B.mean() - exact) <= half
     assert half < 0.2 * abs(exact)  # the interval says something
+
+
+# --------------------------------------------------------------------------------------------------------- P8: mixtures at the cut
+
+
+class NoisyCuts(NamedTuple):
+    """Cut rows of a first window, each under every pattern of errors of one size: true values before and at the cut, errors, chance."""
+
+    true_BT: torch.Tensor  # V^pi(s_0) .. V^pi(s_l)
+    error_BT: torch.Tensor
+    reward_BT: torch.Tensor
+    prob_B: torch.Tensor
+
+    @property
+    def value_BT(self) -> torch.Tensor:
+        return self.true_BT + self.error_BT
+
+
+def noisy_cuts(mdp: TokenMDP, policy_NA, window: int, sigma: float) -> NoisyCuts:
+    value_N = mdp.solve(policy_NA).value_N
+    rows = mdp.trajectories(policy_NA, num_tokens=window)
+    cut_B = rows.cut_B
+    node_BT = np.concatenate([rows.node_BT[cut_B], rows.next_node_B[cut_B, None]], axis=1)
+    signs = np.array(list(itertools.product((-sigma, sigma), repeat=window + 1)))
+    many = len(signs)
+    return NoisyCuts(*(torch.from_numpy(x) for x in (
+        np.repeat(value_N[node_BT], many, axis=0), np.tile(signs, (len(node_BT), 1)),
+        np.repeat(rows.reward_BT[cut_B], many, axis=0), np.repeat(rows.prob_B[cut_B] / many / rows.prob_B[cut_B].sum(), many),
+    )))  # fmt: skip
+
+
+def cut_advantages(cuts: NoisyCuts, value_BT: torch.Tensor, stand_in_B: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
+    """By hand: the sum over the window's deltas, the last of them with the stand-in."""
+    next_BT = torch.cat([value_BT[:, 1:-1], stand_in_B[:, None]], dim=1)
+    delta_BT = cuts.reward_BT + gamma * next_BT - value_BT[:, :-1]
+    window = delta_BT.shape[1]
+    return torch.stack([sum((gamma * lam) ** (u - t) * delta_BT[:, u] for u in range(t, window)) for t in range(window)], dim=1)
+
+
+def distance(cuts: NoisyCuts, w: float, gamma: float, lam: float) -> torch.Tensor:
+    """E[(B^w - C^pi)^2] at each token of the window, [window]."""
+    value_BT = cuts.value_BT
+    ours = cut_advantages(cuts, value_BT, (1 - w) * value_BT[:, -2] + w * value_BT[:, -1], gamma, lam)
+    exact = cut_advantages(cuts, cuts.true_BT, cuts.true_BT[:, -1], gamma, lam)
+    return (cuts.prob_B[:, None] * (ours - exact) ** 2).sum(0)
+
+
+P8_CASES = [(0.0, 1.0, 1.0), (0.3, 1.0, 0.95), (0.7, 0.9, 0.6), (0.2, 0.97, 1.0)]
+
+
+def p8_case(seed: int, sigma: float, gamma: float, window: int) -> tuple[NoisyCuts, float]:
+    made = instances.random(seed=seed, num_states=3, num_tokens=2, max_tokens=window + 2, gamma=gamma)
+    cuts = noisy_cuts(made.mdp, made.policy_NA, window, sigma)
+    step_B = cuts.true_BT[:, -1] - cuts.true_BT[:, -2]
+    return cuts, float((cuts.prob_B * step_B**2).sum())
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4, 6])  # with two cut rows or four
+@pytest.mark.parametrize(("sigma", "gamma", "lam"), P8_CASES)
+def test_p8_the_mean_square_distance_is_the_parabola_in_w(seed, sigma, gamma, lam):
+    window = 3
+    cuts, tau2 = p8_case(seed, sigma, gamma, window)
+    start = distance(cuts, 0.0, gamma, lam)
+    for w in (0.25, 1.0, 1.5, -0.5):
+        rise = distance(cuts, w, gamma, lam) - start
+        for t in range(window):
+            n = window - t
+            kappa = -1 / gamma if n == 1 else (1 - lam) / (gamma * lam)
+            bracket, at_0 = (sigma**2 * (kappa + 1 - x) ** 2 + sigma**2 * x**2 + tau2 * (1 - x) ** 2 for x in (w, 0.0))
+            assert float(rise[t]) == pytest.approx((gamma * lam) ** (2 * (n - 1)) * gamma**2 * (bracket - at_0), abs=CLOSE)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4, 6])  # with two cut rows or four
+@pytest.mark.parametrize(("sigma", "gamma", "lam"), P8_CASES)
+def test_p8_the_weight_is_the_minimum_and_what_the_rule_takes(seed, sigma, gamma, lam):
+    window = 3
+    cuts, tau2 = p8_case(seed, sigma, gamma, window)
+    value_BT = cuts.value_BT
+    m = float((cuts.prob_B * (value_BT[:, -1] - value_BT[:, -2]) ** 2).sum())
+    assert m == pytest.approx(tau2 + 2 * sigma**2, abs=CLOSE)
+    cut = Cut(value_BT=value_BT[:, :-1], reward_BT=cuts.reward_BT, num_B=torch.full((len(m_B := cuts.prob_B),), window),
+              critic_B=value_BT[:, -1], weight_B=m_B, lam_B=torch.full((len(m_B),), lam, dtype=torch.float64), gamma=gamma,
+              critic_rms=sigma)  # fmt: skip
+    for rule, t in ((mixture, 0), (mixture, 1), (shrunk_step, 2)):
+        n = window - t
+        kappa = -1 / gamma if n == 1 else (1 - lam) / (gamma * lam)
+        w = 1 - (1 - kappa) * sigma**2 / m
+        best = distance(cuts, w, gamma, lam)[t]
+        assert all(best <= distance(cuts, w + off, gamma, lam)[t] + CLOSE for off in (-0.5, -0.01, 0.01, 0.5))
+        inside = min(max(w, 0.0), 1.0)
+        torch.testing.assert_close(rule(cut), (1 - inside) * value_BT[:, -2] + inside * value_BT[:, -1], atol=CLOSE, rtol=0)
+
+
+@pytest.mark.parametrize("rho", [-1.0, 0.0, 0.5, 1.0])
+def test_p8_neighbours_that_err_alike_speak_for_the_critics_own_word(rho):
+    sigma, tau = 0.4, 0.3
+    outcomes = [(p, e, f, d) for e, f in itertools.product((-sigma, sigma), repeat=2) for d in (-tau, tau)
+                for p in [(1 + rho if e == f else 1 - rho) / 8]]  # fmt: skip
+
+    def error(w: float) -> float:
+        """About V^pi(s_l), of a stand-in made of V^pi(s_l) - D + e and V^pi(s_l) + f."""
+        return sum(p * ((1 - w) * (e - d) + w * f) ** 2 for p, e, f, d in outcomes)
+
+    for w in (0.0, 0.3, 1.0):
+        formula = (1 - w) ** 2 * (sigma**2 + tau**2) + w**2 * sigma**2 + 2 * w * (1 - w) * rho * sigma**2
+        assert error(w) == pytest.approx(formula, abs=CLOSE)
+    m = sum(p * (d + f - e) ** 2 for p, e, f, d in outcomes)
+    assert m == pytest.approx(tau**2 + 2 * sigma**2 * (1 - rho), abs=CLOSE)
+    best = 1 - sigma**2 * (1 - rho) / m
+    assert all(error(best) <= error(best + off) + CLOSE for off in (-0.3, -0.01, 0.01, 0.3))
+    assert best >= 0.5 - CLOSE
+    assert (best == 1) == (rho == 1)
+
+
+def test_refuted_the_nearest_mixture_has_the_smallest_gradient_error():
+    """Independent errors of a known size, as P8 has them, and yet the critic's own word gives the better gradient here."""
+    made = instances.load("late-decision")
+    rollouts = Rollouts(made.mdp, made.policy_NA)
+    squares = defaultdict(list)
+    for seed in range(16):
+        value_N = critic("noise:0.3", made.mdp, rollouts.solution, seed=seed)
+        for name in ("cut-gae", "mixture"):
+            error = gradient_errors(rollouts, value_N, ESTIMATORS[name], [4], average_offsets=True)[4]
+            squares[name].append(error.relative**2)
+    assert 1.3 < math.sqrt(np.mean(squares["mixture"]) / np.mean(squares["cut-gae"])) < 1.8

@@ -238,7 +238,7 @@ def test_every_command_exists_and_parses(command, capsys):
     elif name == "headline":
         assert words in ([], ["--tasks", "chain"])
     else:
-        assert name in ("findings", "early_decision")
+        assert name in ("findings", "early_decision", "cut_rules")
         assert not words
 
 

@@ -11,6 +11,7 @@ float64. Suffixes: N nodes, A tokens; [N, A] entries of tokens that no response 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,7 +59,9 @@ def conditional_moments(
     """
     mdp, critic_N = rollouts.mdp, check_critic(rollouts.mdp, critic_N)
     rows = estimator.rows(rollouts, window, offset)
-    credit = estimate(rows, critic_N, estimator, mdp, window)
+    error_N, visits_N = critic_N - rollouts.solution.value_N, rollouts.solution.visits_N
+    critic_rms = math.sqrt(visits_N @ error_N**2 / visits_N.sum())
+    credit = estimate(rows, critic_N, estimator, mdp, window, critic_rms=critic_rms)
     sampled_NA = rollouts.sampled_NA(window if estimator.cuts or estimator.train_on == "ended" else None, offset)
     train_BT, estimate_BT = credit.train_BT.numpy(), credit.estimate_BT.numpy()
     trained_NA = _total(rollouts, rows, train_BT)
@@ -145,10 +148,11 @@ def _bounds(rollouts: Rollouts, critic_N: Floats, estimator: Estimator, window: 
     first = second = np.full(rollouts.mdp.legal_NA.shape, np.nan)
     if estimator.tail_tokens or estimator.lam_alpha is not None:
         return first, second
-    if estimator.cut_value == "none" or estimator.cut_value == "monte-carlo":
+    rule = estimator.cut_value
+    if callable(rule) or rule == "none" or rule == "monte-carlo":
         return first, second
-    first = cut_bound(rollouts, critic_N, window, offset, lam=estimator.lam, cut_value=estimator.cut_value)
-    if estimator.cut_value == "previous" and np.abs(critic_N - rollouts.solution.value_N).max() < 1e-12:
+    first = cut_bound(rollouts, critic_N, window, offset, lam=estimator.lam, cut_value=rule)
+    if rule == "previous" and np.abs(critic_N - rollouts.solution.value_N).max() < 1e-12:
         second = surprise_bound(rollouts, window, offset, lam=estimator.lam)
     return first, second
 

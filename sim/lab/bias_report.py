@@ -75,9 +75,15 @@ def as_json(examination: Examination) -> dict[str, Any]:
                      "mean_return": examination.rollouts.solution.mean_return},
         "estimators": {
             name: {
-                "estimator": dataclasses.asdict(finding.estimator), "knee": finding.knee,
+                "estimator": _estimator(name, finding), "knee": finding.knee,
                 "windows": [{"window": w, "gradient": dataclasses.asdict(finding.errors[w]),
                              "by_distance": [dataclasses.asdict(d) for d in finding.distances[w]]} for w in finding.errors],
             } for name, finding in examination.findings.items()
         },
     }  # fmt: skip
+
+
+def _estimator(name: str, finding: Finding) -> dict[str, Any]:
+    """Its fields; a cut rule that is a function goes by the estimator's name."""
+    fields = dataclasses.asdict(finding.estimator)
+    return fields | {"cut_value": name} if callable(finding.estimator.cut_value) else fields

@@ -10,7 +10,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from sim.lab import cut_rules
 from sim.lab.checks import Floats, check_choice, check_count, check_unit
+from sim.lab.cut_rules import Cut, CutRule, load_rule, stand_in
 from sim.lab.rollouts import Rollouts, Stretches
 from sim.lab.token_mdp import TokenMDP
 from tppo_ref.method.advantages import egae, gae, lambda_of_rows, monte_carlo_returns
@@ -31,7 +33,8 @@ class Estimator:
     lam_alpha       None: lam as it is; else max(lam, 1 - 1/(alpha L)), L tokens so far, plus half a window on cut rows (VAPO [V],
                     half a window [P])
     cut_value       what stands for V(s_l) at a cut: "previous" (EGAE), "critic" (cut-GAE), "zero" (takes the cut for an end);
-                    "none": nothing is cut, GAE over the whole response; "monte-carlo": nothing is cut, full return minus V
+                    "none": nothing is cut, GAE over the whole response; "monte-carlo": nothing is cut, full return minus V;
+                    or a rule of one's own (cut_rules.py)
     tail            the last k tokens before a cut are: "exclude" never trained, where the row is cut [P]; "defer" trained in the
                     next window; "drop" the positions l-k .. l-1 are never trained, ended or not
     tail_tokens     k; 0: every token is trained at once
@@ -47,7 +50,7 @@ class Estimator:
 
     lam: float = 0.95
     lam_alpha: float | None = None
-    cut_value: CutValue = "previous"
+    cut_value: CutValue | CutRule = "previous"
     tail: Tail = "exclude"
     tail_tokens: int = 0
     train_on: Literal["window", "ended"] = "window"
@@ -57,7 +60,8 @@ class Estimator:
     def __post_init__(self) -> None:
         choices = {"cut_value": CutValue, "tail": Tail, "importance": Importance, "train_on": Literal["window", "ended"]}
         for name, choice in choices.items():
-            check_choice(name, getattr(self, name), get_args(choice))
+            if not callable(getattr(self, name)):
+                check_choice(name, getattr(self, name), get_args(choice))
         check_unit("lam", self.lam)
         check_count("tail_tokens", self.tail_tokens, least=0)
         if self.lam_alpha is not None and not 0 < self.lam_alpha < math.inf:
@@ -72,12 +76,12 @@ class Estimator:
     @property
     def cuts(self) -> bool:
         """Whether a window's edge ends its rows."""
-        return self.cut_value in ("previous", "critic", "zero")
+        return self.cut_value not in ("none", "monte-carlo")
 
     @property
     def uncut(self) -> Estimator:
         """The same on whole responses, all sampled in one step: what is left of its error is the critic's (and lambda's)."""
-        whole: CutValue = "none" if self.cuts else self.cut_value
+        whole: CutValue | CutRule = "none" if self.cuts else self.cut_value
         return dataclasses.replace(self, cut_value=whole, tail_tokens=0, train_on="window", importance="none")
 
     def rows(self, rollouts: Rollouts, window: int, offset: int | None = None) -> Stretches:
@@ -94,6 +98,10 @@ ESTIMATORS: dict[str, Estimator] = {
     "egae": Estimator(),
     "cut-gae": Estimator(cut_value="critic"),
     "zero-cut": Estimator(cut_value="zero"),
+    "extrapolated": Estimator(cut_value=cut_rules.extrapolated),
+    "averaged": Estimator(cut_value=cut_rules.averaged),
+    "mixture": Estimator(cut_value=cut_rules.mixture),
+    "shrunk-step": Estimator(cut_value=cut_rules.shrunk_step),
     "gae": Estimator(cut_value="none"),
     "monte-carlo": Estimator(cut_value="monte-carlo"),
     "egae-exclude": Estimator(tail="exclude", tail_tokens=2),
@@ -108,7 +116,9 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 def named(name: str) -> Estimator:
-    """The estimator of that name; ValueError for an unknown one, with the nearest known one."""
+    """The estimator of that name, or of a cut rule "module:function"; ValueError for an unknown one, with the nearest known one."""
+    if ":" in name:
+        return Estimator(cut_value=load_rule(name))
     if name not in ESTIMATORS:
         raise ValueError(f"estimator: got {name!r}; expected one of {', '.join(ESTIMATORS)}{nearest(name, list(ESTIMATORS))}")
     return ESTIMATORS[name]
@@ -121,8 +131,13 @@ class Credit(NamedTuple):
     train_BT: Tensor
 
 
-def estimate(rows: Stretches, critic_N: Floats, estimator: Estimator, mdp: TokenMDP, window: int) -> Credit:
-    """Advantages and masks by tppo_ref.method.advantages, filters and losses, on enumerated rows, in float64."""
+def estimate(
+    rows: Stretches, critic_N: Floats, estimator: Estimator, mdp: TokenMDP, window: int, *, critic_rms: float = math.nan
+) -> Credit:
+    """Advantages and masks by tppo_ref.method's advantages, masks and losses, on enumerated rows, in float64.
+
+    critic_rms: the critic's error, for cut rules that weigh by it. ValueError as those of tppo_ref.method, and `stand_in`'s.
+    """
     gamma, critic = mdp.gamma, torch.from_numpy(critic_N)
     values_BT = torch.where(rows.mask_BT, critic[rows.node_BT], 0.0)
     lam: float | Tensor = estimator.lam
@@ -133,6 +148,9 @@ def estimate(rows: Stretches, critic_N: Floats, estimator: Estimator, mdp: Token
         advantage_BT = monte_carlo_returns(rows.reward_BT, rows.mask_BT, gamma=gamma) - values_BT
     elif estimator.cut_value == "none":
         advantage_BT = gae(*run, gamma=gamma, lam=lam)
+    elif callable(estimator.cut_value):
+        stand_in_B = _stand_ins(rows, values_BT, critic[rows.next_node_B], lam, estimator.cut_value, gamma, critic_rms)
+        advantage_BT = egae(*run, rows.cut_B, gamma=gamma, lam=lam, cut_value="critic", last_value_B=stand_in_B)
     else:
         last_value_B = critic[rows.next_node_B] if estimator.cut_value == "critic" else None
         advantage_BT = egae(*run, rows.cut_B, gamma=gamma, lam=lam, cut_value=estimator.cut_value, last_value_B=last_value_B)
@@ -145,6 +163,21 @@ def estimate(rows: Stretches, critic_N: Floats, estimator: Estimator, mdp: Token
         cap=sys.float_info.max if mode == "exact" else cap,
     )  # fmt: skip
     return Credit(advantage_BT * weight_BT, train_BT)
+
+
+def _stand_ins(
+    rows: Stretches, values_BT: Tensor, critic_B: Tensor, lam: float | Tensor, rule: CutRule, gamma: float, critic_rms: float
+) -> Tensor:
+    """What a rule puts for V(s_l), [B]; 0 in rows that are not cut, where nobody reads it."""
+    cut_B = rows.cut_B
+    last_value_B = torch.zeros_like(critic_B)
+    if cut_B.any():
+        lam_B = torch.as_tensor(lam, dtype=torch.float64).expand(len(rows))
+        last_value_B[cut_B] = stand_in(rule, Cut(
+            value_BT=values_BT[cut_B], reward_BT=rows.reward_BT[cut_B], num_B=rows.mask_BT.sum(1)[cut_B], critic_B=critic_B[cut_B],
+            weight_B=rows.prob_B[cut_B], lam_B=lam_B[cut_B], gamma=gamma, critic_rms=critic_rms,
+        ))  # fmt: skip
+    return last_value_B
 
 
 def _train_mask(rows: Stretches, estimator: Estimator, max_tokens: int) -> Tensor:

@@ -1,0 +1,137 @@
+"""What may stand for V(s_l) where a window's edge cuts a response after l tokens: rules as functions, ours and a user's own.
+
+    def mine(cut: Cut) -> Tensor:          # [B]: the stand-in of each cut row
+        return 0.5 * (cut.critic_B + cut.back(1))
+
+    python -m sim bias --estimators egae my_module:mine
+    python -m benchmarks.cut_rules --rules my_module:mine
+
+A rule sees what a trainer knows at the cut, for the cut rows alone. EGAE's recursion then bootstraps from what it returns:
+delta_{l-1} = r_{l-1} + gamma stand-in - V(s_{l-1}). T-PPO's rule is `previous` (arXiv 2506.15050); the others are this project's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tppo_ref.tasks.verifier_worker import load
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """B rows that a window's edge cuts, T columns. Values and rewards in units of reward, float64.
+
+    value_BT    V before each token of the row in this window, right-padded with 0
+    reward_BT   its rewards
+    num_B       its tokens in this window, at least 1
+    critic_B    V(s_l), the critic's own word on the state at the cut
+    weight_B    how often a step has the row; equal weights in a trainer
+    lam_B       trace parameter of the row
+    gamma       discount
+    critic_rms  root mean square error of the critic over visited states: known in the laboratory, estimated by a trainer
+    """
+
+    value_BT: Tensor
+    reward_BT: Tensor
+    num_B: Tensor
+    critic_B: Tensor
+    weight_B: Tensor
+    lam_B: Tensor
+    gamma: float
+    critic_rms: float
+
+    def back(self, tokens: int) -> Tensor:
+        """V(s_{l - tokens}), [B], tokens from 1 on; the row's first value where it has fewer."""
+        column_B = (self.num_B - tokens).clamp(min=0)
+        return self.value_BT.gather(1, column_B[:, None])[:, 0]
+
+    def mean(self, x_B: Tensor) -> float:
+        """Over the rows, weighted."""
+        return float((self.weight_B * x_B).sum() / self.weight_B.sum())
+
+
+CutRule = Callable[[Cut], Tensor]
+
+
+def previous(cut: Cut) -> Tensor:
+    """V(s_{l-1}): T-PPO's."""
+    return cut.back(1)
+
+
+def critic(cut: Cut) -> Tensor:
+    """V(s_l): what every other trainer bootstraps from."""
+    return cut.critic_B
+
+
+def zero(cut: Cut) -> Tensor:
+    """0: the cut is taken for an end."""
+    return torch.zeros_like(cut.critic_B)
+
+
+def extrapolated(cut: Cut) -> Tensor:
+    """V(s_{l-1}) + (V(s_{l-1}) - V(s_{l-2})): the line through the last two values, where V(s_l) is not at hand."""
+    return 2 * cut.back(1) - cut.back(2)
+
+
+def averaged(cut: Cut) -> Tensor:
+    """The mean of the last four values before the cut: four looks instead of one, at the price of looking back."""
+    return torch.stack([cut.back(tokens) for tokens in range(1, 5)]).mean(0)
+
+
+def mixture(cut: Cut) -> Tensor:
+    """(1 - w) V(s_{l-1}) + w V(s_l) with P8's weight (docs/theory.md) for tokens before the last one.
+
+        w = 1 - (1 - kappa) sigma^2 / m,    kappa = (1 - lam) / (gamma lam)
+
+    sigma is `critic_rms`, m the mean square of V(s_l) - V(s_{l-1}) over the rows. Where errors are independent from state to state
+    it comes nearest, in mean square, to cut-GAE under the exact critic. Outside of [0, 1] it is put to the nearer end.
+    """
+    step_B = cut.critic_B - cut.back(1)
+    m = cut.mean(step_B**2)
+    kappa_B = (1 - cut.lam_B) / (cut.gamma * cut.lam_B).clamp(min=1e-12)
+    weight_B = (1 - (1 - kappa_B) * cut.critic_rms**2 / max(m, 1e-300)).clamp(0, 1)
+    return cut.back(1) + weight_B * step_B
+
+
+def shrunk_step(cut: Cut) -> Tensor:
+    """The same with P8's weight for the last token, w = 1 - (1 + 1/gamma) sigma^2 / m: EGAE where noise explains every step."""
+    step_B = cut.critic_B - cut.back(1)
+    m = cut.mean(step_B**2)
+    weight = 1 - (1 + 1 / max(cut.gamma, 1e-12)) * cut.critic_rms**2 / max(m, 1e-300)
+    return cut.back(1) + min(max(weight, 0.0), 1.0) * step_B
+
+
+CUT_RULES: dict[str, CutRule] = {
+    "previous": previous,
+    "critic": critic,
+    "zero": zero,
+    "extrapolated": extrapolated,
+    "averaged": averaged,
+    "mixture": mixture,
+    "shrunk-step": shrunk_step,
+}
+"""Ours, by name."""
+
+
+def load_rule(name: str) -> CutRule:
+    """A user's rule "module:function", importable from the working folder. ValueError for one that cannot be had."""
+    try:
+        return load(name)[0]
+    except ValueError as error:
+        raise ValueError(f"rule: got {name!r}; expected module:function; {error}") from None
+
+
+def stand_in(rule: CutRule, cut: Cut) -> Tensor:
+    """What a rule returns, checked: ValueError where it is not one finite number per row."""
+    value_B = rule(cut)
+    name = getattr(rule, "__name__", repr(rule))
+    if not isinstance(value_B, Tensor) or value_B.shape != cut.critic_B.shape:
+        shown = list(value_B.shape) if isinstance(value_B, Tensor) else repr(value_B)
+        raise ValueError(f"{name}: got {shown}; expected a tensor of shape {list(cut.critic_B.shape)}")
+    if not value_B.isfinite().all():
+        raise ValueError(f"{name}: got {value_B[~value_B.isfinite()][0].item()}; expected finite numbers")
+    return value_B.to(cut.critic_B.dtype)
