@@ -59,7 +59,7 @@ class PolicyConfig:
     lr: Positive = 3e-4
     """Learning rate. The port: 8e-7 at 32B. [M]"""
     lr_warmup_steps: Natural = 0
-    """Training steps over which the learning rate rises linearly. The port: 20. [M]"""
+    """Training steps that update this model, over which its learning rate rises linearly. The port: 20. [M]"""
     weight_decay: NotNegative = 0.1
     """AdamW weight decay. [P]"""
     max_grad_norm: Positive = 1.0
@@ -109,13 +109,13 @@ class ValueConfig:
     lr: Positive = 1e-3
     """Learning rate. The port: 2e-6 at 32B. [M]"""
     lr_warmup_steps: Natural = 0
-    """Training steps over which the learning rate rises linearly. The port: 20. [M]"""
+    """Training steps that update this model, over which its learning rate rises linearly. The port: 20. [M]"""
     weight_decay: NotNegative = 0.1
     """AdamW weight decay. [P]"""
     max_grad_norm: Positive = 1.0
     """Gradient norm clip. [I]"""
     epochs: Count = 1
-    """Passes over the rows. [P]"""
+    """Passes over the rows. With update joint this and the three below are the policy's. [P]"""
     mini_batches: Count = 16
     """Optimiser steps per epoch, where mini_batch_tokens is 0. [P]"""
     mini_batch_tokens: Natural = 500

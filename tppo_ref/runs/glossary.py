@@ -88,7 +88,7 @@ GLOSSARY: dict[str, Metric] = {
     "policy/lr": Metric("learning rate", "now", "1", "as set"),
     "value/responses": Metric("ended responses trained on (joint: policy rows)", "step", "responses", "above 0"),
     "value/held": Metric("ended responses held back", "now", "responses", "below value.batch_responses"),
-    "value/tokens": Metric("trained tokens", "step", "tokens", "steady"),
+    "value/tokens": Metric("trained tokens, counted in each epoch", "step", "tokens", "steady"),
     "value/updates": Metric("optimiser steps", "step", "updates", "steady"),
     "value/loss": Metric("clipped squared error / 2, token mean", "step", "score^2", "falls"),
     "value/clipped_share": Metric("tokens at which the value clip binds / trained tokens", "step", "share", "below 0.2"),
