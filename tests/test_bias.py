@@ -479,7 +479,7 @@ def test_the_length_adaptive_lambda_is_drawn_like_any_other(capsys, tmp_path):
         (("--windows", "4"), ("--windows: no such option", "window")),
         (("stray",), ("stray",)),
         (("--instance", "noisy-reward", "--set", "length=14"), ("more than 2000000", "trajectories")),
-        (("--out", "/proc/nowhere"), ("out: cannot write to /proc/nowhere",)),
+        (("--out", "/proc/nowhere"), ("out: got /proc/nowhere; expected a folder that can be written to",)),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, words):
