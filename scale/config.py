@@ -169,7 +169,7 @@ IMPOSSIBLE = (
     Refusal("engine.tensor_parallel", lambda c: num_ranks(c) % c.engine.tensor_parallel != 0,
             "a divisor of the ranks (cluster.nodes {cluster.nodes} x cluster.devices_per_node {cluster.devices_per_node})"),
     Refusal("reward.format_penalty", lambda c: c.reward.format_penalty and not graded(c),
-            f"0 with a verifier other than {GRADE}, which alone can tell that a response has no answer",
+            f"0 with the verifier {{algo.task.verifier}} (None: a built-in one); only {GRADE} sees that an answer is missing",
             "leave algo.task.verifier out, and give algo.task.path"),
     Refusal("algo.run.resume", lambda c: c.cluster.requeued and c.algo.run.resume,
             "false with cluster.requeued true, which goes on only where there is something to go on from", "drop one of them"),
