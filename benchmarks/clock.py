@@ -23,7 +23,8 @@ from sim.clock.calibrate import Measured, Passes
 from sim.clock.cluster import Setup
 from sim.clock.hardware import Layout, Roofline, cluster, model
 from sim.clock.lengths import load_lengths
-from sim.clock.schedule import Windowed, paused_collector, ppo, tppo
+from sim.clock.schedule import Windowed, ppo, tppo
+from sim.clock.windows import paused_collector
 from tppo_ref.method.slots import Grant, Segment, SlotSchedule
 
 SLOTS, WINDOW, CAP = 8192, 8192, 24_576

@@ -36,7 +36,8 @@ from benchmarks.common import RESULTS, report
 from sim.clock.calibrate import LEFT_OUT_STEPS, MIN_STEPS, Measured, Passes
 from sim.clock.cluster import Setup
 from sim.clock.distributions import Empirical, Tokens
-from sim.clock.schedule import Windowed, run
+from sim.clock.schedule import System, Windowed, run
+from sim.clock.systems import Synchronous
 from tppo_ref.runs.comparison import read_table
 from tppo_ref.runs.sinks import read_metrics
 
@@ -151,8 +152,12 @@ def predicted_means(folder: Path, costs: Measured) -> Means:
         slots=rollout["slots"], samples_per_prompt=rollout["samples_per_prompt"],
         update_tokens=config["policy"]["mini_batch_tokens"],
     )  # fmt: skip
-    system = Windowed(setup, window=rollout["window"], refill=rollout["refill"], tail=advantage["tail"],
-                      tail_tokens=advantage["tail_tokens"])  # fmt: skip
+    system: System
+    if rollout["refill"] == "batch":
+        system = Synchronous(setup, batch_responses=rollout["responses_per_step"] or rollout["slots"])
+    else:
+        system = Windowed(setup, window=rollout["window"], refill=rollout["refill"], tail=advantage["tail"],
+                          tail_tokens=advantage["tail_tokens"])  # fmt: skip
     records = run(system, steps=len(steps)).records
     for ours, theirs in zip(records, steps, strict=True):
         clock = (ours.generated, ours.decode_steps, ours.finished, ours.tokens_fed - ours.generated)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from sim.clock import layout as layout_module
+from sim.clock import efficiency as efficiency_module
+from sim.clock.efficiency import ENGINE_ENDS, LEVELS, TRAINER_ENDS, at
 from sim.clock.hardware import (
     GRADIENT_BYTES_PER_PARAMETER,
     OPTIMISER_BYTES_PER_PARAMETER,
@@ -30,9 +31,11 @@ from sim.clock.specs import ACCELERATORS, MODELS, ModelShape, accelerator, clust
 
 GIB = 1 << 30
 LAW = settings(max_examples=60, deadline=None)
+layouts_of_one_node = st.builds(Layout, num_devices=st.just(8), tensor_parallel=st.sampled_from([2, 4, 8]))
 EXACT = Efficiency(
     memory_fraction=1, engine_flops_fraction=1, training_flops_fraction=1, link_fraction=1, network_fraction=1, host_link_fraction=1,
-    all_reduce_latency_s=0, decode_overhead_s=0, sync_overhead_s=0, wake_overhead_s=0,
+    all_reduce_latency_s=0, decode_overhead_s=0, sequence_overhead_s=0, sampling_passes=0, sync_tensor_s=0, sync_bytes_per_s=1e30,
+    wake_overhead_s=0,
 )  # fmt: skip
 """Software that reaches every rate and adds nothing: what is left is the arithmetic of the hardware."""
 
@@ -53,6 +56,7 @@ def as_a_protocol(costs: Costs) -> Costs:
         costs.decode_step_s,
         costs.prefill_s,
         costs.logprob_s,
+        costs.prefix_s,
         costs.policy_train_s,
         costs.value_forward_s,
         costs.value_train_s,
@@ -180,16 +184,16 @@ def config_with(**changes) -> dict:
     ("config", "message"),
     [
         ({"model_type": "qwen2", "hidden_size": 4}, "has no num_hidden_layers, intermediate_size, num_attention_heads, vocab_size"),
-        (config_with(model_type="gpt2"), "has model_type 'gpt2', expected one of llama, mistral, qwen2, qwen3"),
-        (config_with(model_type=None), "has model_type None"),
-        (config_with(model_type="qwen3_moe", num_experts=8), "has num_experts: mixtures of experts are not supported"),
-        (config_with(use_sliding_window=True), "sliding attention window, which is not supported"),
+        (config_with(model_type="gpt2"), "got model_type 'gpt2'; expected one of llama, mistral, qwen2, qwen3"),
+        (config_with(model_type=None), "got model_type None"),
+        (config_with(model_type="qwen3_moe", num_experts=8), "got num_experts, a mixture of experts; expected a dense model"),
+        (config_with(use_sliding_window=True), "sliding attention window; expected full attention"),
         (config_with(model_type="mistral", sliding_window=4096), "sliding attention window"),
         (config_with(model_type="qwen3"), "has no head_dim"),
-        (config_with(num_hidden_layers="three"), "num_layers is 'three', expected a whole number"),
-        (config_with(hidden_size=0), "hidden_size is 0, expected a whole number, 1 or more"),
-        (config_with(num_key_value_heads=4), "num_kv_heads is 4, expected a divisor of num_heads, 6"),
-        ([1, 2], "holds list, expected an object"),
+        (config_with(num_hidden_layers="three"), "num_layers: got 'three'; expected a whole number"),
+        (config_with(hidden_size=0), "hidden_size: got 0; expected a whole number, 1 or more"),
+        (config_with(num_key_value_heads=4), "num_kv_heads: got 4; expected a divisor of 6 heads"),
+        ([1, 2], "got list; expected an object"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_one_line_that_says_why(tmp_path, config, message):
@@ -223,12 +227,12 @@ def test_names():
     [
         (
             lambda: accelerator("H10"),
-            r"accelerator is 'H10' \(did you mean H100\?\), expected one of H100, H800, H200, H20, A100, ",
+            r"accelerator: got 'H10' \(did you mean H100\?\); expected one of H100, H800, H200, H20, A100, ",
         ),
-        (lambda: cluster("64xH80"), r"accelerator is 'H80' \(did you mean H800\?\)"),
-        (lambda: cluster("0xH100"), "devices are '0xH100', expected at least 1"),
-        (lambda: cluster(""), "accelerator is ''"),
-        (lambda: model("Qwen/Qwen2.5-32"), r"model is 'Qwen/Qwen2.5-32' \(did you mean Qwen/Qwen2.5-32B\?\), expected one of"),
+        (lambda: cluster("64xH80"), r"accelerator: got 'H80' \(did you mean H800\?\)"),
+        (lambda: cluster("0xH100"), "devices: got '0xH100'; expected at least 1"),
+        (lambda: cluster(""), "accelerator: got ''"),
+        (lambda: model("Qwen/Qwen2.5-32"), r"model: got 'Qwen/Qwen2.5-32' \(did you mean Qwen/Qwen2.5-32B\?\); expected one of"),
         (lambda: model("zebra"), "or a config.json, or the folder of one"),
     ],
 )
@@ -244,12 +248,31 @@ def test_ridges_are_the_published_ones():
 def test_every_number_has_a_source():
     for spec in (*ACCELERATORS.values(), *MODELS.values()):
         assert any(mark in spec.source for mark in ("[V]", "[2]", "[O]")), spec.name
-    tree = ast.parse(inspect.getsource(layout_module))
+    tree = ast.parse(inspect.getsource(efficiency_module))
     (efficiency,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Efficiency"]
     for field, text in zip(efficiency.body, efficiency.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(text, ast.Expr), ast.unparse(field)
             assert any(mark in text.value.value for mark in ("[V]", "[2]", "[I]", "[M]", "[O]")), ast.unparse(field)
+
+
+def test_the_ends_lie_on_both_sides_of_the_middle_and_no_parameter_is_in_both_groups():
+    assert not set(ENGINE_ENDS) & set(TRAINER_ENDS)
+    for name, ends in (ENGINE_ENDS | TRAINER_ENDS).items():
+        middle, smaller_is_faster = getattr(Efficiency(), name), name.endswith("_s") and not name.endswith("_per_s")
+        low, high = (ends.fast, ends.slow) if smaller_is_faster else (ends.slow, ends.fast)
+        assert low <= middle <= high, name
+        assert low < high, name
+    assert at() == Efficiency()
+    assert at("slow", "fast") == dataclasses.replace(at("slow"), **{name: ends.fast for name, ends in TRAINER_ENDS.items()})
+
+
+@pytest.mark.parametrize("group", ["engine", "trainer"])
+def test_a_faster_end_never_takes_longer(group):
+    work = (2_000_000, 4_000_000_000, 200, 500_000)
+    slow, middle, fast = (all_costs(roofline(tensor_parallel=4, efficiency=at(**{group: level})), work) for level in LEVELS)
+    assert all(f <= m <= s for f, m, s in zip(fast, middle, slow, strict=True))
+    assert slow != fast
 
 
 # ------------------------------------------------------------------------------------------------------------ the engine
@@ -262,11 +285,13 @@ def test_causal_context_counts_query_key_pairs(begin, stop):
 
 
 def test_decoding_one_sequence_by_hand():
-    """Qwen2.5-32B on 4 H100: a quarter of 65.53 GB less 1.56 GB of embedding, at 0.8 of 3.35 TB/s; 128 all-reduces; overhead."""
+    """Qwen2.5-32B on 4 H100: a quarter of 65.53 GB less 1.56 GB of embedding, at 0.8 of 3.35 TB/s; 128 all-reduces; 12 passes over
+    152,064 logits in fp32; overheads of the step and of the sequence."""
     costs = roofline("8xH100", tensor_parallel=4)
     weights_s = (65.5278e9 - 1.5571e9) / 4 / (3.35e12 * 0.8)
     reduce_s = 10e-6 + 2 * 3 / 4 * 10_240 / (450e9 * 0.77)
-    assert costs.decode_step_s(1, 0) == pytest.approx(weights_s + 128 * reduce_s + 3e-3, rel=1e-5)
+    sampling_s = 12 * 4 * 152_064 / (3.35e12 * 0.8)
+    assert costs.decode_step_s(1, 0) == pytest.approx(weights_s + 128 * reduce_s + sampling_s + 3e-3 + 17e-6, rel=1e-5)
     assert costs.decode_step_s(1, 1000) - costs.decode_step_s(1, 0) == pytest.approx(1000 * 65_536 / 2.68e12)
 
 
@@ -278,6 +303,34 @@ def test_small_batches_take_as_long_as_one_and_large_ones_as_their_arithmetic():
     assert costs.decode_step_s(math.floor(turn), 0) == one
     assert costs.decode_step_s(2 * turn, 0) == pytest.approx(2 * one, rel=1e-3)
     assert costs.decode_step_s(1000, 0) == pytest.approx(1000 * costs.model.flops_per_token(0) / 989e12)
+
+
+def test_in_crowded_batches_arithmetic_and_keys_take_their_time_one_after_the_other():
+    """512 sequences of 1,000 tokens of Qwen2.5-32B on one H200, by hand: 33.5 ms of products, then 28 ms of keys and values. The
+    maximum of the sums, all bytes against all operations, would be 0.66 of it."""
+    costs = roofline("1xH200", efficiency=EXACT)
+    products_s = 512 * 2 * (31.2e9 + 0.7786e9) / 989e12
+    keys_s = 512 * 1000 * 262_144 / 4.8e12
+    assert costs.decode_step_s(512, 512_000) == pytest.approx(products_s + keys_s, rel=2e-3)
+    whole_s = max(products_s + 512_000 * 4 * 64 * 5120 / 989e12, (63.97e9 + 512_000 * 262_144) / 4.8e12)
+    assert whole_s / costs.decode_step_s(512, 512_000) == pytest.approx(0.68, abs=0.02)
+
+
+@LAW
+@given(layouts_of_one_node, st.integers(1, 600), st.integers(0, 10**7))
+def test_a_decode_step_takes_at_least_the_maximum_of_the_sums(layout, active, context):
+    """All bytes against all operations, as if kernels overlapped, is a lower bound: max(a, b) + max(c, d) >= max(a + c, b + d)."""
+    costs = Roofline(accelerator=accelerator("H800"), model=model("Qwen2.5-14B"), layout=layout, efficiency=EXACT)
+    split, shape = layout.tensor_parallel, costs.model
+    moved_bytes = (shape.read_bytes() + context * shape.kv_bytes_per_token()) / split
+    assert costs.decode_step_s(active, context) >= max(moved_bytes / 3.35e12, shape.forward_flops(active, context) / split / 989e12)
+
+
+def test_every_sequence_costs_its_scheduling_and_its_logits():
+    plain, bare = roofline(tensor_parallel=4), roofline(tensor_parallel=4, efficiency=dataclasses.replace(
+        Efficiency(), sequence_overhead_s=0, sampling_passes=0))  # fmt: skip
+    each = (plain.decode_step_s(200, 0) - bare.decode_step_s(200, 0)) / 200
+    assert each == pytest.approx(17e-6 + 12 * 152_064 * 4 / (0.8 * 3.35e12))
 
 
 @pytest.mark.parametrize("batch", [1, 84, 249])
@@ -361,6 +414,31 @@ def test_weight_sync_by_hand():
     assert one_node.sync_s() < roofline("16xA100", tensor_parallel=4, efficiency=EXACT).sync_s()
 
 
+def test_a_sync_costs_each_tensor_and_the_bytes_as_software_moves_them():
+    """Qwen2.5-32B has 64 x (7 matrices, 3 biases, 2 norms) + 3 tensors. Links at their rate would take 0.5 s."""
+    costs = roofline(tensor_parallel=4)
+    assert costs.model.num_tensors == 64 * 12 + 3
+    assert costs.sync_s() == pytest.approx(771 * 0.6e-3 + 65.5278e9 / 20e9, rel=1e-5)
+    slow, fast = (dataclasses.replace(costs, efficiency=at(trainer=level)).sync_s() for level in ("slow", "fast"))
+    assert fast < costs.sync_s() < slow
+    assert (fast, slow) == (
+        pytest.approx(771 * 0.2e-3 + 65.5278e9 / 60e9, rel=1e-5),
+        pytest.approx(771 * 2e-3 + 65.5278e9 / 8e9, rel=1e-5),
+    )
+
+
+@pytest.mark.parametrize("size", sorted(MODELS))
+def test_a_checkpoint_has_as_many_tensors_as_transformers_makes(size):
+    shape = MODELS[size]
+    config = AutoConfig.for_model("qwen2", num_hidden_layers=2, hidden_size=8, intermediate_size=8, num_attention_heads=2,
+                                  num_key_value_heads=1, vocab_size=16, tie_word_embeddings=shape.tied_embeddings)  # fmt: skip
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(config)
+    per_layer = sum(1 for name, _ in small.named_parameters() if ".layers.0." in name)
+    outside = sum(1 for name, _ in small.named_parameters() if ".layers." not in name)
+    assert shape.num_tensors == shape.num_layers * per_layer + outside
+
+
 def test_waking_up_depends_on_where_the_weights_are():
     awake, from_host, dropped = (roofline(tensor_parallel=4, sleep_level=level).wake_s() for level in (0, 1, 2))
     assert awake == 0
@@ -386,7 +464,7 @@ def test_training_follows_the_rule_of_thumb():
 def test_the_value_model_has_no_vocabulary_to_predict():
     costs = roofline(tensor_parallel=4)
     tokens, context = 64 * 32_768, 64 * 32_768 * 4000
-    rate = 64 * 989e12 * 0.40
+    rate = 64 * 989e12 * 0.50
     assert costs.logprob_s(tokens, context) - costs.value_forward_s(tokens, context) == pytest.approx(
         2 * 152_064 * 5120 * tokens / rate
     )
@@ -492,21 +570,24 @@ def test_a_decode_step_takes_at_least_its_bytes_and_its_operations(layout, activ
     ("build", "message"),
     [
         (lambda: roofline("8xH100", "Qwen2.5-72B"), "Qwen/Qwen2.5-72B does not fit: 145.4 GB of weights .* raise tensor_parallel"),
-        (lambda: roofline("8xH100", "Qwen2.5-7B", tensor_parallel=8), "tensor_parallel is 8, expected a divisor of .*'s 28 heads"),
-        (lambda: Layout(num_devices=8, tensor_parallel=16), "tensor_parallel is 16, expected at most the devices of a node, 8"),
+        (
+            lambda: roofline("8xH100", "Qwen2.5-7B", tensor_parallel=8),
+            "tensor_parallel: got 8; expected a divisor of .*'s 28 heads",
+        ),
+        (lambda: Layout(num_devices=8, tensor_parallel=16), "tensor_parallel: got 16; expected at most the devices of a node, 8"),
         (lambda: Layout(num_devices=12, tensor_parallel=8), "expected a divisor of the engine's 12 devices"),
         (lambda: Layout(num_devices=8, num_engine_devices=0), "expected a divisor of the engine's 0 devices"),
-        (lambda: Layout(num_devices=0), "num_devices is 0"),
-        (lambda: Layout(num_devices=True), "num_devices is True"),
-        (lambda: Layout(num_devices=8, memory_utilisation=1.1), "memory_utilisation is 1.1"),
-        (lambda: Layout(num_devices=8, engine_reserve_bytes=-1), "engine_reserve_bytes is -1"),
-        (lambda: Layout(num_devices=8, sleep_level=3), "sleep_level is 3"),
-        (lambda: Efficiency(memory_fraction=0), r"memory_fraction is 0, expected a number in \(0, 1\]"),
-        (lambda: Efficiency(training_flops_fraction=math.nan), "training_flops_fraction is nan"),
-        (lambda: Efficiency(decode_overhead_s=-1), "decode_overhead_s is -1"),
-        (lambda: Efficiency(communication_overlap=2), "communication_overlap is 2"),
-        (lambda: Efficiency(prefill_chunk_tokens=0), "prefill_chunk_tokens is 0"),
-        (lambda: dataclasses.replace(ACCELERATORS["H100"], flops_per_s=math.inf), "H100.flops_per_s is inf"),
+        (lambda: Layout(num_devices=0), "num_devices: got 0"),
+        (lambda: Layout(num_devices=True), "num_devices: got True"),
+        (lambda: Layout(num_devices=8, memory_utilisation=1.1), "memory_utilisation: got 1.1"),
+        (lambda: Layout(num_devices=8, engine_reserve_bytes=-1), "engine_reserve_bytes: got -1"),
+        (lambda: Layout(num_devices=8, sleep_level=3), "sleep_level: got 3"),
+        (lambda: Efficiency(memory_fraction=0), r"memory_fraction: got 0; expected a number in \(0, 1\]"),
+        (lambda: Efficiency(training_flops_fraction=math.nan), "training_flops_fraction: got nan"),
+        (lambda: Efficiency(decode_overhead_s=-1), "decode_overhead_s: got -1"),
+        (lambda: Efficiency(communication_overlap=2), "communication_overlap: got 2"),
+        (lambda: Efficiency(prefill_chunk_tokens=0), "prefill_chunk_tokens: got 0"),
+        (lambda: dataclasses.replace(ACCELERATORS["H100"], flops_per_s=math.inf), "H100.flops_per_s: got inf"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(build, message):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sim.clock.distributions import stretch_for_mean
+from sim.clock.fitted import stretch_for_mean
 from sim.clock.lengths import (
     DAPO_MEANS,
     PUBLISHED,
@@ -198,7 +198,7 @@ def test_growth_is_linear_between_its_steps_and_flat_outside():
 
 @pytest.mark.parametrize("factors", [(), ((0, 1), (0, 2)), ((5, 1), (2, 1)), ((0, 0),), ((0, math.nan),)])
 def test_growth_that_makes_no_sense_is_refused(factors):
-    with pytest.raises(ValueError, match="growth is"):
+    with pytest.raises(ValueError, match="growth: got"):
         Growth(factors=factors)
 
 
@@ -294,7 +294,7 @@ def test_prompt_lengths_are_a_number_a_spec_or_a_distribution():
     assert prompt_lengths(300).sample(np.random.default_rng(0), 2, 2).tolist() == [[300, 300], [300, 300]]
     assert prompt_lengths("constant:7").mean_tokens() == 7
     assert prompt_lengths(SMALL) is SMALL
-    with pytest.raises(ValueError, match="value is -3"):
+    with pytest.raises(ValueError, match="value: got -3"):
         prompt_lengths(-3)
 
 
@@ -302,25 +302,25 @@ def test_prompt_lengths_are_a_number_a_spec_or_a_distribution():
     ("spec", "message"),
     [
         ("dapo-32b-erly", "did you mean dapo-32b-early"),
-        ("uniform:1,2", "lengths are 'uniform:1,2', expected one of dapo-32b-early"),
+        ("uniform:1,2", "lengths: got 'uniform:1,2'; expected one of dapo-32b-early"),
         ("constnt:5", "did you mean constant:"),
         ("constant:", "without tokens"),
         ("constant:five", "expected a number for tokens, got 'five'"),
-        ("constant:0", "value is 0.0, expected a positive finite"),
-        ("constant:nan", "value is nan, expected a positive finite"),
-        ("constant:50,cap=10", "value is 50.0, above the cap of 10 tokens: raise the cap"),
-        ("constant:50,cap=0", "cap is 0, expected a whole number"),
-        ("constant:50,cap=99.5", "cap is 99.5, expected a whole number"),
-        ("constant:50,cap=1e300", "cap is 1"),
-        ("constant:50,rho=1", r"correlation is 1.0, expected a number in \[0, 1\)"),
+        ("constant:0", "value: got 0.0; expected a positive finite"),
+        ("constant:nan", "value: got nan; expected a positive finite"),
+        ("constant:50,cap=10", "value: got 50.0; expected at most the cap of 10; raise the cap"),
+        ("constant:50,cap=0", "cap: got 0; expected a whole number"),
+        ("constant:50,cap=99.5", "cap: got 99.5; expected a whole number"),
+        ("constant:50,cap=1e300", "cap: got 1"),
+        ("constant:50,rho=1", r"correlation: got 1.0; expected a number in \[0, 1\)"),
         ("twopoint:short=500", "without share"),
-        ("twopoint:short=500,share=1.5", "long_share is 1.5"),
+        ("twopoint:short=500,share=1.5", "long_share: got 1.5"),
         ("twopoint:short=500,short=3,share=.1", "each once"),
         ("lognormal:mean=900", "one of mean and median, and one of p99 and sigma"),
         ("lognormal:mean=900,median=800,sigma=1", "one of mean and median"),
-        ("lognormal:mean=900,p99=80000", "p99 is 80000, 88.89 times the centre, expected 1 to 14.97 times"),
-        ("lognormal:mean=-1,sigma=1", "mean is -1.0, expected a positive"),
-        ("lognormal:mean=10,sigma=-1", "sigma is -1.0"),
+        ("lognormal:mean=900,p99=80000", "p99: got 80000, 88.89 times the centre; expected 1 to 14.97 times"),
+        ("lognormal:mean=-1,sigma=1", "mean: got -1.0; expected a positive"),
+        ("lognormal:mean=10,sigma=-1", "sigma: got -1.0"),
         ("lognormal:mean=10,tail=3", "expected mean, median, p99, sigma, cap or rho"),
         ("nowhere.jsonl", "nowhere.jsonl: no such file"),
     ],
@@ -334,18 +334,18 @@ def test_a_bad_spec_is_one_line_that_names_it(spec, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Empirical(values=(), cap=5), "values are empty"),
-        (lambda: Empirical(values=(3, 9), cap=5), "values hold 9, above the cap of 5"),
-        (lambda: Empirical(values=(3, 0), cap=5), "values hold 0, expected a positive"),
-        (lambda: Constant(value=3, cap=True), "cap is True"),
-        (lambda: Constant(value=3, cap=5, correlation=-0.1), "correlation is -0.1"),
+        (lambda: Empirical(values=(), cap=5), "values: got none"),
+        (lambda: Empirical(values=(3, 9), cap=5), "values: got 9; expected at most the cap of 5"),
+        (lambda: Empirical(values=(3, 0), cap=5), "values: got 0; expected a positive"),
+        (lambda: Constant(value=3, cap=True), "cap: got True"),
+        (lambda: Constant(value=3, cap=5, correlation=-0.1), "correlation: got -0.1"),
         (lambda: Mixture(components=(SMALL,), weights=(0.9,), cap=5), "sum to 1"),
         (lambda: Mixture(components=(SMALL, SMALL), weights=(1.0,), cap=5), "expected 2 positive numbers"),
         (lambda: PercentileTable(percentiles_upward=((0.5, 9), (0.9, 7)), cap=50), "that rise from"),
         (lambda: PercentileTable(percentiles_upward=((0.6, 5), (0.9, 7)), cap=50), "that rise from"),
-        (lambda: stretch_for_mean(((0.5, 100), (0.9, 200)), cap=500, mean=400), "mean is 400, out of reach"),
-        (lambda: growing_to(SMALL, {0: 15}), "mean length at step 0 is 15, expected at least 1 and less than the cap, 15"),
-        (lambda: SMALL.expected_maximum(0), "num is 0"),
+        (lambda: stretch_for_mean(((0.5, 100), (0.9, 200)), cap=500, mean=400), "mean: got 400; expected one within reach"),
+        (lambda: growing_to(SMALL, {0: 15}), "mean at step 0: got 15; expected at least 1 and less than the cap, 15"),
+        (lambda: SMALL.expected_maximum(0), "num: got 0"),
     ],
 )
 def test_bad_parameters_are_refused(build, message):
@@ -393,7 +393,7 @@ def test_a_field_can_be_named(tmp_path):
 def test_a_cap_below_the_data_is_an_error_unless_the_user_asks_to_clip(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("5 800 600 900 12")
-    with pytest.raises(ValueError, match="holds a length of 900 tokens, above the cap of 600: raise the cap, or pass clip=True"):
+    with pytest.raises(ValueError, match="got a length of 900; expected at most the cap of 600; raise it, or pass clip=True"):
         load_lengths(path, cap=600)
     clipped = load_lengths(path, cap=600, clip=True)
     assert (clipped.num_clipped, pytest.approx(clipped.capped_share()), clipped.mean_tokens()) == (2, 0.6, pytest.approx(1817 / 5))
@@ -403,22 +403,22 @@ def test_a_cap_below_the_data_is_an_error_unless_the_user_asks_to_clip(tmp_path)
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.jsonl", "", "is empty, expected one length or more"),
-        ("x.csv", "\n\n", "is empty"),
-        ("x.csv", "length\n", "is empty"),
-        ("x.jsonl", "5\n-3\n", "line 2 holds -3, expected a length in tokens"),
-        ("x.jsonl", "5\n0\n", "line 2 holds 0"),
-        ("x.jsonl", "5\nNaN\n", "line 2 holds nan"),
-        ("x.jsonl", "5\n1e999\n", "line 2 holds inf"),
-        ("x.jsonl", "true\n", "line 1 holds True"),
-        ("x.jsonl", "2.5\n", "line 1 holds 2.5"),
-        ("x.jsonl", "[5]\n", r"line 1 holds \[5\]"),
-        ("x.jsonl", '"5 tokens"\n', "line 1 holds '5 tokens'"),
+        ("x.jsonl", "", "got no length; expected one or more"),
+        ("x.csv", "\n\n", "got no length"),
+        ("x.csv", "length\n", "got no length"),
+        ("x.jsonl", "5\n-3\n", "line 2: got -3; expected a length in tokens"),
+        ("x.jsonl", "5\n0\n", "line 2: got 0"),
+        ("x.jsonl", "5\nNaN\n", "line 2: got nan"),
+        ("x.jsonl", "5\n1e999\n", "line 2: got inf"),
+        ("x.jsonl", "true\n", "line 1: got True"),
+        ("x.jsonl", "2.5\n", "line 1: got 2.5"),
+        ("x.jsonl", "[5]\n", r"line 1: got \[5\]"),
+        ("x.jsonl", '"5 tokens"\n', "line 1: got '5 tokens'"),
         ("x.jsonl", "{5}\n", "line 1 is not JSON"),
-        ("x.jsonl", '{"words": 5}\n', "line 1 has the fields 'words', expected one of length, tokens"),
-        ("x.csv", "a,b\n1,2\n", "header has the fields 'a', 'b', expected one of length, tokens"),
-        ("x.csv", "id,length\n1,5\n2\n", "line 3 holds ''"),
-        ("x.txt", "5 five", "line 1 holds 'five'"),
+        ("x.jsonl", '{"words": 5}\n', "line 1: got the fields 'words'; expected one of length, tokens"),
+        ("x.csv", "a,b\n1,2\n", "header: got the fields 'a', 'b'; expected one of length, tokens"),
+        ("x.csv", "id,length\n1,5\n2\n", "line 3: got ''"),
+        ("x.txt", "5 five", "line 1: got 'five'"),
         ("x.parquet", "5", "expected one of .jsonl, .csv, .npy, .txt"),
         ("x.npy", "not an array", "is not an array of numbers"),
     ],
@@ -439,5 +439,5 @@ def test_an_array_of_objects_or_of_two_dimensions_is_refused(tmp_path):
         with pytest.raises(ValueError, match=name):
             load_lengths(tmp_path / name)
     (tmp_path / "x.csv").write_text("length\n5\n")
-    with pytest.raises(ValueError, match="header has the fields 'length', expected the field 'n'"):
+    with pytest.raises(ValueError, match="header: got the fields 'length'; expected the field 'n'"):
         load_lengths(tmp_path / "x.csv", field="n")

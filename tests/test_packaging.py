@@ -203,7 +203,8 @@ def _installed(dist, tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    """What a folder holds, but for what Python and numba compiled there."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
 
 def test_the_wheel_holds_the_three_packages_whole_and_nothing_else(installed):

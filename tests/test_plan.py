@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from sim.__main__ import main
 from sim.clock.cluster import Setup
+from sim.clock.cuts import cut_weight
 from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.fitting import problems
 from sim.clock.footprint import GIB, PHASES, TERMS, Budget, bytes_per_phase, state_bytes, totals
 from sim.clock.hardware import Layout, Roofline, accelerator, model
 from sim.clock.lengths import load_lengths
-from sim.clock.plan import PlanConfig, cut_weight, make, problems
+from sim.clock.plan import PlanConfig, make
 from sim.clock.plan_report import TOY_KNEES, as_json, report
 from sim.clock.schedule import ppo, tppo
 from sim.clock.steady import gain, sampled, steady
@@ -181,7 +183,7 @@ def test_the_seconds_are_those_of_the_clock_on_the_whole_cluster(small_plan):
     config, lengths = small_plan.config, small_plan.lengths
     setup = Setup(
         lengths=lengths, prompt_tokens=config.prompt_tokens, slots=32, num_replicas=4, samples_per_prompt=4, seed=0,
-        costs=Roofline(accelerator=accelerator("H100"), model=model("Qwen2.5-0.5B"), layout=small_plan.layout),
+        costs=Roofline(accelerator=accelerator("H100"), model=model("Qwen2.5-0.5B"), layout=small_plan.layout), ranks=4,
         update_tokens=round(32 * lengths.mean_tokens() / 16),
     )  # fmt: skip
     assert small_plan.systems[1024].step_s == pytest.approx(steady(ppo(setup), warm=0, steps=small_plan.systems[1024].steps).step_s)
@@ -291,15 +293,15 @@ def test_people_get_a_table_and_json_is_json_and_nothing_else(capsys, tmp_path):
     [
         (["--gpus", "64xH801"], "H800"),
         (["--model", "Qwen2.5-33B"], "Qwen/Qwen2.5-32B"),
-        (["--lengths", "{tmp}/empty.jsonl"], "is empty"),
-        (["--lengths", "{tmp}/long.txt", "--cap", "100"], "above the cap of 100"),
+        (["--lengths", "{tmp}/empty.jsonl"], "got no length"),
+        (["--lengths", "{tmp}/long.txt", "--cap", "100"], "at most the cap of 100"),
         (["--lengths", "nonsense"], "expected one of"),
-        (["--window", "0"], "window is 0"),
+        (["--window", "0"], "window: got 0"),
         (["--window", "30000"], "expected 1 to the cap"),
         (["--model", "Qwen2.5-72B", "--gpus", "1xlaptop-cpu"], "does not fit"),
-        (["--tp", "3"], "tensor_parallel is 3"),
+        (["--tp", "3"], "tensor_parallel: got 3"),
         (["--prompts", "1", "--samples", "1", "--gpus", "64xH800", "--tp", "8"], "engine replicas"),
-        (["--lam", "1.5"], "lam is 1.5"),
+        (["--lam", "1.5"], "lam: got 1.5"),
         (["--memory_utilisation", "7"], "memory_utilisation"),
         (["--wimdow", "8"], "did you mean"),
         (["--prompts", "many"], "prompts"),

@@ -10,6 +10,8 @@ import csv
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,11 +20,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sim.clock.cluster import Samples, Setup
-from sim.clock.decoding import Stints, clock, load, queued
-from sim.clock.distributions import Constant, Empirical, TwoPoint
-from sim.clock.schedule import Windowed, drive_window, ppo, run, tppo
-from sim.clock.systems import Asynchronous, PartialRollouts, TailBatching
+from sim.clock.compiled import AVAILABLE
+from sim.clock.decoding import Stints, clock, load, step_times, steps_until
+from sim.clock.distributions import Constant, Empirical, Growth, TwoPoint
+from sim.clock.queueing import queued, run_queue
+from sim.clock.schedule import Windowed, ppo, run, tppo
+from sim.clock.systems import Asynchronous, PartialRollouts, Synchronous, TailBatching
 from sim.clock.trace import check_conservation
+from sim.clock.windows import drive_window, run_window
 from tppo_ref.method.masks import policy_token_mask
 from tppo_ref.method.records import End, Prompt
 from tppo_ref.method.slots import SlotSchedule
@@ -148,17 +153,77 @@ def batchers(plan):
 
 
 @LAW
-@given(plans())
-@example({"lengths": [4, 8, 10, 11], "cap": 10, "window": 4, "slots": 2, "num_replicas": 1, "prompt": 1, "refill": "immediate"})
-@example({"lengths": [3, 1, 20], "cap": 10, "window": 4, "slots": 5, "num_replicas": 2, "prompt": 1, "refill": "step"})
-def test_the_schedule_is_the_batchers_event_by_event(plan):
-    system, real = windowed(plan), list(batchers(plan))
+@given(plans(), st.booleans())
+@example(
+    {"lengths": [4, 8, 10, 11], "cap": 10, "window": 4, "slots": 2, "num_replicas": 1, "prompt": 1, "refill": "immediate"}, False
+)
+@example({"lengths": [3, 1, 20], "cap": 10, "window": 4, "slots": 5, "num_replicas": 2, "prompt": 1, "refill": "step"}, True)
+def test_the_schedule_is_the_batchers_event_by_event(plan, readable):
+    system, real = windowed(plan, readable=readable), list(batchers(plan))
     for _ in range(4):
         system.step()
         replica_n, rows = system.segments
         for replica, (batcher, engine) in enumerate(real):
             batcher.window(engine)
             assert rows[replica_n == replica].tolist() == [list(segment) for segment in batcher.segments]
+
+
+@LAW
+@given(plans(), st.sampled_from(["exclude", "defer"]))
+def test_both_ways_to_run_a_window_leave_the_same_records(plan, tail):
+    made = [windowed(plan, HAND, readable=readable, tail=tail, tail_tokens=min(2, plan["window"])) for readable in (True, False)]
+    for _ in range(5):
+        records = [system.step() for system in made]
+        assert records[0] == records[1]
+        assert np.array_equal(made[0].segments[1], made[1].segments[1])
+        assert made[0].samples.next_R.tolist() == made[1].samples.next_R.tolist()
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="numba is not installed: there is one way to run a loop")
+@LAW
+@given(plans(), st.data())
+def test_compiled_loops_are_their_own_source(plan, data):
+    """numba against Python, on the same arguments: windows, and a queue with preemptions."""
+    slots = plan["slots"]
+    carried = data.draw(
+        st.lists(st.integers(-1, 40), min_size=slots, max_size=slots, unique_by=lambda x: x if x >= 0 else object())
+    )
+    done = [data.draw(st.integers(0, plan["cap"] - 1)) for _ in carried]
+    left = [data.draw(st.integers(1, plan["cap"] + 1)) for _ in carried]
+    fresh = [data.draw(st.integers(1, plan["cap"] + 1)) for _ in range(data.draw(st.integers(0, 30)))]
+    arrays = [np.array(column, dtype=np.int64) for column in (carried, done, left, fresh)]
+    arguments = (*arrays, 41, 2, plan["window"], plan["cap"], plan["refill"] == "immediate")
+    (one, started), (two, also) = run_window(*arguments), run_window.py_func(*arguments)
+    assert started == also
+    assert np.array_equal(one, two)
+    context = np.array([data.draw(st.integers(1, 9)) for _ in fresh], dtype=np.int64)
+    if len(fresh):
+        room = int((context + arrays[3]).max()) + data.draw(st.integers(0, 20))
+        queue = (context, arrays[3], data.draw(st.integers(1, 5)), room, np.full(len(fresh), -1))
+        assert np.array_equal(run_queue(*queue), run_queue.py_func(*queue))
+
+
+def test_without_numba_the_clock_says_the_same():
+    """A process in which numba cannot be imported, against this one."""
+    program = """
+import sys
+if sys.argv[1] == "without":
+    sys.modules["numba"] = None
+from sim.clock.cluster import Setup
+from sim.clock.compare import Case, setup_of
+from sim.clock.compiled import AVAILABLE
+from sim.clock.schedule import run, tppo
+from sim.clock.systems import PartialRollouts
+setup = setup_of(Case(model="Qwen2.5-0.5B", gpus="1xH100", tp=1, slots=64, lengths="lognormal:median=90,sigma=1", cap=512))
+for system in (tppo(setup, window=128), PartialRollouts(setup, batch_responses=40)):
+    print(run(system, steps=4).totals())
+assert not (AVAILABLE and sys.argv[1] == "without")
+"""
+    with_it, without = (
+        subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout
+        for how in ("with", "without")
+    )
+    assert with_it == without
 
 
 @LAW
@@ -240,20 +305,28 @@ def test_the_load_of_every_decode_step_is_the_batchers(plan):
         seen = []
         system.setup = dataclasses.replace(system.setup, costs=Spy(seen))
         record = system.step()
-        assert [(active, context) for active, context in seen if active] == [(s.active, s.context_tokens) for s in steps]
+        assert seen[-1] == [(s.active, s.context_tokens) for s in steps]
         assert record.generated == sum(s.active for s in steps)
         assert record.prefill_tokens == sum(s.prefill_tokens for s in steps)
 
 
 class Spy(Line):
-    """Keeps what it was asked for."""
+    """Keeps the load of each decode step of the spans that it was asked for, the first and the last step of each."""
 
     def __init__(self, seen):
         super().__init__()
         object.__setattr__(self, "seen", seen)
+        object.__setattr__(self, "first", None)
 
     def decode_step_s(self, active_n, context_tokens_n):
-        self.seen += list(zip(np.asarray(active_n).tolist(), np.asarray(context_tokens_n).tolist(), strict=True))
+        spans = list(zip(np.asarray(active_n).tolist(), np.asarray(context_tokens_n).tolist(), strict=True))
+        if self.first is None:
+            object.__setattr__(self, "first", spans)
+        else:
+            steps = [(active, context) for (active, first), (_, last) in zip(self.first, spans, strict=True) if active
+                     for context in range(int(first), int(last) + 1, active)]  # fmt: skip
+            self.seen.append(steps)
+            object.__setattr__(self, "first", None)
         return super().decode_step_s(active_n, context_tokens_n)
 
 
@@ -288,7 +361,7 @@ def test_three_slots_and_a_window_of_four_by_hand():
     assert (first.wake_s, first.sync_s, first.updates) == (0.25, 0.125, 1)
     assert first.end_s == pytest.approx(sum(first.phases.values()))
     assert (first.occupancy, first.idle_slot_s) == (pytest.approx(1.0), pytest.approx(0.0))
-    assert first.active_n.tolist() == [3, 0]
+    assert first.active[1].tolist() == [3, 0]
 
     # a, d: 1 + 4 and 1 + 2 tokens are prefilled but for the last, 4 and 2; context 5+3+1, 6+4+2, 5+3+1 (g for a), 6+4+2.
     assert second.prefill_tokens == second.reprefilled_tokens == 6
@@ -371,7 +444,7 @@ def test_the_queue_is_that_of_a_scheduler_that_walks_token_by_token(data):
     for one, two in itertools.pairwise(order):
         if data.draw(st.booleans()):
             following[one] = two
-    stints = queued(context, new, places=places, capacity=capacity, following=following)
+    stints = [tuple(row) for row in queued(context, new, places=places, capacity=capacity, following=following).tolist()]
     expected, used = walk(context, new, places, capacity, following)
     # Jobs that end with the same step have no order among themselves; their followers then come in the order of the jobs.
     assert set(stints) == expected
@@ -382,21 +455,49 @@ def test_the_queue_is_that_of_a_scheduler_that_walks_token_by_token(data):
     assert max(used) <= capacity
     columns = [np.array(column) for column in zip(*stints, strict=True)]
     loads = load(Stints(np.zeros(len(stints), dtype=np.int64), *columns), 1)
-    assert loads.context_F[:-1].tolist() == used
+    seen = []
+    clock(Spy(seen), loads)
+    assert [context for _, context in seen[0]] == used
     assert all(ready <= begin < stop for _, ready, begin, stop, _ in stints)
 
 
-def test_the_clock_is_the_sum_of_its_steps_and_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch):
+def test_the_clock_is_the_sum_of_its_steps():
     zeros, length = np.zeros(3, dtype=np.int64), np.array([5, 3, 4])
     stints = Stints(np.array([0, 0, 1]), np.arange(3), zeros, zeros, length, np.array([3, 7, 2]))
     loads = load(stints, 2)
     costs = Line(step_s=1.0, row_s=0.5, context_s=0.25, prefill_token_s=2.0)
     times = clock(costs, loads)
     steps = [1 + 2 * 0.5 + 0.25 * 10 + 2.0 * 8, 1 + 1 + 0.25 * 12, 1 + 1 + 0.25 * 14, 1.5 + 0.25 * 6, 1.5 + 0.25 * 7]
-    assert times.time_F[:6].tolist() == pytest.approx([0, *itertools.accumulate(steps)])
-    assert times.time_F[6:].tolist() == pytest.approx([0, *itertools.accumulate([1.5 + 0.25 * 2 + 2.0, 2.25, 2.5, 2.75])])
-    monkeypatch.setattr("sim.clock.decoding.SLICE", 2)
-    assert np.array_equal(clock(costs, loads).time_F, times.time_F)
+    ends = list(itertools.accumulate(steps)), list(itertools.accumulate([1.5 + 0.25 * 2 + 2.0, 2.25, 2.5, 2.75]))
+    assert loads.step_E.tolist() == [0, 3, 5, 0, 4]
+    assert times.time_E.tolist() == pytest.approx([0, ends[0][2], ends[0][4], 0, ends[1][3]])
+    assert step_times(costs, loads, times, 0).tolist() == pytest.approx(ends[0][:3])
+    assert step_times(costs, loads, times, 1).tolist() == pytest.approx(ends[0][3:])
+    for stop_s in (0, 0.1, *ends[0], *(end + 0.01 for end in ends[0]), 1e9):
+        expected = [min(sum(end < stop_s for end in replica) + 1, len(replica)) if stop_s else 0 for replica in ends]
+        assert steps_until(costs, loads, times, stop_s - 1e-9 * (stop_s > 0.1)).tolist() == expected, stop_s
+
+
+@LAW
+@given(st.data())
+def test_the_clock_by_spans_is_the_clock_step_by_step(data):
+    """Costs bend where attention's roofs or batches change, never within a span: first and last step give the sum."""
+    num = data.draw(st.integers(1, 8))
+    column = st.lists(st.integers(1, 40), min_size=num, max_size=num)
+    begin_n, length_n, context_n = (np.array(data.draw(column)) - less for less in (1, 0, 0))
+    stints = Stints(np.zeros(num, dtype=np.int64), np.arange(num), begin_n, begin_n, begin_n + length_n, context_n)
+    costs, loads = Line(step_s=1.0, row_s=0.3, context_s=0.01, prefill_token_s=0.2), load(stints, 1)
+    times = clock(costs, loads)
+    ends, second = {}, 0.0
+    for step in range(int(stints.stop_n.max())):
+        alive = (begin_n <= step) & (step < stints.stop_n)
+        ends[step] = second
+        context = int((context_n + step - begin_n)[alive].sum())
+        second += 0.2 * int((context_n - 1)[begin_n == step].sum())
+        second += (1.0 + 0.3 * int(alive.sum()) + 0.01 * context) * bool(alive.any())
+    ends[int(stints.stop_n.max())] = second
+    assert times.time_E.tolist() == pytest.approx([ends[step] for step in loads.step_E.tolist()])
+    assert loads.peak_context_R[0] == max(int((context_n + s - begin_n)[(begin_n <= s) & (s < stints.stop_n)].sum()) for s in ends)
 
 
 # --------------------------------------------------------------------------------------------------------- laws of all systems
@@ -410,17 +511,22 @@ def systems(draw):
     costs = Line(row_s=draw(st.sampled_from([0.0, 0.1])), context_s=draw(st.sampled_from([0.0, 0.03])), prefill_token_s=0.01,
                  policy_token_s=draw(st.sampled_from([0.0, 0.05, 2.0])), once_s=0.5,
                  kv_capacity_tokens=draw(st.one_of(st.none(), st.integers(longest, 3 * longest))))  # fmt: skip
-    kind = draw(st.sampled_from(["windowed", "partial", "tail", "async"]))
+    kind = draw(st.sampled_from(["windowed", "synchronous", "partial", "tail", "async"]))
     apart = kind == "async" or draw(st.booleans())
     more = {"train_costs": costs, "pipelined": kind != "async" and draw(st.booleans())} if apart else {}
     if kind == "windowed":
         tail = draw(st.sampled_from(["exclude", "defer"]))
-        return windowed(plan, costs, tail=tail, tail_tokens=draw(st.integers(0, min(plan["window"], 3))), **more)
+        least = draw(st.integers(0, plan["window"]))
+        return windowed(
+            plan, costs, tail=tail, tail_tokens=draw(st.integers(0, min(plan["window"], 3))), min_new_tokens=least, **more
+        )
     setup = setup_of(plan["lengths"], plan["cap"], slots=plan["slots"], num_replicas=plan["num_replicas"],
                      prompt_tokens=plan["prompt"], costs=costs, **more)  # fmt: skip
     batch = draw(st.integers(1, 6))
     if kind == "async":
         return Asynchronous(setup, batch_responses=batch, max_staleness=draw(st.integers(0, 3)), wait_for_old=draw(st.booleans()))
+    if kind == "synchronous":
+        return Synchronous(setup, batch_responses=batch)
     system = PartialRollouts if kind == "partial" else TailBatching
     return system(setup, batch_responses=batch, in_flight=batch + draw(st.integers(0, 5)))
 
@@ -437,7 +543,7 @@ def test_every_token_is_in_exactly_one_place_and_every_slot_second_is_busy_or_id
         assert sum(x.finished for x in records) >= sum(x.completed for x in records)
         assert 0 <= r.staleness_sum <= r.trained * r.staleness_max
         # Busy and idle from the curve of active sequences, which is computed apart from them.
-        edges, active = np.append(r.active_time_s, r.rollout_s), r.active_n
+        edges, active = np.append(r.active[0], r.rollout_s), r.active[1]
         assert active.max(initial=0) <= r.slots
         busy_s = float(np.sum(np.diff(edges) * active))
         idle_s = float(np.sum(np.diff(edges) * (r.slots - active))) + r.slots * float(edges[0])
@@ -494,7 +600,7 @@ def test_a_sample_has_the_same_length_under_every_system():
     two.require(5000, updates=3)
     one.require(5000, updates=0)
     assert np.array_equal(one.at(np.arange(5000)).length, two.at(np.arange(5000)).length)
-    assert [next(two.natural_lengths(1, 0))[:3]] == [one.at(np.array([1, 5, 9])).length.tolist()]
+    assert [two.lengths(1, 3, 0).tolist()] == [one.at(np.array([1, 5, 9])).length.tolist()]
 
 
 def test_lengths_grow_with_the_updates_of_the_policy():
@@ -504,7 +610,8 @@ def test_lengths_grow_with_the_updates_of_the_policy():
         def sample(self, rng, num_groups, samples_per_group=1, *, step=0):
             return np.full((num_groups, samples_per_group), 1 + step)
 
-    setup = setup_of(Growing(value=1, cap=50), slots=4096, updates_per_step=3)
+    growing = Growing(value=1, cap=50, growth=Growth(factors=((0, 1.0),)))
+    setup = setup_of(growing, slots=4096, updates_per_step=3)
     assert [r.decode_steps for r in run(ppo(setup), steps=4).records] == [1, 4, 7, 10]
 
 
@@ -539,10 +646,11 @@ def test_a_window_of_the_cap_with_step_refill_is_ppo_to_the_last_digit(plan, mor
     one = run(ppo(setups[0]), steps=4)
     two = run(tppo(setups[1], window=plan["cap"] + more, refill="step"), steps=4)
     assert one.records == two.records
-    assert all(np.array_equal(a.active_time_s, b.active_time_s) for a, b in zip(one.records, two.records, strict=True))
+    assert all(np.array_equal(a.active[0], b.active[0]) for a, b in zip(one.records, two.records, strict=True))
 
 
 @pytest.mark.parametrize("system", [
+    lambda s: Synchronous(s, batch_responses=8),
     lambda s: PartialRollouts(s, batch_responses=8),
     lambda s: TailBatching(s, batch_responses=8),
     lambda s: Asynchronous(s, batch_responses=8, max_staleness=0),
@@ -898,23 +1006,23 @@ def test_run_stops_at_the_first_limit():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: setup_of([3], slots=0), "slots is 0"),
+    (lambda: setup_of([3], slots=0), "slots: got 0"),
     (lambda: setup_of([3], slots=3, num_replicas=4), "at least one for each of 4"),
     (lambda: setup_of([3], verify_s=math.nan), "verify_s"),
     (lambda: setup_of([3], pipelined=True), "train_costs"),
-    (lambda: setup_of([3], updates_per_step=True), "updates_per_step is True"),
+    (lambda: setup_of([3], updates_per_step=True), "updates_per_step: got True"),
     (lambda: tppo(setup_of([3]), window=4, tail="defer", tail_tokens=5), "at most the window"),
     (lambda: tppo(setup_of([3]), window=4, tail="drop"), "tail: got 'drop'; expected one of exclude, defer"),
     (lambda: tppo(setup_of([3]), window=0), "window"),
-    (lambda: PartialRollouts(setup_of([3]), batch_responses=9), "in_flight is 4"),
-    (lambda: TailBatching(setup_of([3]), batch_responses=3, in_flight=2), "in_flight is 2"),
+    (lambda: PartialRollouts(setup_of([3]), batch_responses=9), "in_flight: got 4"),
+    (lambda: TailBatching(setup_of([3]), batch_responses=3, in_flight=2), "in_flight: got 2"),
     (lambda: Asynchronous(setup_of([3]), batch_responses=2, max_staleness=1), "train_costs"),
-    (lambda: Asynchronous(setup_of([3], train_costs=Line()), batch_responses=2, max_staleness=-1), "max_staleness is -1"),
-    (lambda: run(ppo(setup_of([20, 3], costs=Line(kv_capacity_tokens=20))), steps=1), "kv_capacity_tokens is 20"),
-    (lambda: run(ppo(setup_of([0, 3])), steps=1), "lengths hold 0"),
-    (lambda: run(ppo(setup_of([3])), steps=0), "steps is 0"),
-    (lambda: run(ppo(setup_of([3], costs=Line(step_s=math.nan))), steps=1), "decode steps: found nan seconds"),
-    (lambda: run(ppo(setup_of([3], costs=Line(policy_token_s=-1.0))), steps=1), "training: found -16"),
+    (lambda: Asynchronous(setup_of([3], train_costs=Line()), batch_responses=2, max_staleness=-1), "max_staleness: got -1"),
+    (lambda: run(ppo(setup_of([20, 3], costs=Line(kv_capacity_tokens=20))), steps=1), "kv_capacity_tokens: got 20"),
+    (lambda: run(ppo(setup_of([0, 3])), steps=1), "lengths: got 0"),
+    (lambda: run(ppo(setup_of([3])), steps=0), "steps: got 0"),
+    (lambda: run(ppo(setup_of([3], costs=Line(step_s=math.nan))), steps=1), "decode steps: got nan seconds"),
+    (lambda: run(ppo(setup_of([3], costs=Line(policy_token_s=-1.0))), steps=1), "training: got -16"),
 ])  # fmt: skip
 def test_a_wrong_argument_is_named(make, message):
     with pytest.raises(ValueError, match=message):

@@ -108,6 +108,9 @@ class Measured:
     def logprob_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Array:
         return np.multiply(self.forward.token_s, tokens, dtype=np.float64)
 
+    def prefix_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Array:
+        return self.logprob_s(tokens, context_tokens)
+
     def policy_train_s(self, tokens: ArrayLike, context_tokens: ArrayLike, num_updates: ArrayLike = 1) -> Array:
         per_update = self.policy.update_s + self.forward.update_s
         return np.multiply(per_update, num_updates) + np.multiply(self.policy.token_s, tokens)

@@ -16,12 +16,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sim.clock.cluster import Setup
+from sim.clock.compare import Case, setup_of
 from sim.clock.decoding import Ints, Rollout, Stints, clock, load
 from sim.clock.footprint import PHASES, TERMS
+from sim.clock.hardware import cluster
 from sim.clock.plan import Plan
 from sim.clock.plan_report import COLUMNS, by_column
 from sim.clock.schedule import Windowed
-from sim.clock.throughput import CLAIM, PPO_INTENSITY, TPPO_INTENSITY, Case, setup_of
+from sim.clock.throughput import CLAIM, PPO_INTENSITY, TPPO_INTENSITY
 from tppo_ref.method.records import End
 from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.figures import COLOURS, DPI, FONT, LINES, MARKERS, SMALL, Rows, below, select, tidy, values
@@ -63,7 +65,8 @@ class Watched(Windowed):
 
     def _time(self, stints: Stints, slot_n: Ints) -> tuple[Rollout, int]:
         loads = load(stints, 1)
-        self.time_F = clock(self.setup.costs, loads).time_F
+        times = clock(self.setup.costs, loads)
+        self.second_at = dict(zip(loads.step_E.tolist(), times.time_E.tolist(), strict=True))
         return super()._time(stints, slot_n)
 
 
@@ -86,7 +89,7 @@ def _spans(setup: Setup, name: str, window: int, refill: Any, warm: int) -> Iter
         begin_s, rolled_s = record.rollout_begin_s - origin, record.rollout_begin_s + record.rollout_s - origin
         for slot, sample, begin, stop, end in system.rows.tolist():
             yield {"method": name, "step": step, "kind": "decoding", "slot": slot, "response": sample, "end": End(end).name,
-                   "begin_s": begin_s + float(system.time_F[begin]), "stop_s": begin_s + float(system.time_F[stop])}  # fmt: skip
+                   "begin_s": begin_s + system.second_at[begin], "stop_s": begin_s + system.second_at[stop]}  # fmt: skip
         yield {"method": name, "step": step, "kind": "training", "slot": -1, "response": -1, "end": "", "begin_s": rolled_s,
                "stop_s": record.end_s - origin}  # fmt: skip
 
@@ -143,7 +146,7 @@ ACCOUNTS = {
 
 def roofline_rows(conditions: Rows) -> Rows:
     """Both methods' operations per byte and what the roof allows there, TFLOP/s per device; lengths of finding 1."""
-    gpu = setup_of(Case()).costs.accelerator  # type: ignore[attr-defined]
+    gpu = cluster(Case().gpus)[1]
     mine = [row for row in conditions if row["lengths"] == conditions[0]["lengths"] and row["slots"] == conditions[0]["slots"]]
     weights = select(mine, counted="weights")[0]
     found = {"claim": (PPO_INTENSITY, TPPO_INTENSITY), "steps": (weights["ppo_active_per_step"], weights["slots_per_replica"])}

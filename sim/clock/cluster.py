@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sim.clock.decoding import Ints, Rollout, Stints, check_seconds
+from sim.clock.balance import waiting_factor
+from sim.clock.decoding import Floats, Ints, Rollout, Stints, check_seconds
 from sim.clock.distributions import Lengths
 from sim.clock.hardware import Costs, causal_context
 from sim.clock.lengths import prompt_lengths
@@ -16,6 +16,34 @@ from sim.clock.trace import StepRecord
 
 UNBOUNDED = 1 << 62
 BLOCK = 4096  # samples whose lengths are drawn together, about
+
+
+RECIPES = {"prefix": ("full", "forward", "kept"), "logprobs": ("recompute", "engine"), "values": ("row", "window")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a step's training feeds, and to whom: the levers that make a continued response cheaper. Defaults: the paper's.
+
+    Each has a price that no clock sees; methods.py names it.
+    """
+
+    prefix: Literal["full", "forward", "kept"] = "full"
+    """Earlier tokens in the policy's update: with gradient; forward only, once; or their keys and values are kept from the pass
+    for old log-probabilities."""
+    logprobs: Literal["recompute", "engine"] = "recompute"
+    """Old log-probabilities: one more pass, or those that the engine sampled with."""
+    values: Literal["row", "window"] = "row"
+    """The critic reads whole rows, or the window alone with what it knew of the tokens before."""
+    critic: bool = True
+    """False: groups of answers take its place."""
+
+    def __post_init__(self) -> None:
+        for name, choices in RECIPES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.prefix == "kept" and self.logprobs == "engine":
+            raise ValueError("prefix: got 'kept' beside logprobs 'engine'; expected a pass whose keys and values could be kept")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,18 +68,24 @@ class Setup:
     """Optimiser steps of the policy and of the value model per training step, where update_tokens is 0."""
     update_tokens: int = 0
     """Trained tokens per optimiser step, about, as `policy.mini_batch_tokens`."""
+    ranks: int = 1
+    """Training ranks that rows are dealt to, whole; each mini-batch waits for the fullest (balance.py). 1: spread evenly."""
+    copies: int = 1
+    """Rows that each row stands for, where few replicas stand for all (steady.py)."""
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    """What training feeds."""
     verify_s: float = 0.0
     """Seconds of verification per step that decoding does not hide."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("slots", "num_replicas", "samples_per_prompt", "updates_per_step"):
+        for name in ("slots", "num_replicas", "samples_per_prompt", "updates_per_step", "ranks", "copies"):
             check_count(name, getattr(self, name))
         check_count("update_tokens", self.update_tokens, least=0)
         if self.slots < self.num_replicas:
-            raise ValueError(f"slots is {self.slots}, expected at least one for each of {self.num_replicas} engine replicas")
+            raise ValueError(f"slots: got {self.slots}; expected at least one for each of {self.num_replicas} engine replicas")
         if not 0 <= self.verify_s < float("inf"):
-            raise ValueError(f"verify_s is {self.verify_s!r}, expected seconds, 0 or more, finite")
+            raise ValueError(f"verify_s: got {self.verify_s!r}; expected seconds, 0 or more, finite")
         if self.pipelined and self.train_costs is None:
             raise ValueError("pipelined needs train_costs: a step cannot train while the next decodes on the same devices")
 
@@ -62,7 +96,7 @@ class Setup:
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        raise ValueError(f"{name}: got {value!r}; expected a whole number of at least {least}")
 
 
 class Rows(NamedTuple):
@@ -114,18 +148,15 @@ class Samples:
     def start(self, replica: int, num: int) -> None:
         self.next_R[replica] += num * self._setup.num_replicas
 
-    def natural_lengths(self, first: int, updates: int) -> Iterator[list[int]]:
-        """Lengths of the samples `first`, `first` + R, ... of a replica, in pieces; cap + 1: the cap ends it.
+    def lengths(self, first: int, num: int, updates: int) -> Ints:
+        """Of the `num` samples `first`, `first` + R, ... of a replica; cap + 1: the cap ends it.
 
-        Reading ahead draws a block up to a piece early; only growth could notice.
+        Reading ahead draws a block early; only growth could notice.
         """
         stride, cap = self._setup.num_replicas, self._setup.lengths.cap
-        piece = stride * max(16, 1024 // stride)
-        while True:
-            self.require(first + piece, updates)
-            length = self._rows.length[first - self._base : first - self._base + piece : stride]
-            yield np.where(length == cap, cap + 1, length).tolist()
-            first += piece
+        self.require(first + num * stride, updates)
+        length = self._rows.length[first - self._base : first - self._base + num * stride : stride]
+        return length + (length == cap)
 
     def release(self, oldest: int) -> None:
         """Samples before `oldest` and before every replica's next one are not asked for again: their rows are dropped."""
@@ -145,7 +176,7 @@ class Samples:
             length_GS = self._setup.lengths.sample(rng, self._groups, per_prompt, step=updates)
             prompt_G1 = self._prompts.sample(prompt_rng, self._groups, 1, step=updates)
             if length_GS.min() < 1 or length_GS.max() > cap:
-                raise ValueError(f"lengths hold {length_GS.min()} to {length_GS.max()} tokens, expected 1 to their cap, {cap}")
+                raise ValueError(f"lengths: got {length_GS.min()} to {length_GS.max()} tokens; expected 1 to their cap, {cap}")
             if self._stop + size > len(self._rows.length):
                 more = np.zeros(max(len(self._rows.length), size), dtype=np.int64)
                 self._rows = Rows(*(np.concatenate([column, more]) for column in self._rows))
@@ -166,29 +197,50 @@ class Training(NamedTuple):
     updates: int
 
 
-def train(setup: Setup, policy_fed_n: Ints, value_fed_n: Ints, *, trained: int, value_trained: int) -> Training:
+def train(setup: Setup, prefix_n: Ints, live_n: Ints, value_fed_n: Ints, *, trained: int, value_trained: int) -> Training:
     """Old log-probabilities, values and the policy's update on the policy's rows; the value model's update on its own.
 
-    policy_fed_n, value_fed_n    tokens of each row, prompt and earlier windows included: a row is fed whole
-    trained, value_trained       tokens in the loss, which set the number of updates where setup.update_tokens does
+    prefix_n, live_n         tokens of each of the policy's rows: prompt and what was trained before; what trains now
+    value_fed_n              tokens of each of the value model's rows
+    trained, value_trained   tokens in the loss, which set the number of updates where setup.update_tokens does
     """
-    costs = setup.train_costs or setup.costs
-    policy, value = (_work(fed_n) for fed_n in (policy_fed_n, value_fed_n))
-    updates, value_updates = _num_updates(setup, trained), _num_updates(setup, value_trained)
-    training = Training(
-        logprob_s=float(costs.logprob_s(*policy)) if len(policy_fed_n) else 0.0,
-        value_forward_s=float(costs.value_forward_s(*policy)) if len(policy_fed_n) else 0.0,
-        policy_train_s=float(costs.policy_train_s(*policy, num_updates=updates)) if updates else 0.0,
-        value_train_s=float(costs.value_train_s(*value, num_updates=value_updates)) if value_updates else 0.0,
-        updates=updates,
+    costs, recipe, whole_n = setup.train_costs or setup.costs, setup.recipe, prefix_n + live_n
+    updates, value_updates = _num_updates(setup, trained), _num_updates(setup, value_trained) * recipe.critic
+    whole, live, prefix, value = Fed(0, whole_n), Fed(prefix_n, whole_n), Fed(0, prefix_n), Fed(0, value_fed_n)
+    policy_s = logprob_s = value_s = value_train_s = 0.0
+    if updates:
+        trains = whole if recipe.prefix == "full" else live
+        policy_s = float(costs.policy_train_s(*trains.sums, num_updates=updates))
+        policy_s += float(costs.prefix_s(*prefix.sums)) if recipe.prefix == "forward" and prefix_n.any() else 0.0
+        logprob_s = float(costs.logprob_s(*whole.sums)) if recipe.logprobs == "recompute" else 0.0
+        reads = live if recipe.values == "window" else whole
+        value_s = float(costs.value_forward_s(*reads.sums)) if recipe.critic else 0.0
+    if value_updates:
+        value_train_s = float(costs.value_train_s(*value.sums, num_updates=value_updates))
+    wait, value_wait = (
+        waiting_factor(rows.work(costs), ranks=setup.ranks, updates=max(1, number), copies=setup.copies)
+        for rows, number in ((whole, updates), (value, value_updates))
     )
+    training = Training(wait * logprob_s, wait * value_s, wait * policy_s, value_wait * value_train_s, updates)
     check_seconds("training", np.array(training[:-1]))
     return training
 
 
-def _work(fed_n: Ints) -> tuple[int, int]:
-    """Tokens, and query-key pairs, of sequences that are fed whole."""
-    return int(fed_n.sum()), int(causal_context(0, fed_n).sum())
+class Fed:
+    """Tokens [begin, stop) of sequences that are fed to a pass."""
+
+    def __init__(self, begin_n: Ints | int, stop_n: Ints):
+        self.tokens_n, self.pairs_n = stop_n - begin_n, causal_context(begin_n, stop_n)
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Tokens, and query-key pairs."""
+        return int(self.tokens_n.sum()), int(self.pairs_n.sum())
+
+    def work(self, costs: Costs) -> Floats:
+        """Of each sequence, in whichever unit the costs have; its tokens where they tell nothing."""
+        row_work = getattr(costs, "row_work", None)
+        return np.asarray(self.tokens_n, dtype=float) if row_work is None else row_work(self.tokens_n, self.pairs_n)
 
 
 def _num_updates(setup: Setup, trained: int) -> int:
@@ -205,7 +257,7 @@ def capacity_of(costs: Costs, jobs: Stints) -> int:
     longest = int((jobs.context_n + jobs.stop_n - jobs.begin_n).max(initial=0))
     if longest > capacity:
         raise ValueError(
-            f"kv_capacity_tokens is {capacity:,}, expected room for a sequence of {longest:,} tokens: use more devices per replica"
+            f"kv_capacity_tokens: got {capacity:,}; expected room for a sequence of {longest:,}: use more devices per replica"
         )
     return capacity
 
@@ -268,5 +320,5 @@ def step_record(setup: Setup, step: int, rollout: Rollout, times: Times, trainin
         engine_wait_s=rollout.seconds - rollout.prefill_s - rollout.decode_s,
         decode_steps=rollout.decode_steps, busy_slot_s=rollout.busy_slot_s, queue_s=rollout.queue_s,
         prefill_tokens=rollout.prefill_tokens, ops_per_byte=rollout.ops_per_byte,
-        active_time_s=rollout.active_time_s, active_n=rollout.active_n, **counts,
+        curve=rollout.curve, **counts,
     )  # fmt: skip

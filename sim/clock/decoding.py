@@ -2,19 +2,20 @@
 
 Everything is counted in decode steps first and in seconds afterwards. A *job* is a request: so many tokens in the cache when it
 begins, so many new ones. A *stint* is a stretch of decode steps in which a job decodes; a job that is preempted has several. Who
-is admitted or preempted depends on tokens alone, so a faster machine runs the same stints.
+is admitted or preempted depends on tokens alone (queueing.py), so a faster machine runs the same stints.
 
-    stints -> loads (active sequences and their context, per decode step) -> clock (seconds at each step's end) -> rollout
+    stints -> loads (active sequences and their context, by span) -> clock (seconds at each span's begin) -> rollout
 
-Suffixes: n stints, R engine replicas, F decode steps of all replicas, one after the other: replica r has steps_R[r] of them and one
-more entry, its end, and begins at offset_R[r].
+A *span* is a stretch of decode steps in which nobody begins or stops. In it the context grows by one token per sequence and step,
+and a decode step's seconds along a straight line with it (hardware.Costs), so that first and last step give their sum.
+
+Suffixes: n stints, R engine replicas, E spans of all replicas, one after the other: those of replica r begin at first_R[r], and
+the last of them is its end, of no steps.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from collections.abc import Sequence
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,6 @@ from sim.clock.hardware import Costs, causal_context
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Numbers = NDArray[Any]  # whole numbers, in whichever type the sums come
-SLICE = 1 << 20  # decode steps whose costs are asked for at once: what the costs compute on the way stays small
 
 
 class Stints(NamedTuple):
@@ -51,33 +51,62 @@ class Stints(NamedTuple):
 
 
 class Loads(NamedTuple):
-    """Per decode step: sequences that get a token, the context that they attend to, what is prefilled before it (tokens, and
-    their query-key pairs). The last token of a sequence is fed by the decode step itself, so prefill has one token less."""
+    """By span: its first decode step and how many there are; sequences that get a token in each of them; the context that they
+    attend to in the first one; what is prefilled before that (tokens, and their query-key pairs). The last token of a sequence is
+    fed by the decode step itself, so prefill has one token less."""
 
-    offset_R: Ints
-    steps_R: Ints
-    active_F: Ints
-    context_F: Numbers
-    prefill_F: Numbers
-    pairs_F: Numbers
+    steps_R: Ints  # decode steps of each replica
+    first_R: Ints
+    step_E: Ints
+    length_E: Ints
+    active_E: Ints
+    context_E: Numbers
+    prefill_E: Numbers
+    pairs_E: Numbers
+
+    @property
+    def last_context_E(self) -> Numbers:
+        """In the span's last step."""
+        return self.context_E + self.active_E * np.maximum(self.length_E - 1, 0)
 
     @property
     def peak_context_R(self) -> Numbers:
         """Most tokens in a replica's cache at once."""
-        return np.maximum.reduceat(self.context_F, self.offset_R)
+        return np.maximum.reduceat(self.last_context_E, self.first_R)
+
+    def at(self, replica_n: Ints, step_n: Ints) -> Ints:
+        """The spans that begin with these decode steps of these replicas. Something has to begin or stop there."""
+        virtual_R = np.cumsum(self.steps_R + 1) - self.steps_R - 1
+        virtual_E = self.step_E + np.repeat(virtual_R, np.diff(np.append(self.first_R, len(self.step_E))))
+        return np.searchsorted(virtual_E, virtual_R[replica_n] + step_n)
 
 
 class Clock(NamedTuple):
-    """Seconds, from the rollout's begin, before decode step f (`time_F`); of its prefill and of itself."""
+    """Seconds, from the rollout's begin, before each span and its prefill (`time_E`); of its prefill and of its decode steps."""
 
-    time_F: Floats
-    prefill_s_F: Floats
-    decode_s_F: Floats
+    time_E: Floats
+    prefill_s_E: Floats
+    decode_s_E: Floats
+
+
+class Curve(NamedTuple):
+    """Sequences that decode on a replica, by span: `time_E` seconds after the rollout's begin."""
+
+    time_E: Floats
+    change_E: Ints
+
+    def merged(self) -> tuple[Floats, Ints]:
+        """Of all replicas together: n[i] of them from second t[i] on, only where their number changes."""
+        (at,) = np.nonzero(self.change_E)
+        time_n, place_n = np.unique(self.time_E[at], return_inverse=True)
+        active_n = np.cumsum(np.bincount(place_n, self.change_E[at], len(time_n)).astype(np.int64))
+        keep_n = np.diff(active_n, prepend=0) != 0
+        return time_n[keep_n], active_n[keep_n]
 
 
 class Rollout(NamedTuple):
     """One rollout in seconds. Prefill and decode are means over the replicas; `busy_slot_s` counts the seconds of every sequence
-    that decodes, or waits for the prefill of others; `active_n[i]` sequences from `active_time_s[i]` on."""
+    that decodes, or waits for the prefill of others."""
 
     prefill_s: float
     decode_s: float
@@ -87,8 +116,7 @@ class Rollout(NamedTuple):
     queue_s: float
     prefill_tokens: int
     ops_per_byte: float | None
-    active_time_s: Floats
-    active_n: Ints
+    curve: Curve
 
 
 def all_at_once(replica_n: Ints, context_n: Ints, new_n: Ints) -> Stints:
@@ -97,97 +125,74 @@ def all_at_once(replica_n: Ints, context_n: Ints, new_n: Ints) -> Stints:
     return Stints(replica_n, np.arange(len(new_n)), zeros_n, zeros_n, new_n, context_n)
 
 
-def queued(
-    context: Sequence[int], new: Sequence[int], *, places: int, capacity: int, following: Sequence[int] | None = None
-) -> list[tuple[int, int, int, int, int]]:
-    """Continuous batching on one replica, as vLLM does it: (job, ready, begin, stop, context) of each stint, by stop.
-
-    context, new   per job: tokens to prefill (prompt and response so far), tokens to decode, at least one
-    places         sequences that may decode at once
-    capacity       tokens that the cache holds: at each decode step the sum of the context of those that decode
-    following      per job: the job that comes when it ends, or -1 (the next response of a slot); None: none
-
-    First come, first served, nobody overtakes: the head of the queue begins as soon as a place is free and its context fits. The
-    cache of those that decode grows by a token each per step. When it overflows, whoever began last goes back to the head of the
-    queue, and its tokens so far are prefilled again (recompute preemption). Blocks of the cache and shared prefixes are left out.
-    """
-    following = following or [-1] * len(new)
-    later = set(following)
-    waiting = deque(job for job in range(len(new)) if job not in later)
-    held, left = list(context), list(new)
-    ready, begin, finish = [0] * len(new), [0] * len(new), [-1] * len(new)  # finish: the step at which it ends; -1: not decoding
-    newest: list[int] = []  # those that decode, by when they began; holds some that ended
-    due: list[tuple[int, int]] = []
-    now = count = base = 0  # the cache holds base + count * now tokens
-    stints: list[tuple[int, int, int, int, int]] = []
-    while waiting or count:
-        while waiting and count < places and (base + count * now + held[waiting[0]] <= capacity or not count):
-            job = waiting.popleft()
-            begin[job], finish[job] = now, now + left[job]
-            heapq.heappush(due, (finish[job], job))
-            newest.append(job)
-            count, base = count + 1, base + held[job] - now
-        while finish[due[0][1]] != due[0][0]:  # it was preempted since
-            heapq.heappop(due)
-        now = min(due[0][0], now + (capacity - base - count * now) // count + 1)
-        while due and due[0][0] == now:
-            job = heapq.heappop(due)[1]
-            if finish[job] != now:
-                continue
-            finish[job] = -1
-            count, base = count - 1, base - held[job] + begin[job]
-            stints.append((job, ready[job], begin[job], now, held[job]))
-            if following[job] >= 0:
-                waiting.append(following[job])
-                ready[following[job]] = now
-        while count > 1 and base + count * now > capacity:
-            job = newest.pop()
-            if finish[job] < 0:
-                continue
-            finish[job] = -1
-            count, base = count - 1, base - held[job] + begin[job]
-            stints.append((job, ready[job], begin[job], now, held[job]))
-            held[job], left[job], ready[job] = held[job] + now - begin[job], left[job] - now + begin[job], now
-            waiting.appendleft(job)
-    return stints
-
-
 def load(stints: Stints, num_replicas: int) -> Loads:
-    """Sums over the stints, at every decode step; exact, being whole numbers below 2^53."""
+    """Sums over the stints, span by span; exact, being whole numbers below 2^53."""
     steps_R = np.zeros(num_replicas, dtype=np.int64)
-    np.maximum.at(steps_R, stints.replica_n, stints.stop_n)
+    if len(stints.stop_n) and (np.diff(stints.replica_n) >= 0).all():  # grouped by replica, as windows are
+        (first_n,) = np.nonzero(np.diff(stints.replica_n, prepend=-1))
+        steps_R[stints.replica_n[first_n]] = np.maximum.reduceat(stints.stop_n, first_n)
+    else:
+        np.maximum.at(steps_R, stints.replica_n, stints.stop_n)
     end_R = np.cumsum(steps_R + 1)
-    offset_R = end_R - steps_R - 1
+    offset_R = end_R - steps_R - 1  # decode steps of all replicas on one line, each with a place for its end
     begin_n, stop_n = offset_R[stints.replica_n] + stints.begin_n, offset_R[stints.replica_n] + stints.stop_n
-    size, fed_n = int(end_R[-1]), stints.context_n - 1
+    marked = np.zeros(int(end_R[-1]), dtype=bool)
+    for places in (begin_n, stop_n, offset_R, end_R - 1):
+        marked[places] = True
+    (place_E,) = np.nonzero(marked)
+    index, size, fed_n = np.cumsum(marked) - 1, len(place_E), stints.context_n - 1
+    begin_n, stop_n, first_R = index[begin_n], index[stop_n], index[offset_R]
 
     def change(weight_n: Ints | None = None) -> Numbers:
         return np.bincount(begin_n, weight_n, size) - np.bincount(stop_n, weight_n, size)
 
-    active_F = np.cumsum(change())
-    step_F = np.arange(size) - np.repeat(offset_R, steps_R + 1)
-    context_F = np.cumsum(change(stints.context_n - stints.begin_n)) + active_F * step_F
-    prefill_F = np.bincount(begin_n, fed_n, size)
-    pairs_F = np.bincount(begin_n, causal_context(0, fed_n), size)
-    return Loads(offset_R, steps_R, active_F, context_F, prefill_F, pairs_F)
+    active_E = np.cumsum(change())
+    step_E = place_E - np.repeat(offset_R, np.diff(np.append(first_R, size)))
+    length_E = np.diff(place_E, append=place_E[-1] + 1)
+    length_E[index[end_R - 1]] = 0
+    context_E = np.cumsum(change(stints.context_n - stints.begin_n)) + active_E * step_E
+    prefill_E = np.bincount(begin_n, fed_n, size)
+    pairs_E = np.bincount(begin_n, causal_context(0, fed_n), size)
+    return Loads(steps_R, first_R, step_E, length_E, active_E, context_E, prefill_E, pairs_E)
 
 
 def clock(costs: Costs, loads: Loads) -> Clock:
-    """Seconds of every decode step. A step without active sequences takes none."""
-    size = len(loads.active_F)
-    decode_F, prefill_F = np.zeros(size), np.zeros(size)
-    for first in range(0, size, SLICE):
-        some = slice(first, first + SLICE)
-        seconds = costs.decode_step_s(loads.active_F[some], loads.context_F[some])
-        decode_F[some] = np.where(loads.active_F[some] > 0, seconds, 0.0)
-    (filled,) = np.nonzero(loads.prefill_F)
+    """Seconds of every span. Decode steps without active sequences take none."""
+    first_E = costs.decode_step_s(loads.active_E, loads.context_E)
+    last_E = costs.decode_step_s(loads.active_E, loads.last_context_E)
+    decode_s_E = np.where(loads.active_E > 0, loads.length_E * (first_E + last_E) / 2, 0.0)
+    prefill_s_E, time_E = np.zeros(len(decode_s_E)), np.zeros(len(decode_s_E))
+    (filled,) = np.nonzero(loads.prefill_E)
     if len(filled):
-        prefill_F[filled] = costs.prefill_s(loads.prefill_F[filled], loads.pairs_F[filled])
-    step_F, time_F = prefill_F + decode_F, np.zeros(size)
-    check_seconds("prefill and decode steps", step_F)
-    for first, steps in zip(loads.offset_R.tolist(), loads.steps_R.tolist(), strict=True):
-        np.cumsum(step_F[first : first + steps], out=time_F[first + 1 : first + steps + 1])
-    return Clock(time_F, prefill_F, decode_F)
+        prefill_s_E[filled] = costs.prefill_s(loads.prefill_E[filled], loads.pairs_E[filled])
+    span_s_E = prefill_s_E + decode_s_E
+    check_seconds("prefill and decode steps", span_s_E)
+    bounds = np.append(loads.first_R, len(span_s_E)).tolist()
+    for first, stop in itertools.pairwise(bounds):
+        np.cumsum(span_s_E[first : stop - 1], out=time_E[first + 1 : stop])
+    return Clock(time_E, prefill_s_E, decode_s_E)
+
+
+def step_times(costs: Costs, loads: Loads, times: Clock, span: int) -> Floats:
+    """Seconds at which each decode step of one span ends."""
+    step = np.arange(int(loads.length_E[span]))
+    active = np.full(len(step), loads.active_E[span])
+    seconds = costs.decode_step_s(active, loads.context_E[span] + active * step) * (active > 0)
+    return times.time_E[span] + times.prefill_s_E[span] + np.cumsum(seconds)
+
+
+def steps_until(costs: Costs, loads: Loads, times: Clock, stop_s: float) -> Ints:
+    """Decode steps of each replica until the first that ends at `stop_s` or later; all of them where none does."""
+    steps_R = loads.steps_R.copy()
+    bounds = np.append(loads.first_R, len(times.time_E)).tolist()
+    for replica, (first, stop) in enumerate(itertools.pairwise(bounds)):
+        span = first + int(np.searchsorted(times.time_E[first:stop], stop_s)) - 1  # the last span that begins before
+        if first <= span < stop - 1:
+            inside = int(np.searchsorted(step_times(costs, loads, times, span), stop_s)) + 1
+            steps_R[replica] = loads.step_E[span] + min(inside, int(loads.length_E[span]))
+        elif span < first:
+            steps_R[replica] = 0
+    return steps_R
 
 
 def check_seconds(what: str, seconds: Floats) -> None:
@@ -195,38 +200,37 @@ def check_seconds(what: str, seconds: Floats) -> None:
     low = float(seconds.min(initial=0.0))
     if low < 0 or not np.isfinite(seconds).all():
         bad = seconds[~(np.isfinite(seconds) & (seconds >= 0))][0]
-        raise ValueError(f"costs of {what}: found {bad} seconds, expected finite numbers, 0 or more")
+        raise ValueError(f"costs of {what}: got {bad} seconds; expected finite numbers, 0 or more")
 
 
 def measure(costs: Costs, stints: Stints, loads: Loads, times: Clock) -> Rollout:
     """The rollout as a whole: it ends when its slowest replica does."""
-    num_replicas, (active_time_s, active_n) = len(loads.steps_R), _active(loads, times)
-    waited_n = times.time_F[loads.offset_R[stints.replica_n] + stints.begin_n]
-    waited_n = waited_n - times.time_F[loads.offset_R[stints.replica_n] + stints.ready_n]
-    decode_s, ops_per_byte = float(times.decode_s_F.sum()), None
-    intensity = getattr(costs, "operations_per_byte", None)
-    if intensity is not None and decode_s > 0:
-        (busy,) = np.nonzero(loads.active_F)
-        ops_per_byte = float(np.average(intensity(loads.active_F[busy], loads.context_F[busy]), weights=times.decode_s_F[busy]))
+    num_replicas, queue_s = len(loads.steps_R), 0.0
+    late_n = stints.ready_n < stints.begin_n
+    if late_n.any():
+        late = stints.only(late_n)
+        waits = [times.time_E[loads.at(late.replica_n, step_n)] for step_n in (late.begin_n, late.ready_n)]
+        queue_s = float((waits[0] - waits[1]).sum())
+    decode_s = float(times.decode_s_E.sum())
     return Rollout(
-        prefill_s=float(times.prefill_s_F.sum()) / num_replicas,
+        prefill_s=float(times.prefill_s_E.sum()) / num_replicas,
         decode_s=decode_s / num_replicas,
-        seconds=float(times.time_F[loads.offset_R + loads.steps_R].max()),
+        seconds=float(times.time_E.max()),
         decode_steps=int(loads.steps_R.max()),
-        busy_slot_s=float(loads.active_F @ (times.prefill_s_F + times.decode_s_F)),
-        queue_s=float(waited_n.sum()),
-        prefill_tokens=int(loads.prefill_F.sum()),
-        ops_per_byte=ops_per_byte,
-        active_time_s=active_time_s,
-        active_n=active_n,
+        busy_slot_s=float(loads.active_E.astype(float) @ (times.prefill_s_E + times.decode_s_E)),
+        queue_s=queue_s,
+        prefill_tokens=int(loads.prefill_E.sum()),
+        ops_per_byte=_ops_per_byte(costs, loads, times),
+        curve=Curve(times.time_E, np.diff(loads.active_E, prepend=0)),
     )
 
 
-def _active(loads: Loads, times: Clock) -> tuple[Floats, Ints]:
-    """Sequences that decode, over time, all replicas together; only where their number changes."""
-    change_F = np.diff(loads.active_F, prepend=0)
-    (at,) = np.nonzero(change_F)
-    time_n, place_n = np.unique(times.time_F[at], return_inverse=True)
-    active_n = np.cumsum(np.bincount(place_n, change_F[at], len(time_n)).astype(np.int64))
-    keep_n = np.diff(active_n, prepend=0) != 0
-    return time_n[keep_n], active_n[keep_n]
+def _ops_per_byte(costs: Costs, loads: Loads, times: Clock) -> float | None:
+    """Mean over the seconds of decoding; within a span by Simpson's rule, since it bends a little."""
+    intensity = getattr(costs, "operations_per_byte", None)
+    (busy,) = np.nonzero(times.decode_s_E)
+    if intensity is None or not len(busy):
+        return None
+    active, first, last = loads.active_E[busy], loads.context_E[busy], loads.last_context_E[busy]
+    mean = (intensity(active, first) + 4 * intensity(active, (first + last) / 2) + intensity(active, last)) / 6
+    return float(np.average(mean, weights=times.decode_s_E[busy]))

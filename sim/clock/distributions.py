@@ -23,18 +23,18 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 Floats = NDArray[np.float64]
 Tokens = NDArray[np.int64]
 Pairs = tuple[tuple[float, float], ...]
 MAX_CAP = 10_000_000  # tokens; `cumulative` keeps a number for each
+AnyLengths = TypeVar("AnyLengths", bound="Lengths")
 PERCENTS = (50.0, 75.0, 90.0, 95.0, 99.0)
 
 
@@ -48,7 +48,7 @@ class Growth:
     def __post_init__(self) -> None:
         steps, factors = np.array(self.factors, dtype=float).reshape(-1, 2).T
         if not len(steps) or not np.isfinite(self.factors).all() or (np.diff(steps) <= 0).any() or (factors <= 0).any():
-            raise ValueError(f"growth is {self.factors}, expected (step, factor) pairs: steps ascending, factors positive")
+            raise ValueError(f"growth: got {self.factors}; expected (step, factor) pairs: steps ascending, factors positive")
 
     def factor(self, step: float) -> float:
         steps, factors = zip(*self.factors, strict=True)
@@ -71,9 +71,9 @@ class Lengths(abc.ABC):
 
     def __post_init__(self) -> None:
         if isinstance(self.cap, bool) or not isinstance(self.cap, int) or not 1 <= self.cap <= MAX_CAP:
-            raise ValueError(f"cap is {self.cap!r}, expected a whole number of tokens, 1 to {MAX_CAP:,}")
+            raise ValueError(f"cap: got {self.cap!r}; expected a whole number of tokens, 1 to {MAX_CAP:,}")
         if not 0 <= self.correlation < 1:
-            raise ValueError(f"correlation is {self.correlation!r}, expected a number in [0, 1)")
+            raise ValueError(f"correlation: got {self.correlation!r}; expected a number in [0, 1)")
 
     @abc.abstractmethod
     def quantile(self, u: ArrayLike) -> Floats:
@@ -88,6 +88,12 @@ class Lengths(abc.ABC):
         factor = self.growth.factor(step) if self.growth else 1.0
         x = np.minimum(factor * self.quantile(u), self.cap)
         return np.clip(np.floor(x + 0.5), 1, self.cap).astype(np.int64)
+
+    def at_step(self: AnyLengths, step: float) -> AnyLengths:
+        """The distribution as it is at one training step: it grows no more."""
+        if self.growth is None:
+            return self
+        return dataclasses.replace(self, growth=Growth(factors=((0, self.growth.factor(step)),)))
 
     def sample(self, rng: np.random.Generator, num_groups: int, samples_per_group: int = 1, *, step: float = 0) -> Tokens:
         """Lengths of the answers to `num_groups` prompts -> int64 [num_groups, samples_per_group], 1 .. cap."""
@@ -116,26 +122,8 @@ class Lengths(abc.ABC):
     def expected_maximum(self, num: int, step: float = 0) -> float:
         """E[longest of `num` independent responses] = sum over k >= 0 of 1 - P(length <= k)^num; correlation is left out."""
         if num < 1:
-            raise ValueError(f"num is {num}, expected 1 response or more")
+            raise ValueError(f"num: got {num}; expected 1 response or more")
         return float(np.sum(1 - self.cumulative(step) ** num))
-
-
-AnyLengths = TypeVar("AnyLengths", bound=Lengths)
-
-
-def growing_to(lengths: AnyLengths, means: Mapping[float, float]) -> AnyLengths:
-    """The same shape, in log-length, that grows so that the mean after the cap is `means[step]` at these steps."""
-    factors = []
-    for step, mean in sorted(means.items()):
-        if not 1 <= mean < lengths.cap:
-            raise ValueError(f"mean length at step {step:g} is {mean:g}, expected at least 1 and less than the cap, {lengths.cap}")
-
-        def excess(log_factor: float, mean: float = mean) -> float:
-            growth = Growth(factors=((0, math.exp(log_factor)),))
-            return dataclasses.replace(lengths, growth=growth).mean_tokens() - mean
-
-        factors.append((float(step), math.exp(brentq(excess, math.log(1e-4), math.log(1e4), xtol=1e-6))))
-    return dataclasses.replace(lengths, growth=Growth(factors=tuple(factors)))
 
 
 # The distributions
@@ -149,7 +137,7 @@ class Constant(Lengths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_length("value is", self.value, self.cap)
+        check_length("value", self.value, self.cap)
 
     def quantile(self, u: ArrayLike) -> Floats:
         return np.full(np.shape(u), float(self.value))
@@ -167,9 +155,9 @@ class TwoPoint(Lengths):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_length("short is", self.short, self.cap)
+        check_length("short", self.short, self.cap)
         if not 0 <= self.long_share <= 1:
-            raise ValueError(f"long_share is {self.long_share!r}, expected a number in [0, 1]")
+            raise ValueError(f"long_share: got {self.long_share!r}; expected a number in [0, 1]")
 
     def quantile(self, u: ArrayLike) -> Floats:
         return np.where(np.asarray(u) > 1 - self.long_share, np.inf, float(self.short))
@@ -188,7 +176,7 @@ class LogNormal(Lengths):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.median < math.inf or not 0 <= self.sigma < math.inf:
-            raise ValueError(f"median is {self.median!r} and sigma {self.sigma!r}, expected finite, positive and not negative")
+            raise ValueError(f"median: got {self.median!r} and sigma {self.sigma!r}; expected finite, positive and not negative")
 
     def quantile(self, u: ArrayLike) -> Floats:
         if self.sigma == 0:
@@ -221,10 +209,10 @@ class PercentileTable(Lengths):
         rising = len(shares) > 1 and (np.diff(shares) > 0).all() and (np.diff(tokens) > 0).all()
         if not (rising and shares[0] == 0.5 and shares[-1] < 1 and tokens[0] > 0 and tokens[-1] < math.inf):
             raise ValueError(
-                f"percentiles are {self.percentiles_upward}, expected (share, tokens) pairs that rise from (0.5, median)"
+                f"percentiles: got {self.percentiles_upward}; expected (share, tokens) pairs that rise from (0.5, median)"
             )
         if not 0 < self.lower_stretch < math.inf:
-            raise ValueError(f"lower_stretch is {self.lower_stretch!r}, expected a positive finite number")
+            raise ValueError(f"lower_stretch: got {self.lower_stretch!r}; expected a positive finite number")
 
     def quantile(self, u: ArrayLike) -> Floats:
         z_K, log_K = _knots(self.percentiles_upward, self.lower_stretch)
@@ -246,7 +234,7 @@ class Mixture(Lengths):
         super().__post_init__()
         proper = len(self.weights) == len(self.components) > 0 and all(w > 0 for w in self.weights)
         if not proper or not math.isclose(math.fsum(self.weights), 1, abs_tol=1e-9):
-            raise ValueError(f"weights are {self.weights}, expected {len(self.components)} positive numbers that sum to 1")
+            raise ValueError(f"weights: got {self.weights}; expected {len(self.components)} positive numbers that sum to 1")
 
     def below(self, x: ArrayLike) -> Floats:
         shares = [weight * component.below(x) for weight, component in zip(self.weights, self.components, strict=True)]
@@ -281,9 +269,9 @@ class Empirical(Lengths):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not len(self.values):
-            raise ValueError("values are empty, expected one length or more")
+            raise ValueError("values: got none; expected one length or more")
         for value in (min(self.values), max(self.values)):
-            check_length("values hold", value, self.cap)
+            check_length("values", value, self.cap)
 
     @functools.cached_property
     def _sorted(self) -> Floats:
@@ -297,53 +285,12 @@ class Empirical(Lengths):
         return np.searchsorted(self._sorted, np.asarray(x, dtype=float), side="left") / len(self._sorted)
 
 
-def log_normal(
-    *, cap: int, mean: float | None = None, median: float | None = None, p99: float | None = None, sigma: float | None = None,
-    correlation: float = 0.0,
-) -> LogNormal:  # fmt: skip
-    """A log-normal from one of mean and median, and one of p99 and sigma; all of them before the cap.
-
-    mean = median exp(sigma^2 / 2) and p99 = median exp(2.326 sigma). A p99 above 14.97 times the mean has no solution.
-    """
-    if (mean is None) == (median is None) or (p99 is None) == (sigma is None):
-        raise ValueError("a log-normal takes one of mean and median, and one of p99 and sigma")
-    centre, z = (median if mean is None else mean), float(ndtri(0.99))
-    assert centre is not None  # by the check above
-    for key, value in (("mean" if median is None else "median", centre), ("p99", p99)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{key} is {value!r}, expected a positive finite number of tokens")
-    if sigma is None:
-        assert p99 is not None
-        low, high = (1.0, math.exp(z * z / 2)) if median is None else (1.0, math.inf)
-        if not low <= p99 / centre <= high:
-            raise ValueError(f"p99 is {p99:g}, {p99 / centre:.4g} times the centre, expected {low:g} to {high:.4g} times")
-        ratio = math.log(p99 / centre)
-        sigma = ratio / z if mean is None else z - math.sqrt(z * z - 2 * ratio)
-    if not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma is {sigma!r}, expected 0 or more, finite")
-    median = centre if mean is None else centre * math.exp(-sigma * sigma / 2)
-    return LogNormal(median=median, sigma=sigma, cap=cap, correlation=correlation, name="lognormal", source="[O]")
-
-
 def check_length(what: str, value: float, cap: int) -> None:
     """A length that somebody gave: positive, finite, at most the cap."""
     if not 0 < value < math.inf:
-        raise ValueError(f"{what} {value!r}, expected a positive finite number of tokens")
+        raise ValueError(f"{what}: got {value!r}; expected a positive finite number of tokens")
     if value > cap:
-        raise ValueError(f"{what} {value!r}, above the cap of {cap} tokens: raise the cap, or give a shorter length")
-
-
-def stretch_for_mean(percentiles_upward: Pairs, *, cap: int, mean: float) -> float:
-    """The `lower_stretch` with which a PercentileTable has this mean after the cap."""
-
-    def excess(stretch: float) -> float:
-        table = PercentileTable(percentiles_upward=percentiles_upward, lower_stretch=stretch, cap=cap)
-        return table.mean_tokens() - mean
-
-    low, high = 0.05, 20.0
-    if not excess(low) >= 0 >= excess(high):
-        raise ValueError(f"mean is {mean:g}, out of reach of {percentiles_upward} under a cap of {cap}")
-    return float(brentq(excess, low, high, xtol=1e-6))
+        raise ValueError(f"{what}: got {value!r}; expected at most the cap of {cap}; raise the cap, or give a shorter length")
 
 
 # Helpers

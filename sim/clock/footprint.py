@@ -71,9 +71,9 @@ class Budget:
         for name in ("sequence_tokens", "logit_chunk_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number, 1 or more")
+                raise ValueError(f"{name}: got {value!r}; expected a whole number, 1 or more")
         if not 0 <= self.runtime_bytes < float("inf"):
-            raise ValueError(f"runtime_bytes is {self.runtime_bytes!r}, expected bytes, 0 or more, finite")
+            raise ValueError(f"runtime_bytes: got {self.runtime_bytes!r}; expected bytes, 0 or more, finite")
 
 
 def bytes_per_phase(

@@ -1,8 +1,9 @@
 """What each phase of a step takes, in seconds: the `Costs` that the clock asks, and a roofline that answers.
 
 `Roofline` counts operations and bytes from a model's shape and divides them by an accelerator's rates times what software reaches
-of them (`Efficiency`): a phase takes as long as the slower of its arithmetic and its memory or link traffic. Work is taken as
-spread evenly over devices and replicas, which a real run only approaches. calibrate.Measured answers from a run's own timeline.
+of them (`Efficiency`): a kernel takes as long as the slower of its arithmetic and its traffic, and kernels run one after another.
+Work is taken as spread evenly over devices: what unequal ranks wait for is balance.py's. calibrate.Measured answers from a run's
+own timeline.
 
 The engine: replicas of `tensor_parallel` devices, two all-reduces per layer. Training: parameters, gradients and optimiser state
 sharded over all training devices (FSDP2), in bf16 with fp32 state; each micro-batch gathers the weights. Sequence parallelism
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sim.clock.layout import Efficiency, Layout
+from sim.clock.efficiency import Efficiency
+from sim.clock.layout import Layout
 from sim.clock.specs import ACCELERATORS, MODELS, Accelerator, ModelShape, accelerator, cluster, model
 
 __all__ = [
@@ -31,6 +33,13 @@ Seconds = NDArray[np.float64]
 OPTIMISER_BYTES_PER_PARAMETER = 12  # AdamW in fp32: master weight and two moments
 GRADIENT_BYTES_PER_PARAMETER = 4  # reduced and kept in fp32
 OPTIMISER_TRAFFIC_BYTES_PER_PARAMETER = 28  # AdamW reads weight, gradient and moments, writes weight and moments
+
+
+class Work(NamedTuple):
+    """Of one kind of kernel: operations, and bytes read."""
+
+    flops: NDArray[np.float64]
+    moved_bytes: NDArray[np.float64]
 
 
 class Costs(Protocol):
@@ -49,13 +58,16 @@ class Costs(Protocol):
         """Tokens that the KV cache of one engine replica holds; None: without bound."""
 
     def decode_step_s(self, active_n: ArrayLike, context_tokens_n: ArrayLike) -> Seconds:
-        """One decode step of `active` sequences on one replica. No active sequence costs 0."""
+        """One decode step of `active` sequences on one replica: a straight line in their context. No active sequence costs 0."""
 
     def prefill_s(self, tokens: ArrayLike, context_tokens: ArrayLike = 0) -> Seconds:
         """Prompts, and tokens whose cache was dropped, fed to one replica."""
 
     def logprob_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
         """Log-probabilities of the policy: one forward pass."""
+
+    def prefix_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
+        """The policy's forward pass over tokens whose keys and values alone are wanted."""
 
     def policy_train_s(self, tokens: ArrayLike, context_tokens: ArrayLike, num_updates: ArrayLike = 1) -> Seconds:
         """`num_updates` updates of the policy on the tokens of all of them together, the optimiser's steps included."""
@@ -81,7 +93,9 @@ def causal_context(begin: ArrayLike, stop: ArrayLike) -> NDArray[np.int64]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """`Costs` of an accelerator, a model and a layout; the value model has the policy's shape. See the module's docstring.
+    """`Costs` of an accelerator, a model and a layout. See the module's docstring.
+
+    critic   the value model's shape; None: the policy's
 
     Raises ValueError when the weights do not fit the engine's devices, or heads do not divide among them.
     """
@@ -90,11 +104,12 @@ class Roofline:
     model: ModelShape
     layout: Layout
     efficiency: Efficiency = dataclasses.field(default_factory=Efficiency)
+    critic: ModelShape | None = None
 
     def __post_init__(self) -> None:
         split, heads, kv_heads = self.layout.tensor_parallel, self.model.num_heads, self.model.num_kv_heads
         if heads % split or (kv_heads % split and split % kv_heads):
-            raise ValueError(f"tensor_parallel is {split}, expected a divisor of {self.model.name}'s {heads} heads that divides, "
+            raise ValueError(f"tensor_parallel: got {split}; expected a divisor of {self.model.name}'s {heads} heads that divides, "
                              f"or is a multiple of, its {kv_heads} key-value heads")  # fmt: skip
         if self.kv_capacity_tokens < 1:
             lay, gpu = self.layout, self.accelerator
@@ -123,17 +138,26 @@ class Roofline:
 
     def operations_per_byte(self, active: ArrayLike, context_tokens: ArrayLike) -> NDArray[np.float64]:
         """Of a decode step: operations / bytes of weights and KV cache that are read. With short contexts, the active batch."""
-        flops, moved_bytes = self._decode_work(active, context_tokens)
-        return flops / moved_bytes
+        weights, attention = self._decode_work(active, context_tokens)
+        return (weights.flops + attention.flops) / (weights.moved_bytes + attention.moved_bytes)
+
+    def row_work(self, tokens: ArrayLike, context_tokens: ArrayLike) -> NDArray[np.float64]:
+        """A forward pass's operations: by how much of it a row keeps its rank busy."""
+        return self.model.forward_flops(np.asarray(tokens, dtype=float), np.asarray(context_tokens, dtype=float))
 
     # The engine
 
     def decode_step_s(self, active_n: ArrayLike, context_tokens_n: ArrayLike) -> Seconds:
-        """max(bytes / memory rate, operations / FLOP rate) + all-reduces + overhead; 0 where nothing is active."""
+        """Kernels run one after another, so each of the two kinds is bound by its own roof; 0 where nothing is active:
+
+        max(weights' bytes, their operations) + max(KV bytes, attention's operations) + all-reduces
+        + sampling: the vocabulary, on every device + overhead per step + overhead per sequence
+        """
         eff, active_n = self.efficiency, np.asarray(active_n, dtype=float)
-        flops_n, moved_bytes_n = self._decode_work(active_n, context_tokens_n)
-        roof_n = np.maximum(moved_bytes_n / self._memory_rate, flops_n / self._engine_flops_rate)
+        roof_n = sum((self._roof_s(work) for work in self._decode_work(active_n, context_tokens_n)), np.zeros(()))
+        logits_s = eff.sampling_passes * 4 * self.model.vocab_size / self._memory_rate
         step_n = roof_n + self._all_reduces_s(active_n, num_steps=1) + eff.decode_overhead_s
+        step_n = step_n + active_n * (eff.sequence_overhead_s + logits_s)
         return np.where(active_n > 0, step_n, 0.0)[()]
 
     def prefill_s(self, tokens: ArrayLike, context_tokens: ArrayLike = 0) -> Seconds:
@@ -143,9 +167,10 @@ class Roofline:
         """
         eff, split, tokens = self.efficiency, self.layout.tensor_parallel, np.asarray(tokens, dtype=float)
         chunks = np.ceil(tokens / eff.prefill_chunk_tokens)
-        flops = self.model.forward_flops(tokens, np.asarray(context_tokens, dtype=float), head=False) / split
-        weights_s = chunks * self.model.read_bytes(self.layout.bytes_per_parameter) / split / self._memory_rate
-        roof_s = np.maximum(weights_s, flops / self._engine_flops_rate)
+        read = chunks * self.model.read_bytes(self.layout.bytes_per_parameter) / split
+        weights = Work(self.model.forward_flops(tokens, 0.0, head=False) / split, read)
+        attention = Work(self.model.forward_flops(0.0, np.asarray(context_tokens, dtype=float), head=False) / split, np.zeros(()))
+        roof_s = self._roof_s(weights) + self._roof_s(attention)
         return (roof_s + self._all_reduces_s(tokens, num_steps=chunks) + chunks * eff.decode_overhead_s)[()]
 
     def wake_s(self) -> float:
@@ -156,32 +181,32 @@ class Roofline:
         return self.efficiency.wake_overhead_s + from_host / self._host_rate
 
     def sync_s(self) -> float:
-        """All-gather over the training devices and each engine device's own copy; disaggregated, in between one broadcast over the
-        network, from one device's adapter."""
-        weights = self.model.weight_bytes(self.layout.bytes_per_parameter)
-        seconds = self._gather_s(weights) + 2 * self.engine_weight_bytes / self._memory_rate
+        """A cost per tensor, and the bytes: as software hands them over (`sync_bytes_per_s`), or as the links carry them where that
+        takes longer: an all-gather over the training devices, each engine device's own copy, and with engine devices of their own
+        one broadcast in between over the network, from one device's adapter."""
+        eff, weights = self.efficiency, self.model.weight_bytes(self.layout.bytes_per_parameter)
+        links_s = self._gather_s(weights) + 2 * self.engine_weight_bytes / self._memory_rate
         if self.layout.num_engine_devices is not None:
-            seconds += weights / (self.accelerator.network_bytes_per_s * self.efficiency.network_fraction)
-        return seconds + self.efficiency.sync_overhead_s
+            links_s += weights / (self.accelerator.network_bytes_per_s * eff.network_fraction)
+        return self.model.num_tensors * eff.sync_tensor_s + max(weights / eff.sync_bytes_per_s, links_s)
 
     # Training
 
     def logprob_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        flops = self.model.forward_flops(np.asarray(tokens, dtype=float), np.asarray(context_tokens, dtype=float))
-        return self._passes_s(flops, tokens, 1, self.model.num_parameters, train=False)
+        return self._passes_s(self.model, tokens, context_tokens, 1)
+
+    def prefix_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
+        return self._passes_s(self.model, tokens, context_tokens, 1, head=False)
 
     def value_forward_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
-        flops = self.model.forward_flops(np.asarray(tokens, dtype=float), np.asarray(context_tokens, dtype=float), head=False)
-        return self._passes_s(flops, tokens, 1, self.model.num_value_parameters, train=False)
+        return self._passes_s(self._critic, tokens, context_tokens, 1, value=True)
 
     def policy_train_s(self, tokens: ArrayLike, context_tokens: ArrayLike, num_updates: ArrayLike = 1) -> Seconds:
         """Forward and backward pass, 3 forward passes' operations, 4 with recomputation; one optimiser step per update."""
-        flops = self.model.forward_flops(np.asarray(tokens, dtype=float), np.asarray(context_tokens, dtype=float))
-        return self._passes_s(flops, tokens, num_updates, self.model.num_parameters, train=True)
+        return self._passes_s(self.model, tokens, context_tokens, num_updates, train=True)
 
     def value_train_s(self, tokens: ArrayLike, context_tokens: ArrayLike, num_updates: ArrayLike = 1) -> Seconds:
-        flops = self.model.forward_flops(np.asarray(tokens, dtype=float), np.asarray(context_tokens, dtype=float), head=False)
-        return self._passes_s(flops, tokens, num_updates, self.model.num_value_parameters, train=True)
+        return self._passes_s(self._critic, tokens, context_tokens, num_updates, value=True, train=True)
 
     def optimiser_s(self, num_parameters: int | None = None) -> float:
         """One AdamW step on a device's share of the parameters, the policy's by default: bound by memory."""
@@ -202,12 +227,20 @@ class Roofline:
     def _host_rate(self) -> float:
         return self.accelerator.host_link_bytes_per_s * self.efficiency.host_link_fraction
 
-    def _decode_work(self, active: ArrayLike, context_tokens: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Operations and bytes read of a decode step, per device of a replica."""
+    @property
+    def _critic(self) -> ModelShape:
+        return self.critic or self.model
+
+    def _decode_work(self, active: ArrayLike, context_tokens: ArrayLike) -> tuple[Work, Work]:
+        """Of a decode step, per device of a replica: the products with weights, and attention."""
         active, context_tokens = np.asarray(active, dtype=float), np.asarray(context_tokens, dtype=float)
         split = self.layout.tensor_parallel
-        weights = self.model.read_bytes(self.layout.bytes_per_parameter) / split
-        return self.model.forward_flops(active, context_tokens) / split, weights + self.kv_bytes_per_token * context_tokens
+        weights = np.asarray(self.model.read_bytes(self.layout.bytes_per_parameter) / split)
+        products, attention = (self.model.forward_flops(*work) / split for work in ((active, 0.0), (0.0, context_tokens)))
+        return Work(products, weights), Work(attention, self.kv_bytes_per_token * context_tokens)
+
+    def _roof_s(self, work: Work) -> Seconds:
+        return np.maximum(work.moved_bytes / self._memory_rate, work.flops / self._engine_flops_rate)
 
     def _all_reduces_s(self, tokens: NDArray[np.float64], num_steps: ArrayLike) -> NDArray[np.float64]:
         """Two all-reduces per layer of a replica's hidden states: latency, and 2 (n - 1) / n of the bytes over each link."""
@@ -233,14 +266,17 @@ class Roofline:
         return received / rate
 
     def _passes_s(
-        self, flops: NDArray[np.float64], tokens: ArrayLike, num_updates: ArrayLike, num_parameters: int, *, train: bool
-    ) -> Seconds:
+        self, shape: ModelShape, tokens: ArrayLike, context_tokens: ArrayLike, num_updates: ArrayLike, *, value: bool = False,
+        head: bool = True, train: bool = False,
+    ) -> Seconds:  # fmt: skip
         """Micro-batches of `micro_batch_tokens` on every device. Forward: one all-gather each. Training: another in the backward
-        pass, and a reduce-scatter of fp32 gradients; an optimiser step per update."""
+        pass, and a reduce-scatter of fp32 gradients; an optimiser step per update. A value model's head is a scalar."""
         lay, eff, tokens = self.layout, self.efficiency, np.asarray(tokens, dtype=float)
+        num_parameters = shape.num_value_parameters if value else shape.num_parameters
         num_updates = np.where(tokens > 0, num_updates, 0)
         per_update = tokens / np.maximum(num_updates, 1)
         passes = num_updates * np.ceil(per_update / (lay.num_devices * lay.micro_batch_tokens))
+        flops = shape.forward_flops(tokens, np.asarray(context_tokens, dtype=float), head=head and not value)
         flops = flops * (1 if not train else 4 if lay.activation_checkpointing else 3)
         compute_s = flops / lay.num_devices / (self.accelerator.flops_per_s * eff.training_flops_fraction)
         gathered = num_parameters * (lay.bytes_per_parameter * (2 if train else 1) + GRADIENT_BYTES_PER_PARAMETER * train)

@@ -23,19 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from sim.clock.distributions import (
-    MAX_CAP,
-    Constant,
-    Empirical,
-    Growth,
-    Lengths,
-    LogNormal,
-    Mixture,
-    PercentileTable,
-    TwoPoint,
-    growing_to,
-    log_normal,
-)
+from sim.clock.distributions import MAX_CAP, Constant, Empirical, Growth, Lengths, LogNormal, Mixture, PercentileTable, TwoPoint
+from sim.clock.fitted import growing_to, log_normal
 
 __all__ = [
     "DAPO_MEANS", "DEFAULT_CAP", "PUBLISHED", "Constant", "Empirical", "Growth", "Lengths", "LogNormal", "Mixture",
@@ -138,7 +127,7 @@ def load_lengths(
         known = [*PUBLISHED, *(f"{name}:" for name in FORMS)]
         close = difflib.get_close_matches(text.partition(":")[0], known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"lengths are {text!r}, expected one of {', '.join(known)} or a file ({', '.join(SUFFIXES)}){hint}")
+        raise ValueError(f"lengths: got {text!r}; expected one of {', '.join(known)} or a file ({', '.join(SUFFIXES)}){hint}")
     return lengths if correlation is None else dataclasses.replace(lengths, correlation=correlation)
 
 
@@ -180,18 +169,18 @@ def _from_form(form: str, text: str, cap: int | None) -> Lengths:
         key, equals, value = part.strip().partition("=")
         key, value = (key.strip(), value) if equals else (names[0], key)
         if key not in (*names, "cap", "rho") or key in options:
-            raise ValueError(f"lengths are {form}:{text}, expected {', '.join(names)}, cap or rho, each once, as in {example}")
+            raise ValueError(f"lengths: got {form}:{text}; expected {', '.join(names)}, cap or rho, each once, as in {example}")
         try:
             options[key] = float(value)
         except ValueError:
-            raise ValueError(f"lengths are {form}:{text}, expected a number for {key}, got {value!r}") from None
+            raise ValueError(f"lengths: got {form}:{text}; expected a number for {key}, got {value!r}") from None
     rho, own_cap = options.pop("rho", 0.0), options.pop("cap", None)
     if own_cap is not None and not own_cap.is_integer():
-        raise ValueError(f"cap is {own_cap:g}, expected a whole number of tokens, 1 or more")
+        raise ValueError(f"cap: got {own_cap:g}; expected a whole number of tokens, 1 or more")
     cap = cap if cap is not None or own_cap is None else int(own_cap)
     missing = [name for name in names if name not in options] if form != "lognormal" else []
     if missing:
-        raise ValueError(f"lengths are {form}:{text}, without {' and '.join(missing)}, expected for example {example}")
+        raise ValueError(f"lengths: got {form}:{text}, without {' and '.join(missing)}; expected for example {example}")
     return dataclasses.replace(build(cap, **options), correlation=rho, name=f"{form}:{text}", source="[O]")
 
 
@@ -203,7 +192,7 @@ def _from_file(path: Path, cap: int | None, field: str | None, clip: bool) -> Le
     longest, num_clipped = max(values), 0
     if cap is not None and longest > cap:
         if not clip:
-            raise ValueError(f"{path} holds a length of {longest} tokens, above the cap of {cap}: raise the cap, or pass clip=True")
+            raise ValueError(f"{path}: got a length of {longest}; expected at most the cap of {cap}; raise it, or pass clip=True")
         num_clipped = sum(value > cap for value in values)
         values = [min(value, cap) for value in values]
     return Empirical(
@@ -223,7 +212,7 @@ def read_lengths(path: str | os.PathLike[str], *, field: str | None = None) -> l
     path = Path(path)
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".npy": _read_npy, ".txt": _read_txt}
     if path.suffix.lower() not in readers:
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected one of {', '.join(readers)}")
+        raise ValueError(f"{path}: got the ending {path.suffix!r}; expected one of {', '.join(readers)}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -231,7 +220,7 @@ def read_lengths(path: str | os.PathLike[str], *, field: str | None = None) -> l
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not readable as {path.suffix}: {error}") from None
     if not found:
-        raise ValueError(f"{path} is empty, expected one length or more")
+        raise ValueError(f"{path}: got no length; expected one or more")
     return [value for _, value in found]
 
 
@@ -241,7 +230,7 @@ def _whole(where: str, value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (number.is_integer() and 1 <= number <= MAX_CAP):
-        raise ValueError(f"{where} holds {value!r}, expected a length in tokens: a whole number, 1 to {MAX_CAP:,}")
+        raise ValueError(f"{where}: got {value!r}; expected a length in tokens: a whole number, 1 to {MAX_CAP:,}")
     return int(number)
 
 
@@ -280,7 +269,7 @@ def _read_npy(path: Path, field: str | None) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} is not an array of numbers: {error}") from None
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iuf":
         kind = f"an array of {values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else "several arrays"
-        raise ValueError(f"{path} holds {kind}, expected numbers in one dimension")
+        raise ValueError(f"{path}: got {kind}; expected numbers in one dimension")
     yield from ((f"{path}, element {index}", value) for index, value in enumerate(values.tolist()))
 
 
@@ -295,7 +284,7 @@ def _pick(where: str, field: str | None, names: list[str]) -> str:
         if name in names:
             return name
     wanted = f"the field {field!r}" if field is not None else f"one of {', '.join(FIELDS)}"
-    raise ValueError(f"{where} has the fields {', '.join(map(repr, names))}, expected {wanted}; name it with `field`")
+    raise ValueError(f"{where}: got the fields {', '.join(map(repr, names))}; expected {wanted}; name it with `field`")
 
 
 def _is_number(text: str) -> bool:

@@ -13,25 +13,20 @@ weight that P4 (docs/theory.md) gives to it: `cut_weight`. The window to choose 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from typing import Literal
 
 from sim.clock.cluster import Setup
-from sim.clock.distributions import Growth, Lengths
-from sim.clock.footprint import Budget, bytes_per_phase, kv_cache_bytes, state_bytes, totals
+from sim.clock.cuts import cut_weight
+from sim.clock.distributions import Lengths
+from sim.clock.fitting import Remedy, decode_rate, kv_capacity, problems, remedies_of, tensor_parallel_sizes, with_utilisation
+from sim.clock.footprint import Budget, bytes_per_phase, totals
 from sim.clock.hardware import Accelerator, Layout, ModelShape, Roofline, cluster, model
 from sim.clock.lengths import load_lengths, prompt_lengths
 from sim.clock.steady import Steady, few, in_routine, sampled, synchronous
 from sim.command import option
 
-Floats = NDArray[np.float64]
-
-__all__ = ["Plan", "PlanConfig", "Remedy", "bytes_per_phase", "cut_weight", "make"]
+__all__ = ["Choice", "Plan", "PlanConfig", "make"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +60,6 @@ class PlanConfig:
     seed: int = option(0, "of the lengths [O]")
     out: str | None = option(None, "folder for the figure and its CSV; none: not drawn", metavar="FOLDER")
     json: bool = option(False, "print JSON and nothing else")
-
-
-@dataclasses.dataclass(frozen=True)
-class Remedy:
-    """A change, in words, and the peak that it brings, in bytes."""
-
-    text: str
-    peak_bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +111,20 @@ def make(config: PlanConfig) -> Plan:
     """The plan. ValueError, in one line, for what is unknown or senseless, and for what no change listed here would make fit."""
     _check(config)
     shape, (num_devices, gpu) = model(config.model), cluster(config.gpus)
-    lengths = at_step(load_lengths(config.lengths, config.cap or None, field=config.field), config.train_step)
+    lengths = load_lengths(config.lengths, config.cap or None, field=config.field).at_step(config.train_step)
     windows = config.window or default_windows(lengths.cap)
     for window in windows:
         if not 1 <= window <= lengths.cap:
-            raise ValueError(f"window is {window}, expected 1 to the cap, {lengths.cap} tokens")
+            raise ValueError(f"window: got {window}; expected 1 to the cap, {lengths.cap} tokens")
     sequence = lengths.cap + prompt_lengths(config.prompt_tokens).cap
     budget = Budget(sequence_tokens=sequence, offload=config.offload,
                     logit_chunk_tokens=config.logit_chunk or max(1, 2**27 // shape.vocab_size))  # fmt: skip
     layout = _layout(config, shape, gpu, num_devices, budget, lengths)
     phases = bytes_per_phase(shape, layout, budget, accelerator=gpu)
     found = problems(shape, layout, budget, gpu)
-    remedies = tuple(_remedies(config, shape, layout, budget, gpu)) if found else ()
+    fixed = set() if not config.micro_batch else {"micro_batch"}
+    fixed |= {"memory_utilisation"} if config.memory_utilisation else set()
+    remedies = tuple(remedies_of(shape, layout, budget, gpu, fixed=fixed)) if found else ()
     if found and not remedies:
         raise ValueError(f"{shape.name} does not fit on {config.gpus}, with no change of tensor parallelism, micro-batch, cap, "
                          f"recomputation or offload: {found[0]}; take more devices, or larger ones")  # fmt: skip
@@ -155,35 +144,19 @@ def make(config: PlanConfig) -> Plan:
 def _check(config: PlanConfig) -> None:
     for name in ("prompts", "samples", "updates", "prompt_tokens"):
         if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected 1 or more")
+            raise ValueError(f"{name}: got {getattr(config, name)}; expected 1 or more")
     for name in ("tp", "replicas", "micro_batch", "logit_chunk", "train_step", "alpha", "tolerance", "memory_utilisation"):
         if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected 0 or more, finite")
+            raise ValueError(f"{name}: got {getattr(config, name)}; expected 0 or more, finite")
     if config.cap is not None and config.cap < 0:
-        raise ValueError(f"cap is {config.cap}, expected tokens, or 0 for the distribution's own")
+        raise ValueError(f"cap: got {config.cap}; expected tokens, or 0 for the distribution's own")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected a number in [0, 1]")
-
-
-def at_step(lengths: Lengths, step: int) -> Lengths:
-    """The distribution as it is at one training step."""
-    if lengths.growth is None:
-        return lengths
-    return dataclasses.replace(lengths, growth=Growth(factors=((0, lengths.growth.factor(step)),)))
+            raise ValueError(f"{name}: got {getattr(config, name)}; expected a number in [0, 1]")
 
 
 def default_windows(cap: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, cap // part) for part in (6, 3, 2)}))
-
-
-# ---------------------------------------------------------------------------------------------------------------------- bytes
-
-
-def kv_capacity(shape: ModelShape, layout: Layout, gpu: Accelerator) -> int:
-    """Tokens that a replica's cache holds; negative where weights and reserve leave nothing."""
-    share = max(1 / layout.tensor_parallel, 1 / shape.num_kv_heads)
-    return math.floor(kv_cache_bytes(shape, layout, gpu) / (shape.kv_bytes_per_token(layout.bytes_per_parameter) * share))
 
 
 def _layout(config: PlanConfig, shape: ModelShape, gpu: Accelerator, num_devices: int, budget: Budget, lengths: Lengths) -> Layout:
@@ -209,148 +182,23 @@ def _layout(config: PlanConfig, shape: ModelShape, gpu: Accelerator, num_devices
     return max(fitting, key=lambda lay: decode_rate(shape, lay, gpu, lengths, config.prompts * config.samples))
 
 
-def with_utilisation(shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator) -> Layout:
-    """The layout whose engine takes what the trainer leaves of a device, at most 0.9, in whole per cent."""
-    engine_only = ("engine_weights", "engine_reserve", "kv_cache")
-    asked = ("rollout", "policy_update", "value_update") if layout.sleep_level == 0 else ("rollout",)
-    trainer = [sum(b for term, b in terms.items() if term not in engine_only)
-               for name, terms in bytes_per_phase(shape, layout, budget).items() if name in asked]  # fmt: skip
-    share = math.floor(100 * (1 - max(trainer) / gpu.memory_bytes)) / 100
-    return dataclasses.replace(layout, memory_utilisation=min(0.9, max(share, 0.01)))
-
-
-def tensor_parallel_sizes(shape: ModelShape, num_devices: int) -> list[int]:
-    """Powers of 2 within a node of 8 that divide devices and heads."""
-    return [n for n in (1, 2, 4, 8) if num_devices % n == 0 and shape.num_heads % n == 0 and
-            (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip
-
-
-def decode_rate(shape: ModelShape, layout: Layout, gpu: Accelerator, lengths: Lengths, slots: int) -> float:
-    """Tokens per second of all replicas with as many sequences as slots and cache allow, at half the mean response's context."""
-    costs = Roofline(accelerator=gpu, model=shape, layout=layout)
-    context = lengths.mean_tokens() / 2
-    active = max(1.0, min(slots / layout.num_replicas, costs.kv_capacity_tokens / context))
-    return layout.num_replicas * active / float(costs.decode_step_s(active, active * context))
-
-
-def problems(shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator) -> list[str]:
-    """What does not fit, a line each."""
-    found = []
-    for phase, num_bytes in totals(bytes_per_phase(shape, layout, budget, accelerator=gpu)).items():
-        if num_bytes > gpu.memory_bytes:
-            found.append(f"{phase} needs {num_bytes / 1e9:.1f} GB per device, expected at most {gpu.memory_bytes / 1e9:.1f} GB")
-    capacity = kv_capacity(shape, layout, gpu)
-    if capacity < budget.sequence_tokens:
-        found.append(f"the engine's KV cache holds {max(capacity, 0):,} tokens per replica, expected at least one sequence of "
-                     f"{budget.sequence_tokens:,}")  # fmt: skip
-    return found
-
-
-def _remedies(config: PlanConfig, shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator) -> Iterator[Remedy]:
-    """Single changes that fit; if none does, pairs of them; if none does either, the fewest devices."""
-    changes = list(_changes(shape, layout, budget, gpu))
-    for number in (1, 2, 3):
-        found = []
-        for some in itertools.combinations(changes, number):
-            fields = [set(lay) | set(bud) for _, lay, bud in some]
-            if any(a & b for a, b in itertools.combinations(fields, 2)):
-                continue
-            new_budget = dataclasses.replace(budget, **{k: v for _, _, bud in some for k, v in bud.items()})
-            new_layout = dataclasses.replace(layout, **{k: v for _, lay, _ in some for k, v in lay.items()})
-            if new_budget.sequence_tokens < budget.sequence_tokens and not config.micro_batch:
-                new_layout = dataclasses.replace(new_layout, micro_batch_tokens=new_budget.sequence_tokens)
-            if not config.memory_utilisation:
-                new_layout = with_utilisation(shape, new_layout, new_budget, gpu)
-            if not problems(shape, new_layout, new_budget, gpu):
-                peak = max(totals(bytes_per_phase(shape, new_layout, new_budget, accelerator=gpu)).values())
-                found.append(Remedy(" and ".join(text for text, _, _ in some), peak))
-        if found:
-            yield from found
-            return
-
-
-def _changes(
-    shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator
-) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(words, fields of the layout, fields of the budget)."""
-    for split in tensor_parallel_sizes(shape, layout.num_devices):
-        if split > layout.tensor_parallel:
-            yield f"--tp {split}", {"tensor_parallel": split}, {}
-    if layout.micro_batch_tokens > budget.sequence_tokens:
-        yield f"--micro_batch {budget.sequence_tokens}", {"micro_batch_tokens": budget.sequence_tokens}, {}
-    if not layout.activation_checkpointing:
-        yield "recomputation (drop --no_checkpointing)", {"activation_checkpointing": True}, {}
-    if layout.sleep_level == 0:
-        yield "--sleep_level 2", {"sleep_level": 2}, {}
-    fitting = with_utilisation(shape, layout, budget, gpu).memory_utilisation
-    if fitting < layout.memory_utilisation:
-        yield f"--memory_utilisation {fitting:g}", {"memory_utilisation": fitting}, {}
-    if not budget.offload:
-        yield f"--offload ({host_bytes(shape, layout) / 1e9:,.0f} GB of host memory per device)", {}, {"offload": True}
-    for part in (2, 3, 4, 6, 8):
-        tokens = budget.sequence_tokens // part
-        if tokens >= 1024:
-            yield f"a cap of about {tokens} tokens", {}, {"sequence_tokens": tokens}
-    for times in (2, 4, 8, 16):
-        yield f"{times} times the devices", {"num_devices": times * layout.num_devices}, {}
-
-
-def host_bytes(shape: ModelShape, layout: Layout) -> float:
-    """What --offload keeps in the host's memory per device: masters, moments and gradients of both models."""
-    return state_bytes(shape.num_parameters, layout) + state_bytes(shape.num_value_parameters, layout)
-
-
 # -------------------------------------------------------------------------------------------------------------------- seconds
 
 
 def _setup(config: PlanConfig, shape: ModelShape, layout: Layout, gpu: Accelerator, lengths: Lengths) -> Setup:
     slots = config.prompts * config.samples
     if slots < layout.num_replicas:
-        raise ValueError(f"prompts x samples are {slots}, expected at least one response for each of {layout.num_replicas} engine "
+        raise ValueError(f"prompts x samples: got {slots}; expected at least one response for each of {layout.num_replicas} engine "
                          "replicas")  # fmt: skip
     return Setup(
         lengths=lengths, prompt_tokens=config.prompt_tokens, costs=Roofline(accelerator=gpu, model=shape, layout=layout),
         slots=slots,
-        num_replicas=layout.num_replicas, samples_per_prompt=config.samples, seed=config.seed,
+        num_replicas=layout.num_replicas, ranks=layout.num_devices, samples_per_prompt=config.samples, seed=config.seed,
         update_tokens=max(1, round(slots * lengths.mean_tokens() / config.updates)),
     )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------- window
-
-
-def lambda_at_cut(length: ArrayLike, window: int, *, lam: float, alpha: float) -> Floats:
-    """The trainer's lambda of rows that are cut at so many tokens; alpha = 0: lam at every length."""
-    import torch  # the clock needs it for nothing else
-
-    from tppo_ref.method.advantages import lambda_of_rows
-
-    length_n = torch.as_tensor(np.atleast_1d(np.asarray(length, dtype=np.float64)))
-    return lambda_of_rows(length_n, torch.ones_like(length_n, dtype=torch.bool), window, lam=lam, alpha=alpha or None).numpy()
-
-
-def cut_weight(lengths: Lengths, window: int, *, gamma: float = 1.0, lam: float = 0.95, alpha: float = 0.0) -> float:
-    """How much of P4's bracket falls on a sampled token, in the mean: 0 without cuts, 1 if every token stood at a cut.
-
-        sum over edges l of P(T > l) * sum over the n tokens before l of (gamma lambda)^(n - 1),  over E[T]
-
-    P4 (docs/theory.md): the cut's share of the mean |bias| is at most this times gamma [Lip + lambda |e| (1 + f)], which depends on
-    task and critic. The first edge of a response is anywhere in a window, as with immediate refill.
-
-    alpha   of the length-adaptive lambda of a row that is cut at l (`lambda_at_cut`); P4 is proven for alpha = 0 only, with it the
-            weight is a comparison, no bound
-    """
-    above = 1 - lengths.cumulative()  # P(T > l)
-    first = np.unique(np.linspace(1, window, 64).round().astype(np.int64))
-    total = 0.0
-    for at in range(-(-lengths.cap // window)):
-        edge = first + at * window
-        known = np.where(at == 0, edge, window)
-        alive = np.where(edge < lengths.cap, above[np.minimum(edge, lengths.cap)], 0.0)
-        decay = gamma * lambda_at_cut(edge, window, lam=lam, alpha=alpha)
-        sums = np.where(decay < 1, (1 - decay**known) / np.maximum(1 - decay, 1e-300), known)
-        total += float((alive * sums).mean())
-    return total / lengths.mean_tokens()
 
 
 def choose(config: PlanConfig, lengths: Lengths, systems: dict[int, Steady]) -> Choice:

@@ -26,8 +26,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from sim.clock.cuts import lambda_at_cut
 from sim.clock.footprint import TERMS, UNSEEN, totals
-from sim.clock.plan import Plan, PlanConfig, lambda_at_cut
+from sim.clock.plan import Plan, PlanConfig
 from sim.clock.steady import Steady
 from sim.clock.trace import PHASES
 

@@ -1,31 +1,30 @@
-"""The clock of successive batching: `SlotSchedule` driven with known lengths, and what its windows take. T-PPO and PPO.
+"""The clock of successive batching: windows of responses with known lengths, and what they take. T-PPO and PPO.
 
 One step: every replica decodes a window -> the policy trains on the window's tokens, the value model on the responses that ended
--> weights to the engines. `SlotSchedule` makes the decisions, in decode steps; decoding.py turns them into seconds.
+-> weights to the engines. windows.py makes the decisions, in decode steps; decoding.py turns them into seconds.
 
 Where the KV cache of a replica is too small for what its slots hold, the decisions stay (which response decodes in which slot, for
 how many tokens) and only their time changes: each slot hands its pieces of work to the engine, the next when the last has ended;
-the engine queues and preempts them as `decoding.queued` says. So a window may take more than `window` decode steps. A real batcher
+the engine queues and preempts them as `queueing.queued` says. So a window may take more than `window` decode steps. A real batcher
 would count those steps and cut earlier; with as many slots as the cache holds the two agree.
 
-The other systems are in policies.py.
+The other systems are in systems.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import itertools
-from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from sim.clock.cluster import Samples, Setup, Timeline, capacity_of, check_count, step_record, train
-from sim.clock.decoding import Ints, Rollout, Stints, clock, load, measure, queued
+from sim.clock.compiled import AVAILABLE
+from sim.clock.decoding import Ints, Rollout, Stints, clock, load, measure
+from sim.clock.queueing import queued
 from sim.clock.trace import StepRecord, Trace, check_conservation
+from sim.clock.windows import CompiledWindows, ReadableWindows
 from tppo_ref.method.records import End
-from tppo_ref.method.slots import Grant, Refill, Segment, SlotSchedule
+from tppo_ref.method.slots import Refill
 
 Tail = Literal["exclude", "defer"]
 
@@ -64,84 +63,40 @@ def run(
     return Trace(system=system.name, records=tuple(records))
 
 
-@contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
-    """Without Python's cycle collector: a window makes tens of thousands of tuples and no cycle; the search doubles its time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def drive_window(
-    schedule: SlotSchedule,
-    draw: Callable[[], int | None],
-    left_of: Callable[[list[Grant]], list[int]],
-    fresh: Callable[[int], Iterator[int]],
-) -> list[Segment]:
-    """One window of `schedule`, decode step by decode step at which something finishes; its segments, in that order.
-
-    draw      ids of new responses, in order
-    left_of   tokens that each of the first grants' responses would still decode if nothing stopped it; more than the cap allows
-              means that the cap ends it
-    fresh     the same, for the responses that are drawn after the first `n` of this window
-
-    Responses that finish with the same step do so in the order in which they were granted, as an engine reports them.
-    """
-    segments: list[Segment] = []
-    calendar: list[list[tuple[int, int, bool]] | None] = [None] * (schedule.window + 1)
-    due = bytearray(schedule.window + 2)  # 1 at decode steps with which something finishes: searched at the speed of memory
-    drawn_before = len(schedule.carried) - schedule.carried.count(None)
-    grants = schedule.open_window(draw)
-    lengths: Iterator[int] = iter(left_of(grants))
-    rest = fresh(len(grants) - drawn_before)
-    now = 0
-    while True:
-        for (_, response, granted), left in zip(grants, lengths, strict=False):
-            if left > granted:
-                stop, entry = now + granted, (response, granted, False)
-            else:
-                stop, entry = now + left, (response, left, True)
-            finishing = calendar[stop]
-            if finishing is None:
-                calendar[stop], due[stop] = [entry], 1
-            else:
-                finishing.append(entry)
-        now = due.find(1, now + 1)
-        if now < 0:
-            return segments
-        closed, grants = schedule.finish(now, calendar[now] or (), draw)
-        calendar[now] = None  # its memory is used again while the processor's cache still has it
-        segments += closed
-        lengths = rest
-
-
 class Windowed:
     """T-PPO: windows of `window` decode steps. PPO is the same with the window as long as a response and refill="step".
 
-    tail   last `tail_tokens` of a cut row: left out for good ("exclude"), or trained in the next window ("defer"); the masks are
-           those of `tppo_ref.method.masks`
+    tail             last `tail_tokens` of a cut row: left out for good ("exclude"), or trained in the next window ("defer"); the
+                     masks are those of `tppo_ref.method.masks`
+    min_new_tokens   a cut row with fewer untrained tokens trains none of them in this step, but in the next; at most the window
+    readable         decisions by `SlotSchedule` itself, not by the compiled loop that equals it (windows.py); None: where numba is
+                     missing, and where lengths grow, since the loop draws samples early
 
     `segments` are the last step's: the replica of each, and rows (slot, sample, begin, stop, end), in decode steps.
     """
 
     def __init__(
         self, setup: Setup, *, window: int, refill: Refill = "immediate", tail: Tail = "exclude", tail_tokens: int = 8,
-        name: str = "tppo",
+        min_new_tokens: int = 0, name: str = "tppo", readable: bool | None = None,
     ):  # fmt: skip
         if tail not in ("exclude", "defer"):
             raise ValueError(f"tail: got {tail!r}; expected one of exclude, defer")
+        if refill not in ("immediate", "step"):
+            raise ValueError(f"refill: got {refill!r}; expected one of immediate, step; for batch take systems.Synchronous")
         check_count("tail_tokens", tail_tokens, least=0)
         if tail == "defer" and tail_tokens > window:
-            raise ValueError(f"tail_tokens is {tail_tokens}, expected at most the window, {window}, to train in the next")
+            raise ValueError(f"tail_tokens: got {tail_tokens}; expected at most the window, {window}, to train in the next")
+        check_count("min_new_tokens", min_new_tokens, least=0)
+        if min_new_tokens > window:
+            raise ValueError(f"min_new_tokens: got {min_new_tokens}; expected at most the window, {window}")
+        if not setup.recipe.critic and window < setup.lengths.cap:
+            raise ValueError("critic is off: a response that is cut has no reward yet, and nothing else to learn from")
+        self.min_new_tokens = min_new_tokens
         self.setup, self.name, self.tail, self.tail_tokens = setup, name, tail, tail_tokens
-        self.schedules = [
-            SlotSchedule(slots=setup.share(setup.slots, r), window=window, max_response_tokens=setup.lengths.cap, refill=refill)
-            for r in range(setup.num_replicas)
-        ]
+        if readable is None:
+            readable = not AVAILABLE or getattr(setup.lengths, "growth", None) is not None
+        make = ReadableWindows if readable else CompiledWindows
+        self.replicas = [make(setup, replica, window=window, refill=refill) for replica in range(setup.num_replicas)]
         self.samples, self.timeline, self.num_steps, self.num_updates = Samples(setup), Timeline(setup), 0, 0
 
     def step(self) -> StepRecord:
@@ -156,23 +111,26 @@ class Windowed:
         rollout, preemptions = self._time(Stints(replica_n, np.arange(len(id_n)), begin_n, begin_n, stop_n, context_n), slot_n)
 
         unsettled_n = row.pending + new_n
-        kept_n = np.where(cut_n, np.minimum(self.tail_tokens, unsettled_n), 0)
+        waits_n = cut_n & (unsettled_n < self.min_new_tokens)
+        kept_n = np.where(waits_n, unsettled_n, np.where(cut_n, np.minimum(self.tail_tokens, unsettled_n), 0))
         trained_n = unsettled_n - kept_n
-        pending_n = kept_n if self.tail == "defer" else np.zeros_like(kept_n)
+        pending_n = np.where(waits_n | (self.tail == "defer"), kept_n, 0)
         old_n = np.minimum(row.pending, trained_n)  # sampled in the window before, trained first
         lag, old_lag = (step - self.timeline.version(max(k, 0)) for k in (step, step - 1))
         samples.put(id_n, done=done_n, pending=pending_n)
 
         trained, completed_length = int(trained_n.sum()), int(done_n[~cut_n].sum())
-        fed_n = row.prompt + done_n
-        training = train(setup, fed_n, fed_n[~cut_n], trained=trained, value_trained=completed_length)
+        fed_n, policy_n = row.prompt + done_n, ~waits_n
+        again_n = begun_n & policy_n & ~((self.min_new_tokens > 0) & (row.pending == row.done))  # what waited was not fed before
+        training = train(setup, (fed_n - unsettled_n)[policy_n], unsettled_n[policy_n], fed_n[~cut_n], trained=trained,
+                         value_trained=completed_length)  # fmt: skip
         samples.release(int(id_n[cut_n].min(initial=np.iinfo(np.int64).max)))
         self.num_steps, self.num_updates = step + 1, self.num_updates + training.updates
         return step_record(
             setup, step, rollout, self.timeline.place(rollout.seconds, training), training,
             preemptions=preemptions, generated=int(new_n.sum()), trained=trained, deferred=int(pending_n.sum()),
-            excluded=int(kept_n.sum()) if self.tail == "exclude" else 0,
-            tokens_fed=int(fed_n.sum()), prefix_tokens_trained=int(context_n[begun_n].sum()),
+            excluded=int((kept_n - pending_n).sum()),
+            tokens_fed=int(fed_n[policy_n].sum()), prefix_tokens_trained=int(context_n[again_n].sum()),
             value_tokens_trained=int(fed_n[~cut_n].sum()),
             reprefilled_tokens=rollout.prefill_tokens - int((context_n - 1)[~begun_n].sum()),
             staleness_sum=int((trained_n - old_n).sum()) * lag + int(old_n.sum()) * old_lag,
@@ -184,24 +142,7 @@ class Windowed:
 
     def _window(self, replica: int) -> Ints:
         """Rows (slot, sample, begin, stop, end) of this replica's window."""
-        samples, updates, cap, stride = self.samples, self.num_updates, self.setup.lengths.cap, self.setup.num_replicas
-        first = int(samples.next_R[replica])
-
-        def left_of(grants: list[Grant]) -> list[int]:
-            ids = np.fromiter((grant.response for grant in grants), np.int64, len(grants))
-            samples.require(int(ids.max()) + 1, updates)
-            row = samples.at(ids)
-            return (row.length + (row.length == cap) - row.done).tolist()
-
-        def fresh(drawn: int) -> Iterator[int]:
-            return itertools.chain.from_iterable(samples.natural_lengths(first + drawn * stride, updates))
-
-        with paused_collector():
-            segments = drive_window(self.schedules[replica], itertools.count(first, stride).__next__, left_of, fresh)
-            rows = np.fromiter(itertools.chain.from_iterable(segments), np.int64, 5 * len(segments)).reshape(-1, 5)
-            del segments  # before the collector comes back and looks through them
-        samples.start(replica, int((rows[:, 1] >= first).sum()))
-        return rows
+        return self.replicas[replica].window(self.samples, self.num_updates)
 
     def _time(self, stints: Stints, slot_n: Ints) -> tuple[Rollout, int]:
         """The rollout in seconds, and its preemptions."""
@@ -224,14 +165,14 @@ def queue_slots(stints: Stints, slot_n: Ints, capacity: int) -> Stints:
     order = np.lexsort((stints.begin_n, slot_n))
     context_n, new_n, slot_n = stints.context_n[order], (stints.stop_n - stints.begin_n)[order], slot_n[order]
     following = np.where(np.append(slot_n[1:] == slot_n[:-1], False), np.arange(1, len(order) + 1), -1)
-    found = queued(context_n.tolist(), new_n.tolist(), places=len(order), capacity=capacity, following=following.tolist())
-    job_n, ready_n, begin_n, stop_n, context_n = np.array(found).T
+    found = queued(context_n, new_n, places=len(order), capacity=capacity, following=following)
+    job_n, ready_n, begin_n, stop_n, context_n = found.T
     return Stints(np.full(len(job_n), stints.replica_n[0]), job_n, ready_n, begin_n, stop_n, context_n)
 
 
-def tppo(setup: Setup, *, window: int, refill: Refill = "immediate", tail: Tail = "exclude", tail_tokens: int = 8) -> Windowed:
+def tppo(setup: Setup, *, window: int, min_new_tokens: int = 0, **options: Any) -> Windowed:
     """T-PPO (arXiv 2506.15050): a window's tokens train at once, ended or not; the port's tail of 8 tokens [P]."""
-    return Windowed(setup, window=window, refill=refill, tail=tail, tail_tokens=tail_tokens)
+    return Windowed(setup, window=window, min_new_tokens=min_new_tokens, **options)
 
 
 def ppo(setup: Setup) -> Windowed:

@@ -44,7 +44,7 @@ class Accelerator:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise ValueError(f"{self.name}.{field.name} is {value!r}, expected a positive finite number")
+                raise ValueError(f"{self.name}.{field.name}: got {value!r}; expected a positive finite number")
 
     @property
     def ridge(self) -> float:
@@ -113,9 +113,9 @@ class ModelShape:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{self.name}: {field.name} is {value!r}, expected a whole number, 1 or more")
+                raise ValueError(f"{self.name}: {field.name}: got {value!r}; expected a whole number, 1 or more")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.name}: num_kv_heads is {self.num_kv_heads}, expected a divisor of num_heads, {self.num_heads}")
+            raise ValueError(f"{self.name}: num_kv_heads: got {self.num_kv_heads}; expected a divisor of {self.num_heads} heads")
 
     @property
     def query_size(self) -> int:
@@ -153,6 +153,12 @@ class ModelShape:
     def num_value_parameters(self) -> int:
         """Of a value model of this shape: a scalar head with a bias instead of the vocabulary's."""
         return self.num_body_parameters + self.num_embedding_parameters + self.hidden_size + 1
+
+    @property
+    def num_tensors(self) -> int:
+        """Of the policy as a checkpoint has them: queries, keys and values apart, as are gate and up."""
+        biases = 3 * self.qkv_bias + self.output_bias + 3 * self.mlp_bias
+        return self.num_layers * (7 + 2 + 2 * self.qk_norm + biases) + (2 if self.tied_embeddings else 3)
 
     def weight_bytes(self, bytes_per_parameter: int = 2) -> int:
         """Of the policy; bf16 by default."""
@@ -212,7 +218,7 @@ class ModelShape:
         except (UnicodeDecodeError, json.JSONDecodeError):
             raise ValueError(f"{path} is not JSON") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{path} holds {type(config).__name__}, expected an object")
+            raise ValueError(f"{path}: got {type(config).__name__}; expected an object")
         return cls(name=str(path), source=str(path), **_shape_of(path, config))
 
 
@@ -229,12 +235,12 @@ _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_atten
 def _shape_of(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     if experts := sorted(key for key in config if "expert" in key and config[key]):
-        raise ValueError(f"{path} has {experts[0]}: mixtures of experts are not supported, expected a dense model")
+        raise ValueError(f"{path}: got {experts[0]}, a mixture of experts; expected a dense model")
     if kind not in _KINDS:
-        raise ValueError(f"{path} has model_type {kind!r}, expected one of {', '.join(_KINDS)}")
+        raise ValueError(f"{path}: got model_type {kind!r}; expected one of {', '.join(_KINDS)}")
     slides = config.get("use_sliding_window", False) if kind.startswith("qwen") else config.get("sliding_window")
     if slides:
-        raise ValueError(f"{path} has a sliding attention window, which is not supported, expected full attention")
+        raise ValueError(f"{path}: got a sliding attention window; expected full attention")
     if missing := [key for key in _REQUIRED if config.get(key) is None]:
         raise ValueError(f"{path} has no {', '.join(missing)}")
     heads = config["num_attention_heads"]
@@ -295,7 +301,7 @@ def cluster(spec: str) -> tuple[int, Accelerator]:
     """`64xH800` -> (64, H800); a name alone is one device."""
     number, name = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?(.*?)\s*", spec).groups()  # type: ignore[union-attr]
     if number is not None and int(number) < 1:
-        raise ValueError(f"devices are {spec!r}, expected at least 1, as in 64xH800")
+        raise ValueError(f"devices: got {spec!r}; expected at least 1, as in 64xH800")
     return int(number or 1), accelerator(name)
 
 
@@ -317,4 +323,4 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     lower = {entry.lower(): entry for entry in known} | {entry.lower().rpartition("/")[2]: entry for entry in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.3)
     hint = f" (did you mean {lower[close[0]]}?)" if close else ""
-    return f"{what} is {name!r}{hint}, expected one of {', '.join(known)}"
+    return f"{what}: got {name!r}{hint}; expected one of {', '.join(known)}"

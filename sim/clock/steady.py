@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 from sim.clock.cluster import Setup
 from sim.clock.hardware import Costs, Seconds
 from sim.clock.schedule import System, ppo, run, tppo
+from sim.clock.systems import Synchronous
 from sim.clock.trace import PHASES, StepRecord
 from tppo_ref.method.slots import Refill
 
@@ -53,6 +54,12 @@ class Multiplied:
     def value_forward_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
         return self.costs.value_forward_s(*self._all(tokens, context_tokens))
 
+    def row_work(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Any:
+        return self.costs.row_work(tokens, context_tokens)  # type: ignore[attr-defined]
+
+    def prefix_s(self, tokens: ArrayLike, context_tokens: ArrayLike) -> Seconds:
+        return self.costs.prefix_s(*self._all(tokens, context_tokens))
+
     def policy_train_s(self, tokens: ArrayLike, context_tokens: ArrayLike, num_updates: ArrayLike = 1) -> Seconds:
         return self.costs.policy_train_s(*self._all(tokens, context_tokens), num_updates)
 
@@ -78,7 +85,7 @@ def sampled(setup: Setup, replicas: int) -> tuple[Setup, float]:
     trainer = setup.train_costs and Multiplied(costs=setup.train_costs, factor=factor)
     fewer = dataclasses.replace(
         setup, num_replicas=replicas, slots=slots, costs=Multiplied(costs=setup.costs, factor=factor), train_costs=trainer,
-        update_tokens=round(setup.update_tokens / factor),
+        update_tokens=round(setup.update_tokens / factor), copies=max(1, round(factor)),
     )  # fmt: skip
     return fewer, factor
 
@@ -109,6 +116,16 @@ class Steady:
     """Sequences that decode on a replica, over the seconds of decoding."""
     ops_per_byte: float | None
     staleness_mean: float
+    """Weight syncs per trained token."""
+
+    @property
+    def lag_updates(self) -> float:
+        """Updates per trained token between the policy that sampled it and the one that trains it: trace.StepRecord's."""
+        return self.staleness_mean * self.updates + max(self.updates - 1, 0) / 2
+
+    @property
+    def updates_per_day(self) -> float:
+        return 86_400 * self.updates / self.step_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -181,16 +198,22 @@ def few(whole: Setup) -> int:
     return 1 if 2 * whole.slots > SLOTS * whole.num_replicas else 2
 
 
-def in_routine(whole: Setup, window: int, *, refill: Refill = "immediate", replicas: int = 0) -> Steady:
+def in_routine(whole: Setup, window: int, *, refill: Refill = "immediate", min_new_tokens: int = 0, replicas: int = 0) -> Steady:
     """T-PPO on a few replicas, for as many steps as `SEGMENTS` allows. `replicas`: 0 means `few`."""
     some, scale = sampled(whole, replicas or few(whole))
     cap, mean = whole.lengths.cap, whole.lengths.mean_tokens()
     affordable = int(SEGMENTS / (some.slots * (1 + window / mean)))
     warm = max(3, min(warm_steps(cap, window), affordable - LEAST_STEPS))
     steps = max(LEAST_STEPS, min(max(-(-cap // window), min(32, 4096 // some.slots)), affordable - warm))
-    return steady(tppo(some, window=window, refill=refill), warm=warm, steps=steps, scale=scale)
+    system = tppo(some, window=window, refill=refill, min_new_tokens=min_new_tokens)
+    return steady(system, warm=warm, steps=steps, scale=scale)
 
 
 def synchronous(whole: Setup) -> Steady:
     """PPO on all replicas: its rollout ends with the longest of all responses, which a sample would miss. It needs no warm-up."""
     return steady(ppo(whole), warm=0, steps=max(2, min(16, 4096 // whole.slots)))
+
+
+def refilled(whole: Setup, responses: int) -> Steady:
+    """PPO with so many responses per step, more than slots, on all replicas."""
+    return steady(Synchronous(whole, batch_responses=responses), warm=0, steps=max(1, min(16, 4096 // responses)))

@@ -1,8 +1,9 @@
-"""Other ways not to wait for the longest response, on the same clock: partial rollouts, tail batching, asynchronous training.
+"""Continuous batching on the same clock: PPO as everyone runs it, partial rollouts, tail batching, asynchronous training.
 
-All of them decode with continuous batching (`decoding.queued`) instead of slots and windows, and train whole responses that have
-ended. They differ in when a rollout stops, in what becomes of the responses that still run then, and in which ones train.
+All of them decode with continuous batching (`queueing.queued`) instead of windows, and train whole responses that have ended. They
+differ in when a rollout stops, in what becomes of the responses that still run then, and in which ones train.
 
+    Synchronous        stop when all requests of the step have ended; a place that becomes free takes the next of them
     PartialRollouts    stop when enough responses ended; the others go on in the next step, under the next policy
     TailBatching       the same, but the others are given up and run again, together, in rounds of their own
     Asynchronous       never stop; train, on other devices, when enough responses ended and none can become too old
@@ -18,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.clock.cluster import Rows, Samples, Setup, Timeline, Times, Training, capacity_of, check_count, step_record, train
-from sim.clock.decoding import Clock, Floats, Ints, Loads, Rollout, Stints, all_at_once, clock, load, measure, queued
+from sim.clock.decoding import Clock, Floats, Ints, Loads, Rollout, Stints, all_at_once, clock, load, measure, steps_until
+from sim.clock.queueing import queued
 from sim.clock.trace import StepRecord
 
 LAST = np.iinfo(np.int64).max
@@ -63,15 +65,14 @@ class _Continuous:
         for replica, ids in enumerate(ids_R):
             part, places = stints.only(replica_n == replica), setup.share(setup.slots, replica)
             if len(ids) > places or peak_R[replica] > capacity:
-                found = queued(part.context_n.tolist(), part.stop_n.tolist(), places=places, capacity=capacity)
-                job_n, *others = np.array(found).T
-                part = Stints(np.full(len(found), replica), part.job_n[job_n], *others)
+                job_n, *others = queued(part.context_n, part.stop_n, places=places, capacity=capacity).T
+                part = Stints(np.full(len(job_n), replica), part.job_n[job_n], *others)
             parts.append(part)
         stints = Stints(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         loads = load(stints, setup.num_replicas)
         times, last_n = clock(setup.costs, loads), np.zeros_like(id_n)
         np.maximum.at(last_n, stints.job_n, stints.stop_n)
-        return Jobs(id_n, replica_n, row, stints, loads, times, times.time_F[loads.offset_R[replica_n] + last_n])
+        return Jobs(id_n, replica_n, row, stints, loads, times, times.time_E[loads.at(replica_n, last_n)])
 
     def _decode(self, jobs: Jobs, stop_s: float, *, again: bool = False) -> tuple[Rollout, dict[str, int]]:
         """Until each replica's first decode step that ends at `stop_s` or later; updates samples, `running` and `held`.
@@ -79,10 +80,8 @@ class _Continuous:
         again   the requests had begun before, and what they had was given up
         Returns the rollout, and counts for the record.
         """
-        setup, row, last = self.setup, jobs.row, []
-        for first, steps in zip(jobs.loads.offset_R.tolist(), jobs.loads.steps_R.tolist(), strict=True):
-            last.append(min(int(np.searchsorted(jobs.times.time_F[first : first + steps + 1], stop_s)), steps))
-        stints = jobs.stints.until(np.array(last))
+        setup, row = self.setup, jobs.row
+        stints = jobs.stints.until(steps_until(setup.costs, jobs.loads, jobs.times, stop_s))
         loads = load(stints, setup.num_replicas)
         rollout = measure(setup.costs, stints, loads, clock(setup.costs, loads))
 
@@ -114,7 +113,7 @@ class _Continuous:
     def _training(self, batch: Ints) -> Training:
         row = self.samples.at(batch)
         trained = int(row.length.sum())
-        return train(self.setup, row.prompt + row.length, row.prompt + row.length, trained=trained, value_trained=trained)
+        return train(self.setup, row.prompt, row.length, row.prompt + row.length, trained=trained, value_trained=trained)
 
     def _record(
         self, batch: Ints, rollout: Rollout, times: Times, training: Training, counts: dict[str, int], alive: int = LAST
@@ -140,6 +139,25 @@ def first_ended(id_n: Ints, finish_s_n: Floats, num: int) -> tuple[Ints, float]:
     """The `num` requests that end first, and when the last of them does; 0 for none."""
     order = np.lexsort((id_n, finish_s_n))[:num]
     return id_n[order], float(finish_s_n[order].max(initial=0.0))
+
+
+class Synchronous(_Continuous):
+    """PPO with more responses per step than slots: a place that becomes free takes the step's next response, until all have ended.
+
+    So only the step's end is idle. With as many responses as slots it is `schedule.ppo`, to the last digit.
+    """
+
+    name = "ppo"
+
+    def step(self) -> StepRecord:
+        """A batch from its beginning to its end, and the updates on it."""
+        replicas = range(self.setup.num_replicas)
+        share = [len(range(replica, self.batch_responses, len(replicas))) for replica in replicas]
+        jobs = self._jobs([self.samples.fresh(replica, share[replica], self.num_updates) for replica in replicas])
+        rollout, counts = self._decode(jobs, np.inf)
+        self._start(jobs)
+        training = self._training(jobs.id_n)
+        return self._record(jobs.id_n, rollout, self.timeline.place(rollout.seconds, training), training, counts)
 
 
 class PartialRollouts(_Continuous):

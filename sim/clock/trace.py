@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.clock.decoding import Curve
+
 PHASES = (
     "wake", "prefill", "decode", "engine_wait", "verify", "logprob", "value_forward", "policy_train", "value_train", "sync",
 )  # fmt: skip
@@ -87,7 +89,7 @@ class StepRecord:
     updates: int
     """Of the policy."""
     staleness_sum: int
-    """Over the trained tokens: policy versions between sampling and training."""
+    """Over the trained tokens: weight syncs between sampling and training. In updates: `lag_updates`."""
     staleness_max: int
     """Of a response's oldest token among the trained."""
     started: int
@@ -102,9 +104,12 @@ class StepRecord:
     completed_length: int
     """Length of the responses that were completed, summed."""
 
-    active_time_s: NDArray[np.float64] = dataclasses.field(repr=False, compare=False)
-    active_n: NDArray[np.int64] = dataclasses.field(repr=False, compare=False)
-    """Sequences that decode, from `active_time_s[i]` after `rollout_begin_s` on; the last entry is 0."""
+    curve: Curve = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def active(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Sequences that decode: n[i] of them from t[i] seconds after `rollout_begin_s` on; the last entry is 0."""
+        return self.curve.merged()
 
     @property
     def step_s(self) -> float:
@@ -127,13 +132,24 @@ class StepRecord:
 
     @property
     def staleness_mean(self) -> float:
-        """Policy versions per trained token; 0 where nothing was trained."""
+        """Weight syncs per trained token; 0 where nothing was trained."""
         return self.staleness_sum / self.trained if self.trained else 0.0
+
+    @property
+    def lag_updates(self) -> float:
+        """Updates between the policy that sampled a token and the one that trains it, per trained token.
+
+        A step's tokens are spread over its updates, and the k-th of them trains k - 1 updates after the sync, so that many
+        updates per sync are a lag of their own: staleness in syncs x updates of a step + (updates - 1) / 2.
+        """
+        return self.staleness_mean * self.updates + max(self.updates - 1, 0) / 2
 
     def row(self) -> dict[str, Any]:
         """The scalars, for a table."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("active_")}
-        return fields | {name: getattr(self, name) for name in ("step_s", "idle_slot_s", "occupancy", "staleness_mean")}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "curve"}
+        return fields | {
+            name: getattr(self, name) for name in ("step_s", "idle_slot_s", "occupancy", "staleness_mean", "lag_updates")
+        }
 
 
 LEVELS = ("in_flight", "deferred")
@@ -158,8 +174,8 @@ class Trace:
 
     def totals(self) -> dict[str, Any]:
         """The whole run as one row: totals, and the means that follow from them. A mean over nothing is None."""
-        skip = {"step", "begin_s", "rollout_begin_s", "end_s", "slots", "ops_per_byte"}
-        names = [f.name for f in dataclasses.fields(StepRecord) if f.name not in skip and not f.name.startswith("active_")]
+        skip = {"step", "begin_s", "rollout_begin_s", "end_s", "slots", "ops_per_byte", "curve"}
+        names = [f.name for f in dataclasses.fields(StepRecord) if f.name not in skip]
         row: dict[str, Any] = {"system": self.system, "steps": len(self.records), "seconds": self.seconds}
         row |= {name: self.total(name) for name in names}
         slot_s = sum(r.slots * r.rollout_s for r in self.records)
@@ -204,8 +220,9 @@ class Trace:
 
     def active(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Sequences that decode over the whole run: n[i] of them from second t[i] on, 0 between rollouts."""
-        times = [record.rollout_begin_s + record.active_time_s for record in self.records]
-        return np.concatenate(times), np.concatenate([record.active_n for record in self.records])
+        curves = [record.active for record in self.records]
+        times = [record.rollout_begin_s + time_n for record, (time_n, _) in zip(self.records, curves, strict=True)]
+        return np.concatenate(times), np.concatenate([active_n for _, active_n in curves])
 
     def write_csv(self, path: Path | str) -> None:
         """One line per step; an unknown value is an empty cell."""

@@ -1,0 +1,41 @@
+"""How much longer training takes because rows are whole: the fullest rank of each mini-batch makes the others wait.
+
+Rows differ in length and cannot be cut, so that no dealing makes all ranks equal, the less the fewer rows each rank has of a
+mini-batch. Twice the devices therefore do not halve the seconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def waiting_factor(work_n: NDArray[np.float64], *, ranks: int, updates: int = 1, copies: int = 1) -> float:
+    """Seconds of `updates` mini-batches over `ranks`, relative to an even spread of the same work; 1 for one rank or no work.
+
+        sum over mini-batches of (the fullest rank's work) x ranks / work in all
+
+    work_n   of each row
+    copies   rows that each of them stands for (steady.sampled)
+
+    The dealing is a good one: rows in order of their work go to the mini-batches in turn, so that these are alike; within one each
+    row, the longest first, goes to the rank that has least. A real trainer comes close: its ranks have engines of their own, and go
+    through micro-batches in step. The Trainer's wait 7 % at the 32B shape (benchmarks/at_32b.py) [M], where this says 0 to 1 %.
+    """
+    total = copies * float(work_n.sum())
+    if ranks == 1 or total == 0:
+        return 1.0
+    ordered = np.repeat(np.sort(work_n)[::-1], copies)
+    return sum(fullest(ordered[first::updates], ranks) for first in range(updates)) * ranks / total
+
+
+def fullest(work_n: NDArray[np.float64], ranks: int) -> float:
+    """Work of the fullest rank when each row goes to the one that has least."""
+    if len(work_n) <= ranks:
+        return float(work_n.max(initial=0.0))
+    loads = work_n[ranks - 1 :: -1].tolist()  # one row each, ascending: a heap
+    for work in work_n[ranks:].tolist():
+        heapq.heapreplace(loads, loads[0] + work)
+    return float(max(loads))
