@@ -425,8 +425,9 @@ def test_two_engines_count_and_learn_the_same_on_two_ranks_and_on_four(two_engin
         for name in counts:
             assert one[name] == two[name], name
         for name in ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"):
-            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5, nan_ok=True), name
-    assert sum(row["policy/grad_norm"] > 0 for row in metrics_of(two_engines[0].out)) == 3
+            assert (two[name] is None) == (one[name] is None), name  # NaN, in JSON: a step without an update
+            assert one[name] is None or two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+    assert sum((row["policy/grad_norm"] or 0) > 0 for row in metrics_of(two_engines[0].out)) == 3
     assert any((row["value/grad_norm"] or 0) > 0 for row in metrics_of(two_engines[0].out))
     for run in two_engines:
         check_no_response_twice(run.out)
