@@ -398,7 +398,7 @@ def one_engine(needs_vllm, tmp_path_factory, model, problems):
 
 def rank_states(run: Recorded) -> list[dict]:
     newest = complete_checkpoints(run.out / "checkpoints")[-1]
-    return [json.loads(file.read_text())["trainer"] for file in sorted(newest.glob("rank-*.json"))]
+    return [json.loads(file.read_text()) for file in sorted(newest.glob("rank-*.json"))]
 
 
 def test_two_engines_sample_the_same_tokens_on_two_ranks_and_on_four(two_engines):
@@ -435,7 +435,7 @@ def test_two_engines_count_and_learn_the_same_on_two_ranks_and_on_four(two_engin
 
 def test_every_rank_trains_something(two_engines, one_engine):
     for run, ranks in zip((*two_engines, one_engine), (2, 4, 2), strict=True):
-        trained = [state["ledger"]["tokens"]["trained"] for state in rank_states(run)]
+        trained = [state["trainer"]["ledger"]["tokens"]["trained"] for state in rank_states(run)]
         assert len(trained) == ranks
         assert min(trained) > 0
 
