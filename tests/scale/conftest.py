@@ -1,4 +1,4 @@
-"""The checkout on the path, ahead of tests/: a folder there is named scale too."""
+"""The checkout on the path, ahead of tests/: a folder there is named scale too. Behind it tests/, for the catalogue of planted bugs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+if str(ROOT / "tests") not in sys.path:
+    sys.path.append(str(ROOT / "tests"))
 pytest.register_assert_rewrite("scale_helpers")
 
 
