@@ -46,6 +46,26 @@ def test_the_own_share_and_the_memory_of_a_cpu_tiny_step():
     assert result == f"{percent(row['padding'], 0)} in linear layers, {percent(row['attention_padding'])} in attention"
 
 
+def test_the_clocks_misses():
+    errors = [int(row["error"].split()[0]) for row in table("literature")]
+    within = sum(row["within"] == "True" for row in table("literature"))
+    result, _ = line("predicted against published step times")
+    expected = (
+        f"{min(errors):+d} % to {max(errors):+d} % over all settings tried, {within} of {len(errors)} within the printed range"
+    )
+    assert result.startswith(expected)
+
+
+def test_the_clocks_own_cost():
+    mean, half, _, apart, _ = table("clock")
+    result, aim = line("the clock, 1,000 steps of 8,192 slots")
+    seconds = [float(row["s_per_1000_steps"]) for row in (mean, half, apart)]
+    assert result.startswith(
+        f"{seconds[0]} s at a mean length of a window, {seconds[1]} s at half a window, {seconds[2]} s there with 64 replicas"
+    )
+    verdict(aim, max(seconds[:2]) <= 10 and seconds[2] <= 20)
+
+
 def test_the_32b_shape():
     (row,) = table("at_32b")
     result, aim = line("at the 32B shape")
