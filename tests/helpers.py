@@ -134,11 +134,13 @@ def same(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
 _MODELS: list[Any] = []
 
 
-def make_trainer(method: str = "tppo", *, policy_spy=None, value_spy=None, parallel=None, **changes: Any) -> Trainer:
+def make_trainer(
+    method: str = "tppo", *, policy_spy=None, value_spy=None, parallel=None, dtype=torch.float32, **changes: Any
+) -> Trainer:
     """A Trainer on tiny models; `changes` are config fields with __ for the dot, as rollout__window=4."""
     if not _MODELS:
         _MODELS.extend([make_policy(), make_value()])
-    policy, value = copy.deepcopy(_MODELS[0]), copy.deepcopy(_MODELS[1])
+    policy, value = copy.deepcopy(_MODELS[0]).to(dtype), copy.deepcopy(_MODELS[1]).to(dtype)
     fields = SMALL_RUN | {name.replace("__", "."): x for name, x in changes.items()}
     config = replace_fields(Config(), fields)
     config = apply_method(config, method, strict=False) if method else config

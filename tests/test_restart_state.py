@@ -20,6 +20,7 @@ CASES = {
     "tppo": {}, "tppo-defer": {}, "tppo-ewma": {}, "ppo": {}, "partial-is": {},
     "tppo-once": {"policy__min_new_tokens": 9, "rollout__window": 4},
     "held": {"method": "tppo", "value__batch_responses": 3},
+    "bfloat16": {"method": "tppo-ewma", "dtype": torch.bfloat16},
     "warm-ups": {"method": "tppo", "value__warmup_steps": 2, "policy__lr_warmup_steps": 9, "value__lr_warmup_steps": 7},
 }  # fmt: skip
 
@@ -74,8 +75,9 @@ def restored(trainer, case: str):
     for mine, theirs in ((other.policy_learner, trainer.policy_learner), (other.value_learner, trainer.value_learner)):
         mine.module.load_state_dict(theirs.module.state_dict())
         mine.optimiser.load_state_dict(copy.deepcopy(theirs.optimiser.state_dict()))  # torch shares the tensors
+        mine.masters.load(theirs.masters.tensors)
     if trainer.ewma is not None:
-        other.ewma.module.load_state_dict(trainer.ewma.module.state_dict())
+        other.ewma.masters.load(trainer.ewma.masters.tensors)
     other.engine.load_weights(None, other.version)
     return other
 

@@ -45,6 +45,7 @@ CASES = {
     "tppo-ewma": ("tppo-ewma", {}),
     "partial-is": ("partial-is", {}),
     "ppo": ("ppo", {}),
+    "bfloat16": ("tppo-ewma", {"model.dtype": "bfloat16", "policy.lr": 1e-5}),
     "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tppo_ref.loop.masters import Masters
 from tppo_ref.loop.minibatches import pack, split_mini_batches
 from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.settings import PolicyConfig, ValueConfig
@@ -25,7 +26,8 @@ class Learner:
         self.module: Any = module  # a torch module with named_tensors and save_pretrained (models.py, scale's sharded ones)
         self.num_steps = 0  # training steps that updated this model: the learning rate's warm-up counts these
         self.num_updates = 0  # optimiser steps
-        self.optimiser = torch.optim.AdamW(module.parameters(), lr=self._warm_lr(1), weight_decay=config.weight_decay)
+        self.masters = Masters(module)
+        self.optimiser = torch.optim.AdamW(self.masters.tensors.values(), lr=self._warm_lr(1), weight_decay=config.weight_decay)
         self.grad_norms: list[float] = []
 
     def begin_step(self) -> None:
@@ -71,8 +73,10 @@ class Learner:
         self._refuse_non_finite(total, norm, step)
         if not self.grad_norms:
             self._warm_up()
+        self.masters.take_gradients()
         self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)  # four bytes a parameter, which decoding can use
+        self.masters.round()
+        self.masters.drop_gradients()  # four bytes a parameter, which decoding can use
         self.grad_norms.append(norm)
         self.num_updates += 1
 
@@ -85,7 +89,7 @@ class Learner:
             grads = ((n, p.grad) for n, p in self.module.named_parameters() if p.grad is not None)
             name = next((n for n, grad in grads if not bool(torch.isfinite(grad).all())), "a parameter on another rank")
             what = f"gradient of {name} is not finite (norm {norm})"
-        self.optimiser.zero_grad(set_to_none=True)
+        self.masters.drop_gradients()
         raise NonFiniteError(
             f"step {step}: the {self.name}'s {what}; stopped before the update; lower {self.name}.lr or {self.name}.max_grad_norm"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tppo_ref.loop.forward import ClipCentre, Forward, clip_centre
 from tppo_ref.loop.learner import Learner, Plan
+from tppo_ref.loop.masters import Masters
 from tppo_ref.loop.parallel import Parallel, mean_and_variance, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig, ValueConfig
@@ -29,19 +30,21 @@ class Ewma:
     with its bias towards the first weights taken out. Our departure: the weight averaged / behaviour, which stands outside of the
     clip, is truncated at policy.importance_cap.
 
-    module   a copy of the policy, of its own memory
+    module   a copy of the policy, of its own memory; where it is not float32, the average is, and the module holds its rounding
     """
 
     def __init__(self, module: torch.nn.Module, decay: float):
         self.module = module.requires_grad_(False)
+        self.masters = Masters(module)
         self.decay, self.weight = decay, 1.0
 
     @torch.no_grad()
-    def move(self, current: torch.nn.Module) -> None:
+    def move(self, current: Masters) -> None:
         """One optimiser step went by: the average moves towards the current weights."""
         self.weight = self.decay * self.weight + 1
-        for average, parameter in zip(self.module.parameters(), current.parameters(), strict=True):
-            average.lerp_(parameter.detach(), 1 / self.weight)
+        for average, tensor in zip(self.masters.tensors.values(), current.tensors.values(), strict=True):
+            average.lerp_(tensor.detach(), 1 / self.weight)
+        self.masters.round()
 
     def clip_centre(self, batch: TokenBatch, rows: Rows, part: Any, config: PolicyConfig) -> ClipCentre:
         """The averaged policy's log-probabilities of a micro-batch, and the importance weights averaged / behaviour."""
@@ -141,7 +144,7 @@ def update_policy(
     for mini_batch, (tokens, positive) in optimiser_steps(learner, plans, rows.train_BT, loss.positive_BT):
         learner.update(mini_batch, partial(loss, tokens=tokens, positive=positive), step)
         if ewma is not None:
-            ewma.move(learner.module)
+            ewma.move(learner.masters)
     if ewma is None:
         loss.sums.add(weight_clipped=loss.centre.clipped_share * loss.sums.by_name["tokens"])
     (ratio_max,) = learner.parallel.max([loss.ratio_max])

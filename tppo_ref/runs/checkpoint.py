@@ -82,7 +82,10 @@ class LocalCheckpointer:
             learner.module.save_pretrained(folder / learner.name)
         if trainer.ewma is not None:
             # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
-            save_file({name: p.detach().clone() for name, p in trainer.ewma.module.named_parameters()}, folder / "ewma.safetensors")
+            save_file({name: p.detach().clone() for name, p in trainer.ewma.masters.tensors.items()}, folder / "ewma.safetensors")
+        for learner in learners:
+            if apart := learner.masters.apart:
+                save_file(apart, folder / f"{learner.name}-masters.safetensors")
         optimisers = {learner.name: learner.optimiser.state_dict() for learner in learners}
         torch.save(optimisers, folder / "optimisers.pt")
         (folder / "state.json").write_text(json.dumps({"config": self.config, "trainer": trainer.state_dict()}))
@@ -99,10 +102,10 @@ class LocalCheckpointer:
             optimisers = torch.load(checkpoint / "optimisers.pt", weights_only=True)
             for learner in (trainer.policy_learner, trainer.value_learner):
                 learner.optimiser.load_state_dict(optimisers[learner.name])
+                if learner.masters.apart:
+                    learner.masters.load(load_file(checkpoint / f"{learner.name}-masters.safetensors"))
             if trainer.ewma is not None:
-                averaged = load_file(checkpoint / "ewma.safetensors")
-                for name, parameter in trainer.ewma.module.named_parameters():
-                    parameter.data.copy_(averaged[name])
+                trainer.ewma.masters.load(load_file(checkpoint / "ewma.safetensors"))
             trainer.load_state_dict([state["trainer"]])
         except (
             OSError,

@@ -69,7 +69,7 @@ class ModelConfig:
     warm_start_lr: Positive = 5e-3
     """Peak learning rate of these steps. [M]"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Weights and activations; losses and advantages are float32 always. [O]"""
+    """Weights and activations; what updates and averages move, losses and advantages are float32 always. [O]"""
     device: str = "cpu"
     """cpu, cuda, cuda:N or auto. [O]"""
     trust_remote_code: bool = False
