@@ -154,7 +154,9 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     if heads % world.tensor_parallel:
         raise UserError(f"engine.tensor_parallel: {folder} has {heads} attention heads, which cannot be cut into "
                         f"{world.tensor_parallel}; give a divisor")  # fmt: skip
-    options = {"block_size": engine.block_size} if engine.block_size else {}
+    options = dict(engine.vllm)
+    if engine.block_size:
+        options["block_size"] = engine.block_size
     if engine.max_batched_tokens:
         options["max_num_batched_tokens"] = engine.max_batched_tokens
     return VLLMEngine(

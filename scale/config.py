@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from scale.rewards import GRADE
+from scale.vllm_options import check_options
 from tppo_ref.loop.bounds import Count, Natural, NotNegative, Positive, Share
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.config import FIXED_ON_RESUME as FIXED_ALGO
@@ -40,6 +41,8 @@ class EngineConfig:
     """Tokens per KV-cache block; 0 = vLLM's own choice (32 on a CPU, so that short prefixes are cached). [O]"""
     max_batched_tokens: Natural = 0
     """Most tokens that vLLM prefills at once; 0 = its own choice. [O]"""
+    vllm: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further options of vLLM by its own names, as {max_num_seqs: 512}; what a field here says is refused. [O]"""
     probe_prompts: Count = 8
     """Prompts of the start-up probe, which compares engine and trainer log-probabilities. [O]"""
     probe_tokens: Count = 16
@@ -182,7 +185,7 @@ CANCELLED = (
     Cancelled("algo.model.trust_remote_code", lambda c: True, "a cluster runs no code of a checkpoint's"),
     *(Cancelled(path, lambda c: True, "scale/ compares nothing") for path in field_paths(ScaleConfig) if ".compare." in path),
     *(Cancelled(f"engine.{name}", lambda c: c.engine.kind == "torch", "engine.kind torch is not vLLM")
-      for name in ("sleep_level", "block_size", "max_batched_tokens", "probe_prompts", "probe_tokens", "probe_mean",
+      for name in ("sleep_level", "block_size", "max_batched_tokens", "vllm", "probe_prompts", "probe_tokens", "probe_mean",
                    "probe_top_percent")),
     *(Cancelled(path, lambda c: not c.algo.task.path, "there is no file of prompts (algo.task.path)")
       for path in ("algo.task.eval_path", "algo.task.prompt_key", "algo.task.answer_key", "algo.task.chat_template",
@@ -205,6 +208,7 @@ def check(config: ScaleConfig, given: Collection[str] = ()) -> ScaleConfig:
     config = dataclasses.replace(config, algo=algo)
     refuse(config, IMPOSSIBLE)
     refuse_cancelled(config, CANCELLED)
+    check_options(config.engine.vllm)
     return config
 
 

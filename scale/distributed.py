@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from scale.network import check_interfaces, first_word, join
 from tppo_ref.loop.parallel import Thing, clip_gradients
 from tppo_ref.method.errors import UserError
 
@@ -53,7 +54,8 @@ def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 
     """Join the process group that torchrun describes, or make one of a single rank.
 
     Host numbers travel over gloo, tensors on GPUs over nccl. Every wait is bounded by `timeout_s` and then fails by name.
-    Must run before vLLM is imported, which overwrites LOCAL_WORLD_SIZE. UserError where the ranks cannot be cut into groups.
+    Must run before vLLM is imported, which overwrites LOCAL_WORLD_SIZE. UserError where the ranks cannot be cut into groups, or do
+    not reach each other (network.py).
     """
     if "RANK" not in os.environ:
         with socket.socket() as free:
@@ -68,10 +70,12 @@ def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 
         raise UserError(f"algo.model.device: {device} is not there; give cpu, or auto")
     if cuda:
         torch.cuda.set_device(local_rank)
+    here = f"cuda:{local_rank}" if cuda else "cpu"
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
-    return World(rank=rank, world=world, local_rank=local_rank, tensor_parallel=tensor_parallel,
-                 device=f"cuda:{local_rank}" if cuda else "cpu")  # fmt: skip
+        check_interfaces()
+        backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(seconds=timeout_s)
+        join(lambda: dist.init_process_group(backend, timeout=limit), lambda: first_word(sorted({"cpu", here})))
+    return World(rank=rank, world=world, local_rank=local_rank, tensor_parallel=tensor_parallel, device=here)
 
 
 class Collective:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scale.distributed import World
+from scale.vllm_options import with_float32_head
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.engine import Decoded, Request
 from tppo_ref.rollout.packing import TokenBatch
@@ -70,7 +71,7 @@ class VLLMEngine:
     temperature, min_response_tokens, end_token_id   the sampling distribution, as in tppo_ref's PolicyModel; log-probabilities are
                          of that distribution ("processed"). Filters that renormalise (top-p, top-k) are not offered
     sleep_level          GPU only, from `sleep` to the next `load_weights`. 0: stay; 1: weights to the host; 2: weights dropped
-    options              further arguments of vllm.LLM
+    options              further arguments of vllm.LLM, checked by `check_options`
     """
 
     def __init__(
@@ -106,13 +107,15 @@ class VLLMEngine:
             if self._on_cpu
             else {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
         )
+        ours: dict[str, Any] = {"max_num_seqs": slots, "enable_prefix_caching": True, "enforce_eager": self._on_cpu,
+                                "disable_log_stats": True}  # fmt: skip
         try:
             self._llm = vllm.LLM(
                 model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype, seed=seed,
-                max_model_len=max_context_tokens + 1, max_num_seqs=slots, tensor_parallel_size=world.tensor_parallel,
-                distributed_executor_backend="external_launcher", enable_prefix_caching=True, enforce_eager=self._on_cpu,
-                generation_config="vllm",  # else a folder's own adds end tokens that min_tokens forbids and the trainer does not
-                disable_log_stats=True, logprobs_mode="processed_logprobs", **device_options, **(options or {}),
+                max_model_len=max_context_tokens + 1, tensor_parallel_size=world.tensor_parallel,
+                distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # a folder's own would add filters that renormalise
+                **(ours | device_options | with_float32_head(options or {})),
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             why = " ".join(str(error).partition("[type=")[0].split())[:300]  # behind it stands pydantic's view of the input

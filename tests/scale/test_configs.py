@@ -152,7 +152,7 @@ WRONG = [
     ),
     (
         ["--reward.format_penalty", "1", "--algo.task.verifier", "own:verify"],
-        "reward.format_penalty: got 1.0; expected 0 with a verifier",
+        "reward.format_penalty: got 1.0; expected 0 with the verifier own:verify",
     ),
     (["--sharding.compute_dtype", "float16"], "sharding.compute_dtype"),
     (["--algo.model.policy", "models/Nothing"], "algo.model.policy: models/Nothing is not here"),
@@ -186,7 +186,8 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path):
 OTHER = {
     "algo.run.eval_every_s": 9.0, "algo.model.dtype": "bfloat16", "algo.model.trust_remote_code": True, "algo.compare.methods": ["tppo"],
     "algo.compare.seeds": 4, "algo.compare.jobs": 3, "algo.compare.target": 0.5, "algo.compare.per_method": {"tppo": {}},
-    "engine.sleep_level": 1, "engine.block_size": 16, "engine.max_batched_tokens": 9, "engine.probe_prompts": 9, "engine.probe_tokens": 9,
+    "engine.sleep_level": 1, "engine.block_size": 16, "engine.max_batched_tokens": 9, "engine.vllm": {"enforce_eager": True},
+    "engine.probe_prompts": 9, "engine.probe_tokens": 9,
     "engine.probe_mean": 0.5, "engine.probe_top_percent": 0.5, "algo.task.eval_path": "e.jsonl", "algo.task.prompt_key": "q",
     "algo.task.answer_key": "a", "algo.task.chat_template": True, "data.instruction": "Think.", "data.over_long": "error",
     "reward.overlong_penalty": 0.5,

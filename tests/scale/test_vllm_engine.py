@@ -102,3 +102,10 @@ def test_a_refused_list_of_requests_leaves_none_of_them_running(found):
 
 def test_the_longest_request_that_fits_is_served_whole(found):
     assert found["longest"] == 10
+
+
+def test_vllms_own_options_arrive_by_name_and_the_output_head_is_float32(found):
+    """With fewer sequences than slots requests wait inside vLLM, and the schedule above does not see it."""
+    assert found["options read from the source"] is True
+    assert found["head dtype"] == "torch.float32"
+    assert found["further options"] == (5 if found["tied"] else 6)

@@ -5,6 +5,7 @@ python vllm_worker.py FOLDER tied|untied
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -19,6 +20,7 @@ from scale.config import ScaleConfig
 from scale.distributed import start
 from scale.run import probe as start_up_probe
 from scale.vllm_engine import VLLMEngine
+from scale.vllm_options import option_names
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
 from tppo_ref.method.slots import SlotSchedule
@@ -104,9 +106,14 @@ def main(folder, tied):
     options = {} if tied else {"temperature": 0.8, "min_response_tokens": 9}
     # Few prompts fit into one of vLLM's steps, so that the requests of one submit lag behind each other; in the second process
     # few blocks of cache, so that vLLM preempts some and computes them anew.
-    cache = {} if tied else {"num_gpu_blocks_override": 14}
+    cache = {"max_num_seqs": SLOTS - 1} if tied else {"num_gpu_blocks_override": 14}
     engine = VLLMEngine(folder, world=world, slots=SLOTS, max_context_tokens=CONTEXT, end_token_id=END,
                         options={"max_num_batched_tokens": CONTEXT + 1, **cache}, **options)  # fmt: skip
+    from vllm.engine.arg_utils import EngineArgs  # not before the engine has set vLLM's environment
+
+    found["options read from the source"] = option_names() == {f.name for f in dataclasses.fields(EngineArgs)}
+    found["head dtype"] = str(engine._engine.model_config.head_dtype)
+    found["further options"] = engine._engine.vllm_config.scheduler_config.max_num_seqs
     policy = load_policy(folder, end_token_id=END, **options)
     request = Request(response_id=0, token_ids=[3] * 40, max_new_tokens=4, seed=1)
     found["submit before load"] = raises(RuntimeError, lambda: engine.submit([request]), "load_weights")
