@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from scale.checkpoint import DistributedCheckpointer
-from scale.config import FIXED_ON_RESUME, ScaleConfig, own_base_model
+from scale.config import FIXED_ON_RESUME, ScaleConfig, check_deal, own_base_model
 from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
@@ -92,12 +92,8 @@ def shape(scorer: TaskScorer, config: ScaleConfig) -> Shaped:
 
 def slots_and_windows(config: ScaleConfig, world: World) -> SlotSchedule:
     """The slots and windows of one engine."""
-    rollout = config.algo.rollout
-    for name, number in (("slots", rollout.slots), ("responses_per_step", rollout.responses_per_step)):
-        if number % world.num_engines:
-            raise UserError(f"algo.rollout.{name}: got {number}; expected a multiple of {world.num_engines}, the engines that they "
-                            f"are dealt to; give one")  # fmt: skip
-    return make_schedule(rollout, world.num_engines)
+    check_deal(config, world.num_engines)
+    return make_schedule(config.algo.rollout, world.num_engines)
 
 
 def with_base_model(config: ScaleConfig, parallel: Collective) -> ScaleConfig:
@@ -115,7 +111,7 @@ def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool
     """The policy, sharded, with the config's sampling distribution."""
     model, rollout = config.algo.model, config.algo.rollout
     if not model.policy:
-        raise UserError("algo.model.policy: expected a model's folder or a config.json, got none")
+        raise UserError("algo.model.policy: got none; expected a model's folder or a config.json; give one")
     policy = load_sharded(
         PolicyModel, model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights,
         temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=task.end_token_id,
@@ -145,15 +141,15 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     if engine.kind == "torch":
         if world.tensor_parallel > 1:
             raise UserError(
-                f"engine.tensor_parallel: TorchEngine is one process, got {world.tensor_parallel}; give 1, or kind vllm"
+                f"engine.tensor_parallel: got {world.tensor_parallel}; expected 1 with engine.kind torch; give 1, or kind vllm"
             )
         copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
         return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
                            temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip
     heads = AutoConfig.from_pretrained(folder, local_files_only=True).num_attention_heads
     if heads % world.tensor_parallel:
-        raise UserError(f"engine.tensor_parallel: {folder} has {heads} attention heads, which cannot be cut into "
-                        f"{world.tensor_parallel}; give a divisor")  # fmt: skip
+        raise UserError(f"engine.tensor_parallel: got {world.tensor_parallel}; expected a divisor of the {heads} attention heads "
+                        f"of {folder}; give one")  # fmt: skip
     options = dict(engine.vllm)
     if engine.block_size:
         options["block_size"] = engine.block_size

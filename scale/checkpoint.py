@@ -138,7 +138,9 @@ class DistributedCheckpointer:
             if trainer.ewma is not None:
                 set_model_state_dict(trainer.ewma.module, shards["ewma"])
         except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
-            raise UserError(f"checkpoint {checkpoint}: does not fit this run ({reason(error)})") from None
+            raise UserError(
+                f"checkpoint {checkpoint}: got one that does not fit this run ({reason(error)}); expected the run's own config"
+            ) from None
         self._newest = checkpoint
 
     def _agree(self, failure: str, final: Path | None = None) -> None:
@@ -197,12 +199,14 @@ def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
         for name, size in manifest["bytes"].items():
             found = (folder / name).stat().st_size
             if found != size:
-                raise UserError(f"checkpoint {folder}: {name} has {found} bytes, {size} were written; {REMEDY}")
+                raise UserError(
+                    f"checkpoint {folder}: got {name} of {found} bytes; expected the {size} that were written; {REMEDY}"
+                )
         for name, digest in manifest["sha256"].items() if digests else ():
             refuse_changed(folder, name, digest)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {folder}: cannot be read ({error}); {REMEDY}") from None
+        raise UserError(f"checkpoint {folder}: got what cannot be read ({error}); expected what was written; {REMEDY}") from None
 
 
 def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:
@@ -232,7 +236,7 @@ def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype
     failures: list[Any] = [None] * world.world
     dist.all_gather_object(failures, failure)
     if failures[0]:
-        raise UserError(f"export: {folder} cannot be written ({failures[0]}); choose another folder")
+        raise UserError(f"export: got {folder}; expected a folder that can be written ({failures[0]}); choose another")
 
 
 def _plain_class(hf: Any) -> Any:

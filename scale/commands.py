@@ -66,7 +66,7 @@ def export(config: ScaleConfig, world: World) -> None:
     out = Path(config.algo.run.out)
     found = complete_checkpoints(out / "checkpoints")
     if not found:
-        raise UserError(f"algo.run.out: {out} holds no checkpoint; give the folder of a run")
+        raise UserError(f"algo.run.out: got {out}; expected the folder of a run with a checkpoint; give one")
     read_manifest(found[-1], digests=False)
     policy, value = build_policy(config, world, make_task(config), weights=False), build_value(config, world, weights=False)
     load_models(policy, value, found[-1])

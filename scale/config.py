@@ -14,7 +14,7 @@ from typing import Any, Literal
 from scale.rewards import GRADE
 from scale.vllm_options import check_options
 from tppo_ref.loop.bounds import Count, Natural, NotNegative, Positive, Share
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import FIXED_ON_RESUME as FIXED_ALGO
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import field_paths
@@ -210,6 +210,13 @@ def check(config: ScaleConfig, given: Collection[str] = ()) -> ScaleConfig:
     refuse_cancelled(config, CANCELLED)
     check_options(config.engine.vllm)
     return config
+
+
+def check_deal(config: ScaleConfig, engines: int) -> None:
+    """UserError where a step's slots or responses cannot be dealt evenly to that many engines."""
+    for name in ("slots", "responses_per_step"):
+        if (number := getattr(config.algo.rollout, name)) % engines:
+            raise UserError(refusal(f"algo.rollout.{name}", str(number), f"a multiple of the {engines} engines", "give one"))
 
 
 def check_training(config: ScaleConfig) -> None:

@@ -58,7 +58,7 @@ class MathTask(JsonlTask):
         prompts = super()._read(file, first_id)
         if not prompts:
             raise UserError(
-                f"{file}: every prompt is longer than {self.max_prompt_tokens} tokens; raise algo.task.max_prompt_tokens"
+                f"{file}: got no prompt of at most {self.max_prompt_tokens} tokens; expected one; raise algo.task.max_prompt_tokens"
             )
         return prompts
 
@@ -71,11 +71,11 @@ def make_task(config: ScaleConfig) -> Task:
     task = config.algo.task
     if not task.path:
         if task.name == "jsonl":
-            raise UserError("algo.task.path: expected a file of prompts or a data set's id, got none")
+            raise UserError("algo.task.path: got none; expected a file of prompts or a data set's id; give one")
         return load_task(task.name)
     tokenizer = task.tokenizer or config.algo.model.policy
     if not tokenizer:
-        raise UserError("algo.task.tokenizer: expected a folder, or bytes, got none")
+        raise UserError("algo.task.tokenizer: got none; expected a tokenizer's folder, or bytes; give one")
     return MathTask(
         train=task.path, test=task.eval_path or "", tokenizer=tokenizer, chat_template=task.chat_template,
         verifier=task.verifier or (GRADE if config.reward.format_penalty else "scale.rewards:verify_math"),
@@ -89,13 +89,17 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file}: reading parquet needs pyarrow; pip install 'tppo-ref[scale]', or convert it to jsonl") from None
+        raise UserError(
+            f"{file}: got a parquet file; expected pyarrow to read it; pip install 'tppo-ref[scale]', or convert it to jsonl"
+        ) from None
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except (OSError, ValueError) as error:
-        raise UserError(f"prompt file {str(file)!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{file}: got what cannot be read ({' '.join(str(error).split())[:200]}); expected a parquet file of prompts"
+        ) from None
     if not rows:
-        raise UserError(f"prompt file {str(file)!r} is empty")
+        raise UserError(f"{file}: got no rows; expected prompts")
     return rows
 
 
@@ -103,18 +107,24 @@ def _hub_files(name: str) -> list[Path]:
     """The parquet or jsonl files of one split of a data set, downloaded or from the cache."""
     repository, _, split = name.partition(":")
     if repository.count("/") != 1 or repository.startswith((".", "/")):
-        raise UserError(f"algo.task.path: {name} is no file; expected a .jsonl or .parquet file, or owner/name of a data set")
+        raise UserError(
+            f"algo.task.path: got {name}, which is no file; expected a .jsonl or .parquet file, or owner/name of a data set"
+        )
     import huggingface_hub
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
     except Exception as error:  # the client raises a dozen types for no network, no such set, no permission
-        raise UserError(f"algo.task.path: data set {repository} cannot be had: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"algo.task.path: got {repository}; expected a data set that can be had ({' '.join(str(error).split())[:200]})"
+        ) from None
     wanted = split or "train"
     files = sorted(
         f for f in folder.rglob("*") if f.suffix in (".parquet", ".jsonl") and str(f.relative_to(folder)).startswith(wanted)
     )
     files = files or sorted(f for f in folder.rglob(f"*{wanted.rpartition('/')[2]}*") if f.suffix in (".parquet", ".jsonl"))
     if not files:
-        raise UserError(f"algo.task.path: data set {repository} has no parquet or jsonl file for {wanted!r}")
+        raise UserError(
+            f"algo.task.path: got {repository}, which has no parquet or jsonl file for {wanted!r}; expected one of its splits"
+        )
     return files

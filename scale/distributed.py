@@ -64,10 +64,10 @@ def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if tensor_parallel < 1 or world % tensor_parallel:
-        raise UserError(f"engine.tensor_parallel: {world} ranks cannot be cut into groups of {tensor_parallel}; give a divisor")
+        raise UserError(f"engine.tensor_parallel: got {tensor_parallel}; expected a divisor of the {world} ranks; give one")
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
-        raise UserError(f"algo.model.device: {device} is not there; give cpu, or auto")
+        raise UserError(f"algo.model.device: got {device}; expected one that is there; give cpu, or auto")
     if cuda:
         torch.cuda.set_device(local_rank)
     here = f"cuda:{local_rank}" if cuda else "cpu"

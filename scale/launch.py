@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     try:
         if command not in COMMANDS:
-            raise UserError(f"unknown command {command!r}, expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+            raise UserError(f"command: got {command!r}; expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
         config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
         config = check(config, given_fields(arguments))
         if command == "train":

@@ -38,11 +38,11 @@ def report(config: ScaleConfig) -> int:
     """Write report/*.png and the CSV behind each; 0, or a UserError for a folder that holds no run."""
     out = Path(config.algo.run.out)
     if not (out / "metrics.jsonl").exists():
-        raise UserError(f"algo.run.out: {out} holds no run; give the folder of one")
+        raise UserError(f"algo.run.out: got {out}; expected the folder of a run; give one")
     records = read_metrics(out / "metrics.jsonl")
     steps = [record for record in records if "time/step_s" in record]
     if not steps:
-        raise UserError(f"algo.run.out: {out} holds no finished step yet")
+        raise UserError(f"algo.run.out: got {out}; expected a run with a finished step; wait for one")
     folder = out / "report"
     folder.mkdir(exist_ok=True)
     figures = {

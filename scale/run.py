@@ -46,6 +46,9 @@ def probe(engine: VLLMEngine, policy: PolicyModel, task: Task, config: ScaleConf
     verdict = (f"engine and trainer log-probabilities differ by {gap.mean:.2g} on average, {gap.top_percent:.2g} in the top 1 % "
                f"of {gap.num_tokens} tokens (allowed: {mean:.2g}, {top:.2g})")  # fmt: skip
     if not (gap.mean <= mean and gap.top_percent <= top):
-        raise UserError(f"engine.probe_mean: {verdict}; look at dtype, temperature, the weights' sync and the prefix cache")
+        raise UserError(
+            f"engine.probe_mean: got {gap.mean:.2g}; expected less: {verdict}; look at dtype, temperature, the weights' sync and "
+            f"the prefix cache"
+        )
     if engine.world.rank == 0:
         log.info("probe passed: %s", verdict)

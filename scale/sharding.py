@@ -36,7 +36,7 @@ def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
     """The model's decoder layers: the longest list of modules in its backbone. UserError where there is none."""
     lists = [module for module in model.hf.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
-        raise UserError(f"model.policy: {type(model.hf).__name__} has no list of decoder layers to shard by")
+        raise UserError(f"model.policy: got {type(model.hf).__name__}; expected a model with a list of decoder layers to shard by")
     return max(lists, key=len)
 
 
@@ -106,11 +106,13 @@ def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **opti
     import transformers
 
     if not (Path(source) / "config.json").is_file() and not str(source).endswith(".json"):
-        raise UserError(f"model.policy: {source} is no model folder, it has no config.json; expected a folder or a config.json")
+        raise UserError(f"model.policy: got {source}, which has no config.json; expected a model's folder or a config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(str(source), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.policy: {source} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"model.policy: got {source}; expected a config that can be read ({' '.join(str(error).split())[:200]})"
+        ) from None
     with torch.device("meta"):
         return from_config(kind, config, **options)
 
@@ -133,7 +135,7 @@ def _restore_buffers(model: nn.Module, device: str) -> None:
         config = getattr(module, "config", None)
         if config is None:
             raise UserError(
-                f"model.policy: {type(module).__name__} keeps buffers that cannot be rebuilt; this architecture is not supported"
+                f"model.policy: got {type(module).__name__}, whose buffers cannot be rebuilt; expected an architecture without such"
             )
         fresh = type(module)(config=config)
         for name, buffer in fresh.named_buffers(recurse=False):
@@ -150,7 +152,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         with safe_open(file, "pt") as tensors:
             files |= dict.fromkeys(tensors.keys(), file)
     if not files:
-        raise UserError(f"model.policy: {folder} holds no safetensors")
+        raise UserError(f"model.policy: got {folder}; expected a folder with safetensors")
     return files
 
 
@@ -160,7 +162,9 @@ def fill(model: PolicyModel | ValueModel, folder: Path, *, seed: int) -> None:
     try:
         _fill(model, weight_files(folder), folder, seed)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.policy: the weights in {folder} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"model.policy: got {folder}; expected weights that can be read ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path, seed: int) -> None:
@@ -170,7 +174,9 @@ def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path,
             with safe_open(files[name], "pt") as tensors:
                 rows = tensors.get_slice(name)
                 if list(rows.get_shape()) != list(parameter.shape):
-                    raise UserError(f"{files[name]}: {name} has shape {rows.get_shape()}, the config says {list(parameter.shape)}")
+                    raise UserError(
+                        f"{files[name]}: got {name} of shape {rows.get_shape()}; expected {list(parameter.shape)}, by its config"
+                    )
                 local.copy_(rows[_own_rows(parameter)])
         elif isinstance(model, ValueModel) and in_value_head(name):
             generator = torch.Generator().manual_seed(seed)
@@ -178,7 +184,7 @@ def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path,
             whole = torch.randn(parameter.shape, generator=generator) * std
             local.copy_(whole[_own_rows(parameter)])
         else:
-            raise UserError(f"model.policy: {folder} lacks {name}")
+            raise UserError(f"model.policy: got {folder}, which lacks {name}; expected all weights of its config.json")
 
 
 def _own_rows(parameter: Tensor) -> slice:

@@ -119,7 +119,7 @@ class VLLMEngine:
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             why = " ".join(str(error).partition("[type=")[0].split())[:300]  # behind it stands pydantic's view of the input
-            raise UserError(f"engine: vLLM refuses {folder}: {why}") from error
+            raise UserError(f"engine.kind: got vllm, which refuses {folder}; expected a model that it takes ({why})") from error
         self._engine = self._llm.llm_engine
         if shared_memory:
             _forget_shared_memory(shared_memory)
@@ -291,7 +291,7 @@ def _import_vllm(on_cpu: bool) -> Any:
         import vllm.sampling_params
     except ImportError as error:
         raise UserError(
-            f"engine.kind: vllm cannot be imported ({error}); pip install 'tppo-ref[scale]', or engine.kind torch"
+            f"engine.kind: got vllm; expected it installed ({error}); pip install 'tppo-ref[scale]', or engine.kind torch"
         ) from None
     return vllm
 

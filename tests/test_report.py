@@ -288,18 +288,18 @@ def test_no_timeline_is_drawn_where_none_was_written(three: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [
-        ("runs/tppo-seed1/finished", None, "tppo-seed1: expected a finished run, found one that is not finished"),
-        ("runs/ppo-seed2/metrics.jsonl", None, "ppo-seed2/metrics.jsonl: cannot be read"),
-        ("runs/ppo-seed2/metrics.jsonl", lambda text: text[:-20], "ppo-seed2/metrics.jsonl: its last line is cut off"),
-        ("runs/ppo-seed2/metrics.jsonl", lambda text: text + "{\n", "ppo-seed2/metrics.jsonl, line 10: expected a JSON object"),
-        ("runs/ppo-seed2/metrics.jsonl", lambda text: text.replace("eval/length_p99", "x"), "a number for eval/length_p99"),
+        ("runs/tppo-seed1/finished", None, "tppo-seed1: got one that is not finished; expected a finished run"),
+        ("runs/ppo-seed2/metrics.jsonl", None, "ppo-seed2/metrics.jsonl: got No such file or directory; expected a file"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text[:-20], "ppo-seed2/metrics.jsonl: got a last line that is cut off"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text + "{\n", "ppo-seed2/metrics.jsonl, line 10: got something else; expected a JSON object"),
+        ("runs/ppo-seed2/metrics.jsonl", lambda text: text.replace("eval/length_p99", "x"), "got no number for eval/length_p99 in one evaluation"),
         ("runs/ppo-seed2/metrics.jsonl", lambda text: text.splitlines()[0] + "\n", "expected an evaluation before and after"),
-        ("runs/ppo-seed0/responses.csv", lambda text: text[:-3], "ppo-seed0/responses.csv: its last line is cut off"),
-        ("runs/ppo-seed0/responses.csv", lambda text: text + "9,x,1,1,1,END_TOKEN,1\n", "ppo-seed0/responses.csv, line 10: cannot"),
-        ("runs/ppo-seed0/responses.csv", lambda text: text + "9,1.0\n", "ppo-seed0/responses.csv, line 10: cannot"),
-        ("runs/ppo-seed0/timeline.csv", lambda text: text.replace("begin_s", "b"), "timeline.csv: expected a column begin_s"),
-        ("runs/tppo-seed0/config.json", lambda text: "", "tppo-seed0/config.json: it is empty"),
-        ("config.json", None, "out/config.json: cannot be read"),
+        ("runs/ppo-seed0/responses.csv", lambda text: text[:-3], "ppo-seed0/responses.csv: got a last line that is cut off"),
+        ("runs/ppo-seed0/responses.csv", lambda text: text + "9,x,1,1,1,END_TOKEN,1\n", "ppo-seed0/responses.csv, line 10: got '9,x,"),
+        ("runs/ppo-seed0/responses.csv", lambda text: text + "9,1.0\n", "ppo-seed0/responses.csv, line 10: got '9,1.0'"),
+        ("runs/ppo-seed0/timeline.csv", lambda text: text.replace("begin_s", "b"), "; expected a column begin_s"),
+        ("runs/tppo-seed0/config.json", lambda text: "", "tppo-seed0/config.json: got nothing; expected whole lines"),
+        ("config.json", None, "out/config.json: got No such file or directory"),
     ],
 )  # fmt: skip
 def test_a_missing_or_half_written_file_is_named(three: Path, file: str, change, told: str) -> None:
@@ -316,7 +316,7 @@ def test_a_missing_or_half_written_file_is_named(three: Path, file: str, change,
 
 def test_a_seed_that_one_method_lacks_is_an_error(three: Path) -> None:
     (three / "config.json").write_text(json.dumps({"run": {"seed": 0}, "compare": {"seeds": 4}}) + "\n")
-    with pytest.raises(UserError, match="ppo-seed3: expected a finished run, found nothing"):
+    with pytest.raises(UserError, match="ppo-seed3: got nothing; expected a finished run"):
         report.write_report(three, methods=["ppo", "tppo"], target_share=0.9)
 
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from scale.config import ScaleConfig, num_ranks
+from scale.config import ScaleConfig, check_deal, num_ranks
 from scale.memory.fake_pass import Pass, Shape, terms
 from tppo_ref.method.errors import UserError
 
@@ -215,7 +215,7 @@ def read_shape(file: Path) -> Shape:
 def config_file(source: str | None) -> Path:
     """The config.json of a model's folder; of a folder that is not here, the one that scale/configs/models has under its name."""
     if not source:
-        raise UserError("algo.model.policy: expected a model's folder or a config.json, got none")
+        raise UserError("algo.model.policy: got none; expected a model's folder or a config.json; give one")
     path = Path(source)
     shipped = SHIPPED / f"{path.name.lower()}.json"
     for file in (path if path.suffix == ".json" else path / "config.json", shipped):
@@ -223,7 +223,7 @@ def config_file(source: str | None) -> Path:
             return file
     known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
     raise UserError(
-        f"algo.model.policy: {source} is not here, and a dry run knows by name {known}; give the path of its config.json"
+        f"algo.model.policy: got {source}, which is not here; expected one that a dry run knows, {known}; give its config.json"
     )
 
 
@@ -233,14 +233,12 @@ def check_cuts(config: ScaleConfig, shape: Shape) -> None:
     if shape.num_heads % split or (shape.num_kv_heads % split and split % shape.num_kv_heads):
         fitting = [n for n in range(1, shape.num_heads + 1)
                    if shape.num_heads % n == 0 and (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip
-        raise UserError(f"engine.tensor_parallel: {shape.num_heads} heads and {shape.num_kv_heads} key-value heads cannot be cut "
-                        f"into {split}; give one of {', '.join(map(str, fitting))}")  # fmt: skip
+        raise UserError(f"engine.tensor_parallel: got {split}; expected one of {', '.join(map(str, fitting))}, into which "
+                        f"{shape.num_heads} heads and {shape.num_kv_heads} key-value heads can be cut")  # fmt: skip
     if split > config.cluster.devices_per_node:
-        raise UserError(f"engine.tensor_parallel: an engine of {split} ranks does not fit on a machine with "
-                        f"cluster.devices_per_node {config.cluster.devices_per_node}; give at most that")  # fmt: skip
-    if config.algo.rollout.slots % num_engines(config):
-        raise UserError(f"algo.rollout.slots: {config.algo.rollout.slots} slots cannot be dealt to {num_engines(config)} engines; "
-                        f"give a multiple")  # fmt: skip
+        raise UserError(f"engine.tensor_parallel: got {split}; expected at most cluster.devices_per_node "
+                        f"({config.cluster.devices_per_node}), as an engine stays on a machine")  # fmt: skip
+    check_deal(config, num_engines(config))
 
 
 # --------------------------------------------------------------------------------------------------------------------- verdict

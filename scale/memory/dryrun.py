@@ -80,7 +80,9 @@ def _dry_run(config: ScaleConfig) -> int:
         try:
             Path(path).write_text(json.dumps(as_json(config, verdict, seconds), indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(f"cluster.dry_run_json: cannot write {path} ({error.strerror}); choose another file") from None
+            raise UserError(
+                f"cluster.dry_run_json: got {path}; expected a file that can be written ({error.strerror}); choose another"
+            ) from None
     return 1 if verdict.problems else 0
 
 

@@ -79,7 +79,9 @@ class Shape:
         except UserError:
             raise
         except Exception as error:  # transformers raises a dozen types for a bad config
-            raise UserError(f"{file}: no model config: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(
+                f"{file}: got no model config ({' '.join(str(error).split())[:200]}); expected a transformers config.json"
+            ) from None
         self.tensors = [tuple(p.shape) for p in policy.parameters()]
         self.num_parameters = sum(p.numel() for p in policy.parameters())
         self.num_value_parameters = sum(p.numel() for p in value.parameters())

@@ -42,23 +42,25 @@ def read_seconds(config: ScaleConfig, num_parameters: int, ranks: int) -> Second
     try:
         plan = json.loads(Path(name).read_text())
         if plan.get("schema") != SCHEMA:
-            raise UserError(f"cluster.plan_file: {name}: expected schema {SCHEMA}, got {plan.get('error') or plan.get('schema')}; "
-                            f"write it with `python -m sim plan --json`")  # fmt: skip
+            raise UserError(f"cluster.plan_file: got {name} with {plan.get('error') or plan.get('schema')}; expected schema "
+                            f"{SCHEMA}; write it with `python -m sim plan --json`")  # fmt: skip
         entries = {entry["window"]: entry for entry in plan["seconds"]}
         window = min(rollout.window, rollout.max_response_tokens)
         if not entries:
-            raise UserError(f"cluster.plan_file: {name}: nothing fitted in this plan, so it holds no seconds; plan again")
+            raise UserError(f"cluster.plan_file: got {name}, a plan in which nothing fitted; expected seconds; plan again")
         if window not in entries:
-            raise UserError(f"cluster.plan_file: {name} has windows {', '.join(map(str, entries))}, expected {window}; plan again "
-                            f"with --window {window}")  # fmt: skip
+            raise UserError(f"cluster.plan_file: got {name} with windows {', '.join(map(str, entries))}; expected {window}; plan "
+                            f"again with --window {window}")  # fmt: skip
         entry = entries[window]
         return Seconds(step_s=float(entry["step_s"]), phases_s={k: float(v) for k, v in entry["phases_s"].items()}, window=window,
                        gain=float(entry["gain"]), steps=config.algo.run.steps, ranks=ranks,
                        differences=_differences(plan, config, num_parameters, ranks))  # fmt: skip
     except OSError as error:
-        raise UserError(f"cluster.plan_file: cannot read {name} ({error.strerror})") from None
+        raise UserError(
+            f"cluster.plan_file: got {name}; expected a file that can be read ({error.strerror}); give another"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cluster.plan_file: {name} is not what `python -m sim plan --json` writes ({error})") from None
+        raise UserError(f"cluster.plan_file: got {name}; expected what `python -m sim plan --json` writes ({error})") from None
 
 
 def _differences(plan: dict[str, Any], config: ScaleConfig, num_parameters: int, ranks: int) -> list[str]:

@@ -120,16 +120,19 @@ WRONG = [
     (["--algo.rollout.windwo", "4"], "--algo.rollout.windwo: no such option; did you mean algo.rollout.window?"),
     (["--engine.windows", "4"], "no such option"),
     (["--algo.policy.lr", "-1"], "algo.policy.lr: got -1.0; expected a number above 0"),
-    (["--algo.rollout.slots", "8200"], "algo.rollout.slots: 8200 slots cannot be dealt to 16 engines"),
+    (["--algo.rollout.slots", "8200"], "algo.rollout.slots: got 8200; expected a multiple of the 16 engines; give one"),
     (
         ["--engine.tensor_parallel", "3"],
         "engine.tensor_parallel: got 3; expected a divisor of the ranks (cluster.nodes 8 x cluster.devices_per_node 8)",
     ),
     (
         ["--engine.tensor_parallel", "16"],
-        "engine.tensor_parallel: 40 heads and 8 key-value heads cannot be cut into 16; give one of 1, 2, 4, 8, 40",
+        "engine.tensor_parallel: got 16; expected one of 1, 2, 4, 8, 40, into which 40 heads and 8 key-value heads can be cut",
     ),
-    (["--engine.tensor_parallel", "8", "--cluster.devices_per_node", "4"], "does not fit on a machine"),
+    (
+        ["--engine.tensor_parallel", "8", "--cluster.devices_per_node", "4"],
+        "engine.tensor_parallel: got 8; expected at most cluster.devices_per_node (4)",
+    ),
     (["--engine.gpu_memory_utilization", "1.5"], "engine.gpu_memory_utilization: got 1.5; expected a number above 0, at most 1"),
     (["--cluster.device_bytes", "0"], "cluster.device_bytes: got 0.0; expected a number above 0"),
     (["--cluster.device_bytes", ".nan"], "cluster.device_bytes: got nan; expected a number above 0"),
@@ -155,9 +158,9 @@ WRONG = [
         "reward.format_penalty: got 1.0; expected 0 with the verifier own:verify",
     ),
     (["--sharding.compute_dtype", "float16"], "sharding.compute_dtype"),
-    (["--algo.model.policy", "models/Nothing"], "algo.model.policy: models/Nothing is not here"),
-    (["--algo.model.policy", "null"], "algo.model.policy: expected a model's folder or a config.json, got none"),
-    (["--cluster.plan_file", "nowhere.json"], "cluster.plan_file: cannot read nowhere.json"),
+    (["--algo.model.policy", "models/Nothing"], "algo.model.policy: got models/Nothing, which is not here"),
+    (["--algo.model.policy", "null"], "algo.model.policy: got none; expected a model's folder or a config.json"),
+    (["--cluster.plan_file", "nowhere.json"], "cluster.plan_file: got nowhere.json; expected a file that can be read"),
 ]
 
 

@@ -63,7 +63,7 @@ def test_long_prompts_may_be_an_error_that_names_the_line(tmp_path):
 
 
 def test_nothing_but_long_prompts_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="longer than 30"):
+    with pytest.raises(UserError, match="got no prompt of at most 30 tokens; expected one"):
         make_task(config_for(write(tmp_path / "a.jsonl", ["x" * 50, "y" * 60]), max_prompt_tokens=30))
 
 

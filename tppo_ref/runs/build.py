@@ -100,10 +100,10 @@ def make_task(config: Config) -> Task:
     if task.name != "jsonl":
         return load_task(task.name)
     if task.path is None:
-        raise UserError("task.path: the jsonl task needs a file of prompts, got none; give --task.path FILE")
+        raise UserError("task.path: got none; expected a file of prompts with task.name jsonl; give --task.path FILE")
     tokenizer = task.tokenizer or config.model.policy
     if tokenizer is None:
-        raise UserError("task.tokenizer: the jsonl task needs a tokenizer, got none; give a folder, or 'bytes'")
+        raise UserError("task.tokenizer: got none; expected a tokenizer with task.name jsonl; give a folder, or 'bytes'")
     return load_task(
         "jsonl", train=task.path, test=task.eval_path or "", tokenizer=tokenizer, chat_template=task.chat_template,
         prompt_key=task.prompt_key, answer_key=task.answer_key, max_prompt_tokens=task.max_prompt_tokens,
@@ -115,7 +115,9 @@ def base_model(config: Config, task: Task) -> str:
     if config.model.policy is not None:
         return config.model.policy
     if not hasattr(task, "demonstrations"):
-        raise UserError(f"model.policy: task {config.task.name} has no base model of its own, got none; give a checkpoint folder")
+        raise UserError(
+            f"model.policy: got none; expected a model for task {config.task.name}, which has none of its own; give its folder"
+        )
     size, cache = config.model, writable_folder(config.run.cache, "run.cache")
     return str(
         warm_start(task, base_config(config, task), steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache,
@@ -145,8 +147,8 @@ def check_vocabulary(field: str, model: PolicyModel | ValueModel, task: Task, so
     """UserError where the task's tokenizer has tokens that the model has no embedding for."""
     if model.hf.config.vocab_size < task.vocab_size:
         raise UserError(
-            f"{field}: {source} has a vocabulary of {model.hf.config.vocab_size} tokens, the task's tokenizer "
-            f"{task.vocab_size}; use the tokenizer that belongs to the model (task.tokenizer)"
+            f"{field}: got {source} with a vocabulary of {model.hf.config.vocab_size} tokens; expected the {task.vocab_size} of "
+            f"the task's tokenizer; use the tokenizer that belongs to the model (task.tokenizer)"
         )
 
 
@@ -165,8 +167,8 @@ def make_engine(config: Config, task: Task, policy: PolicyModel, slots: int) -> 
     context = task.max_prompt_tokens + config.rollout.max_response_tokens
     room = getattr(policy.hf.config, "max_position_embeddings", None)
     if room is not None and context > room:
-        raise UserError(f"rollout.max_response_tokens: {config.rollout.max_response_tokens} and prompts of up to "
-                        f"{task.max_prompt_tokens} tokens exceed the model's context of {room}; lower one of them")  # fmt: skip
+        raise UserError(f"rollout.max_response_tokens: got {config.rollout.max_response_tokens} beside prompts of up to "
+                        f"{task.max_prompt_tokens} tokens; expected the model's context, {room}, to hold both")  # fmt: skip
     return TorchEngine(
         policy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
         temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens,

@@ -170,16 +170,18 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text())
         missing = [key for key in ("config", "trainer") if not isinstance(state.get(key), dict)]
         if missing:
-            raise UserError(f"checkpoint {folder}: state.json lacks {', '.join(missing)}; {REMEDY}")
+            raise UserError(
+                f"checkpoint {folder}: got a state.json without {', '.join(missing)}; expected what was written; {REMEDY}"
+            )
         return state
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UserError(f"checkpoint {folder}: cannot be read ({error}); {REMEDY}") from None
+        raise UserError(f"checkpoint {folder}: got what cannot be read ({error}); expected what was written; {REMEDY}") from None
 
 
 def refuse_changed(folder: Path, name: str, digest: str) -> None:
     """UserError where a file of a checkpoint is not the one that was written."""
     if file_digest(folder / name) != digest:
-        raise UserError(f"checkpoint {folder}: {name} is not what was written; {REMEDY}")
+        raise UserError(f"checkpoint {folder}: got another {name}; expected what was written; {REMEDY}")
 
 
 def file_digest(path: Path) -> str:

@@ -107,7 +107,7 @@ def read_run(out: Path, method: str, seed: int) -> Run:
     folder = out / "runs" / f"{method}-seed{seed}"
     if not (folder / "finished").exists():
         found = "one that is not finished" if folder.exists() else "nothing"
-        raise UserError(f"{folder}: expected a finished run, found {found}; run compare again, it keeps what is finished")
+        raise UserError(f"{folder}: got {found}; expected a finished run; run compare again, it keeps what is finished")
     path = folder / "metrics.jsonl"
     records = [_parse(line, f"{path}, line {i}") for i, line in enumerate(_read_text(path).splitlines(), 1)]
     evaluations = {r.get("step"): r for r in records if "eval/accuracy" in r}
@@ -121,9 +121,9 @@ def read_run(out: Path, method: str, seed: int) -> Run:
 
 def _columns(path: Path, records: Sequence[Mapping[str, Any]], names: Sequence[str], kind: str) -> dict[str, np.ndarray]:
     if len(records) < (2 if names is EVALUATION else 1):
-        raise UserError(f"{path}: expected an evaluation before and after at least a step, found {len(records)} {kind}s; {RERUN}")
+        raise UserError(f"{path}: got {len(records)} {kind}s; expected an evaluation before and after at least a step; {RERUN}")
     if lacking := [name for name in names for record in records if not isinstance(record.get(name), int | float)]:
-        raise UserError(f"{path}: expected a number for {lacking[0]} in each {kind}, found none in one; {RERUN}")
+        raise UserError(f"{path}: got no number for {lacking[0]} in one {kind}; expected one in each; {RERUN}")
     return {name: np.array([record[name] for record in records], dtype=float) for name in names}
 
 
@@ -131,9 +131,9 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_text()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {RERUN}") from None
+        raise UserError(f"{path}: got {error.strerror}; expected a file that can be read; {RERUN}") from None
     if not text.endswith("\n"):
-        raise UserError(f"{path}: {'its last line is cut off' if text else 'it is empty'}; {RERUN}")
+        raise UserError(f"{path}: got {'a last line that is cut off' if text else 'nothing'}; expected whole lines; {RERUN}")
     return text
 
 
@@ -141,7 +141,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError):
-        raise UserError(f"{where}: expected a JSON object, found something else; {RERUN}") from None
+        raise UserError(f"{where}: got something else; expected a JSON object; {RERUN}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,13 +152,13 @@ def read_table(path: Path, types: Mapping[str, Callable[[str], Any]]) -> list[tu
     """The named columns of a CSV file, converted; a bad line is a UserError with its number."""
     header, *lines = csv.reader(_read_text(path).splitlines())
     if missing := [name for name in types if name not in header]:
-        raise UserError(f"{path}: expected a column {missing[0]}, found {', '.join(header)}; {RERUN}")
+        raise UserError(f"{path}: got columns {', '.join(header)}; expected a column {missing[0]}; {RERUN}")
     places, rows = [(header.index(name), convert) for name, convert in types.items()], []
     for line_number, line in enumerate(lines, 2):
         try:
             rows.append(tuple(convert(line[i]) for i, convert in places))
         except (ValueError, IndexError):
-            raise UserError(f"{path}, line {line_number}: cannot be read: {','.join(line)!r}; {RERUN}") from None
+            raise UserError(f"{path}, line {line_number}: got {','.join(line)!r}; expected a row of its table; {RERUN}") from None
     return rows
 
 

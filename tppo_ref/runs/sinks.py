@@ -82,7 +82,7 @@ def _wandb_run(project: str, folder: Path) -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            f"run.wandb_project: {project} needs wandb, which is not installed; pip install wandb, or leave it out"
+            f"run.wandb_project: got {project}; expected wandb to be installed; pip install wandb, or leave it out"
         ) from None
     known = folder / "wandb-run-id"
     run = wandb.init(project=project, name=folder.name, dir=str(folder), id=known.read_text() if known.exists() else None,
