@@ -186,7 +186,7 @@ def mean(numbers: Sequence[float]) -> float:
 
 def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """Base model and pre-trained critic of a task, made once and cached: (the fields of all its runs, the base's evaluation)."""
-    from tppo_ref.runs.build import base_model, build, make_task
+    from tppo_ref.runs.build import TaskScorer, base_model, build, make_task
     from tppo_ref.runs.session import Session
     from tppo_ref.runs.value_cache import cached_value
 
@@ -194,7 +194,8 @@ def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], 
     config = replace_fields(Config(), fields)
     task = make_task(config)
     fields["model.policy"] = base_model(config, task)
-    fields["model.value"] = str(cached_value(replace_fields(Config(), fields), task))
+    with contextlib.closing(TaskScorer(task, config.task)) as scorer:
+        fields["model.value"] = str(cached_value(replace_fields(Config(), fields), task, scorer.verifier))
     with tempfile.TemporaryDirectory() as out:
         config = replace_fields(Config(), {**fields, "run.out": out})
         with contextlib.closing(Session(build(config))) as session:

@@ -14,16 +14,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tppo_ref.method.errors import UserError, refusal
-from tppo_ref.runs.build import base_model, make_task
+from tppo_ref.runs.build import TaskScorer, base_model, make_task
 from tppo_ref.runs.commands import settle_libraries
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.inputs import inputs_of
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.plans import difference, plan_runs
+from tppo_ref.runs.references import FILE, leave_out_bad_references
 from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.value_cache import cached_value
 from tppo_ref.runs.versions import versions
@@ -34,13 +38,17 @@ def compare(config: Config) -> Path:
     from tppo_ref.runs.report import write_report
 
     out = writable_folder(config.run.out, "run.out")
-    runs = plan_runs(prepare(config), out)
+    shared, inputs = prepare(config, out)
+    runs = plan_runs(shared, out)
     for run in runs:
-        refuse_other(run)
+        refuse_other(run, inputs)
     waiting = [run for run in runs if not (Path(run.run.out) / "finished").exists()]
     for run in waiting:  # a run that was stopped half-way starts anew: half of its clock ran beside other work
         folder = Path(run.run.out)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "inputs.json").write_text(json.dumps(inputs, indent=1) + "\n")
+        if (out / FILE).exists():
+            shutil.copy(out / FILE, folder / FILE)
         beside = folder / "wanted.json.new"
         beside.write_text(json.dumps(dataclasses.asdict(run), indent=1))
         os.replace(beside, folder / "wanted.json")
@@ -51,31 +59,41 @@ def compare(config: Config) -> Path:
     return out
 
 
-def prepare(config: Config) -> Config:
-    """The config with the shared base model and the shared pre-trained value model filled in."""
+def prepare(config: Config, out: Path) -> tuple[Config, dict[str, str]]:
+    """What all runs share: the config with base model and pre-trained value model filled in, and the digests of their inputs.
+
+    References are checked here, once, and the list of the bad ones goes to `out`.
+    """
     settle_libraries(config)
     task = make_task(config)
     config = replace_fields(config, {"model.policy": base_model(config, task)})
-    if config.model.value is None and config.value.pretrain_responses:
-        config = replace_fields(config, {"model.value": str(cached_value(config, task))})
-    return config
+    with closing(TaskScorer(task, config.task)) as scorer:
+        leave_out_bad_references(make_task(config), scorer.verifier, out, resume=False, progress=config.run.progress)
+        if config.model.value is None and config.value.pretrain_responses:
+            config = replace_fields(config, {"model.value": str(cached_value(config, task, scorer.verifier, out / FILE))})
+        return config, inputs_of(config, task, scorer.verifier)
 
 
-def refuse_other(run: Config) -> None:
-    """A folder that holds a run with other settings is neither mixed in nor overwritten."""
+def refuse_other(run: Config, inputs: Mapping[str, str]) -> None:
+    """A folder that holds a run of other settings, or of other inputs under their names, is neither mixed in nor overwritten."""
     folder = Path(run.run.out)
     wanted = folder / "wanted.json"
     if not wanted.exists():
         return
+    remedy = f"choose another run.out, or remove {folder}"
     try:
         found = difference(run, json.loads(wanted.read_text()))
-    except (ValueError, LookupError, AttributeError, TypeError):
-        raise UserError(refusal("run.out", f"{wanted}, which is no run's config", "a folder of this comparison",
-                                f"choose another run.out, or remove {folder}")) from None  # fmt: skip
+        before = json.loads((folder / "inputs.json").read_text())
+        changed = [name for name, digest in inputs.items() if before[name] != digest]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        got = f"{folder}, which holds no run that can be read"
+        raise UserError(refusal("run.out", got, "a folder of this comparison", remedy)) from None
     if found:
-        field, before, now = found
-        raise UserError(refusal("run.out", f"{folder}, which holds a run with {field} {before}", f"one with {now}",
-                                "choose another run.out, or remove it"))  # fmt: skip
+        field, then, now = found
+        raise UserError(refusal("run.out", f"{folder}, which holds a run with {field} {then}", f"one with {now}", remedy))
+    if changed:
+        expected = f"one with the {changed[0]} of today: what stands under the same name has changed since"
+        raise UserError(refusal("run.out", f"{folder}, which holds a run with another {changed[0]}", expected, remedy))
 
 
 def _run_all(runs: list[Config], config: Config) -> None:

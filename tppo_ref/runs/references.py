@@ -11,6 +11,7 @@ from typing import Any
 from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
+from tppo_ref.runs.inputs import digest_of, prompts_of
 from tppo_ref.tasks import Task
 from tppo_ref.tasks.jsonl import JsonlTask
 from tppo_ref.tasks.references import failing_references
@@ -27,17 +28,19 @@ def leave_out_bad_references(
     """Takes out of the task's train prompts those whose reference fails against itself, and lists them in `out`/references.json.
 
     Evaluation prompts are checked and listed too, and stay: an accuracy is over all of its prompts. Each rank checks its share.
-    A run that goes on takes the list as it is: what the prompts are must not depend on how busy the machine was.
+    A run that goes on takes the list as it is: what the prompts are must not depend on how busy the machine was. A list that is
+    there already and was made of these prompts by this verifier's code is taken, too: a comparison checks once for all its runs.
     """
     if not isinstance(task, JsonlTask) or not verifier.checks_references:
         return
     parallel = parallel or SingleProcess()
-    file = out / FILE
-    if resume and file.exists():
+    file, inputs = out / FILE, digest_of([verifier.verifier, verifier.code, verifier.timeout_s, prompts_of(task)])
+    (known, *_) = parallel.gather_objects((resume and file.exists()) or _inputs(file) == inputs)  # the first rank decides for all
+    if known:
         found = _read(file)
     else:
         num = len(task.prompts("train"))
-        found = {"verifier": verifier.verifier, "checked": num, "left_out": [], "evaluation": []}
+        found = {"verifier": verifier.verifier, "inputs": inputs, "checked": num, "left_out": [], "evaluation": []}
         for name, split in (("left_out", "train"), ("evaluation", "test")):
             mine = failing_rows(
                 task, verifier, task.prompts(split)[parallel.rank :: parallel.world], progress and parallel.rank == 0
@@ -48,6 +51,14 @@ def leave_out_bad_references(
             file.write_text(json.dumps(found, indent=1) + "\n")
             _tell(found, len(task.prompts("test")), file)
     task.leave_out({row["prompt"] for row in found["left_out"]})
+
+
+def _inputs(file: Path) -> str | None:
+    """What a list was made of; None for one that is not there or cannot be read."""
+    try:
+        return str(json.loads(file.read_bytes())["inputs"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def failing_rows(task: JsonlTask, verifier: Verifier, prompts: Sequence[Prompt], progress: bool) -> list[dict[str, Any]]:

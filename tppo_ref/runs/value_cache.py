@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
-from tppo_ref.runs.checkpoint import file_digest
 from tppo_ref.runs.commands import pretrain_value
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.inputs import digest_of, inputs_of
+from tppo_ref.runs.references import FILE
 from tppo_ref.tasks import Task
+from tppo_ref.tasks.verifier import Verifier
+
+NOT_READ = ("window", "refill", "responses_per_step")
+"""Fields of the rollout that `pretrain-value` does not read: it samples whole responses."""
 
 
-def cached_value(config: Config, task: Task) -> Path:
+def cached_value(config: Config, task: Task, verifier: Verifier, references: Path | None = None) -> Path:
     """A pre-trained value model under run.cache, made where it is not there yet: one for all methods and seeds of a comparison.
 
-    The folder's name holds a hash of what determines it, the base model's weights and the prompts included. Written beside and
-    renamed: a folder that is there is complete.
+    references   a list of bad references that was made already
+
+    The folder's name holds a hash of what determines it: prompts, verifier's code and base model's weights included. Written
+    beside and renamed: a folder that is there is complete.
     """
-    all_fields = dataclasses.asdict(config)
-    rollout = {name: field for name, field in all_fields["rollout"].items() if "tokens" in name or name == "temperature"}
-    base = Path(config.model.policy or "")
-    weights = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+    fields = dataclasses.asdict(config)
     determined_by = {
-        "task": all_fields["task"], "model": all_fields["model"], "value": all_fields["value"], "rollout": rollout,
-        "gamma": config.advantage.gamma, "seed": config.run.seed, "weights": [file_digest(path) for path in weights],
-        "prompts": [dataclasses.astuple(prompt) for prompt in task.prompts("train")],
+        "rollout": {name: field for name, field in fields["rollout"].items() if name not in NOT_READ},
+        "gamma": config.advantage.gamma, "seed": config.run.seed, "inputs": inputs_of(config, task, verifier),
+        **{section: fields[section] for section in ("task", "model", "value")},
     }  # fmt: skip
-    name = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:16]
+    name = digest_of(determined_by)[:16]
     folder = Path(config.run.cache) / f"value-{name}"
     if not folder.exists():
         beside = Path(config.run.cache) / f".unfinished-value-{name}-{os.getpid()}"
         try:
+            beside.mkdir(parents=True)
+            if references and references.exists():
+                shutil.copy(references, beside / FILE)
             pretrain_value(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(beside))))
             os.rename(beside, folder)
         finally:

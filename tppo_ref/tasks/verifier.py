@@ -18,7 +18,7 @@ import time
 from collections.abc import Hashable, Sequence
 
 from tppo_ref.method.errors import UserError, refusal
-from tppo_ref.tasks.verifier_process import STATUSES, Request, Score, Worker
+from tppo_ref.tasks.verifier_process import STATUSES, Ready, Request, Score, Worker
 
 log = logging.getLogger("tppo_ref")
 
@@ -40,6 +40,7 @@ class Verifier:
     startup_timeout_s   seconds in which a worker has to import the verifier; None: 60, or timeout_s where that is more
     counts          how many verdicts of each status there were so far
     checks_references   whether the verifier's module has `wrap_reference(answer) -> text`, so that `submit_reference` works
+    code            SHA-256 of what its processes have imported (`verifier_worker.code_digest`)
 
     UserError at construction where the function cannot be imported. What the verifier prints is discarded.
     """
@@ -72,7 +73,7 @@ class Verifier:
         self._scores: dict[Hashable, Score] = {}
         self._failure: BaseException | None = None
         self._num_ready = 0
-        self.checks_references = False
+        self.checks_references, self.code = False, ""
         self._asleep = False
         self._num_waiting = 0
         self._closing = False
@@ -291,9 +292,9 @@ class Verifier:
         try:
             for line in lines:
                 said = worker.take(line, self.failure_score)
-                if isinstance(said, bool):
+                if isinstance(said, Ready):
                     with self._changed:
-                        self._num_ready, self.checks_references = self._num_ready + 1, said
+                        self._num_ready, self.checks_references, self.code = self._num_ready + 1, said.wraps, said.code
                         self._changed.notify_all()
                 else:
                     scores.append(said)

@@ -31,6 +31,13 @@ class Score(NamedTuple):
     detail: str = ""
 
 
+class Ready(NamedTuple):
+    """What a process says once it has imported its verifier: whether that wraps references, and the digest of its code."""
+
+    wraps: bool
+    code: str
+
+
 @dataclasses.dataclass
 class Request:
     """One line for a worker: what it asks to be scored, under which number, for whom."""
@@ -96,8 +103,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             return [], "the verifier closed the pipes of its process"
 
-    def take(self, line: bytes, failure_score: float) -> bool | tuple[Request, Score]:
-        """What a line says: that the process is ready, and whether it wraps references; or the score of the oldest request.
+    def take(self, line: bytes, failure_score: float) -> Ready | tuple[Request, Score]:
+        """What a line says: that the process is ready; or the score of the oldest request.
 
         ValueError for a line that is neither; UserError where the process cannot use the verifier.
         """
@@ -105,7 +112,7 @@ class Worker:
             message: Any = json.loads(line)
             if message[0] == "ready":
                 self.ready = True
-                return bool(message[1])
+                return Ready(bool(message[1]), str(message[2]))
             if message[0] == "fatal":
                 expected = "the dotted name of an importable module, a colon and a function, such as tppo_ref.tasks.chain:verify"
                 raise UserError(refusal("verifier", f"{self.name!r}, which cannot be used ({message[1]})", expected))
@@ -147,4 +154,4 @@ class Worker:
         return lines[-1] if lines else "nothing on stderr"
 
 
-__all__ = ["STATUSES", "Request", "Score", "Worker"]
+__all__ = ["STATUSES", "Ready", "Request", "Score", "Worker"]

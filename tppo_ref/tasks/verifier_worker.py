@@ -3,7 +3,8 @@
 One JSON line in, one JSON line out, in order:
 
     in   [seq, answer, token_ids, text]         token_ids null: the reference against itself, as `wrap_reference` states it
-    out  ["ready", wraps]                       once, after the import: whether there is a `wrap_reference`; or ["fatal", reason]
+    out  ["ready", wraps, code]                 once, after the import: whether there is a `wrap_reference`, and `code_digest`;
+                                                or ["fatal", reason]
     out  [seq, status, score or null, detail]   status "ok", "error" or "bad_score"
 
 The verifier may print, read its stdin, raise or exit: the protocol has file descriptors of its own. The end of stdin, which
@@ -12,6 +13,7 @@ also means that the parent died, ends the process.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
@@ -19,7 +21,9 @@ import numbers
 import os
 import signal
 import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 GRACE_S = 5.0
@@ -76,6 +80,22 @@ def load(name: str) -> tuple[Callable[..., Any], Callable[[str], Any] | None]:
     return found, wrap if callable(wrap) else None
 
 
+def code_digest() -> str:
+    """SHA-256 of the Python that this process has imported: of each file its text, of one of an installed package its size.
+
+    What a verifier imports only when it is called is not seen, nor is what it reads.
+    """
+    installed = tuple({sysconfig.get_path(kind) + os.sep for kind in ("purelib", "platlib")})
+    digest = hashlib.sha256(sys.version.encode())
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or name.partition(".")[0] in sys.stdlib_module_names or not os.path.isfile(file):
+            continue
+        found = str(os.path.getsize(file)).encode() if file.startswith(installed) else Path(file).read_bytes()
+        digest.update(b"\0".join((name.encode(), hashlib.sha256(found).digest())))
+    return digest.hexdigest()
+
+
 def name_of(error: BaseException) -> str:
     """Type and message, cut to MAX_DETAIL_CHARS; an exception whose message raises is named by its type."""
     try:
@@ -115,9 +135,10 @@ def main() -> None:
     except ValueError as error:
         write_line(out, ["fatal", str(error)[:MAX_DETAIL_CHARS]])
         return
+    code = code_digest()
     limit(0.0)
     silence_errors()
-    write_line(out, ["ready", wrap is not None])
+    write_line(out, ["ready", wrap is not None, code])
     for line in lines:
         seq, answer, token_ids, text = json.loads(line)
         limit(timeout_s)

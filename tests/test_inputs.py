@@ -1,0 +1,135 @@
+"""What is kept for the next time is used again only where everything is as it was: also a verifier's code, and prompts, under one name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from helpers import one_thread  # noqa: F401  (a fixture)
+
+from tppo_ref.method.errors import UserError
+from tppo_ref.runs import value_cache
+from tppo_ref.runs.build import make_task
+from tppo_ref.runs.compare import compare, refuse_other
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.value_cache import cached_value
+from tppo_ref.tasks.verifier import Verifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CODE = """
+import helper_of_mine
+
+def verify(answer, ids, text):
+    return 1.0 if text.strip() == answer or helper_of_mine.RIGHT in text else -1.0
+
+def wrap_reference(answer):
+    with open(__file__ + ".asked", "a") as file:
+        file.write(answer + "\\n")
+    return answer if answer != "bad" else ""
+"""
+SHAPE = {"model_type": "qwen2", "vocab_size": 260, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "architectures": ["Qwen2ForCausalLM"]}  # fmt: skip
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write(path: Path, *answers: str) -> str:
+    path.write_text("".join(json.dumps({"prompt": f"say {i}", "answer": answer}) + "\n" for i, answer in enumerate(answers)))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Config:
+    """Two methods, a step each, on prompts and with a verifier of one's own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    (tmp_path / "verifier_of_mine.py").write_text(CODE)
+    (tmp_path / "helper_of_mine.py").write_text("RIGHT = 'e'\n")
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    return replace_fields(Config(), {
+        "task.name": "jsonl", "task.tokenizer": "bytes", "task.verifier": "verifier_of_mine:verify",
+        "task.path": write(tmp_path / "train.jsonl", "1", "bad", "2", "3"), "task.eval_path": write(tmp_path / "test.jsonl", "4"),
+        "model.policy": str(tmp_path / "config.json"), "rollout.slots": 4, "rollout.window": 4, "rollout.max_response_tokens": 8,
+        "value.pretrain_responses": 6, "value.pretrain_epochs": 1, "run.out": str(tmp_path / "out"), "run.cache": str(tmp_path / "cache"),
+        "run.steps": 1, "run.progress": False, "run.eval_prompts": 1, "compare.seeds": 1, "compare.methods": ["ppo", "tppo"],
+    })  # fmt: skip
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def name_of(monkeypatch):
+    """The name under which a config's critic is kept, without a critic."""
+
+    def stand_in(config: Config) -> None:
+        (Path(config.run.out) / "value").mkdir()
+
+    monkeypatch.setattr(value_cache, "pretrain_value", stand_in)
+
+    def name(config: Config) -> str:
+        with Verifier(config.task.verifier, 20.0) as verifier:
+            return cached_value(config, make_task(config), verifier).parent.name
+
+    return name
+
+
+@pytest.mark.parametrize(("file", "old", "new"), [
+    ("verifier_of_mine.py", "1.0 if", "2.0 if"), ("helper_of_mine.py", "'e'", "'f'"), ("train.jsonl", '"3"', '"5"'), ("test.jsonl", '"4"', '"5"'),
+    ("config.json", '"hidden_size": 8', '"hidden_size": 16'),
+])  # fmt: skip
+def test_a_critic_is_not_used_again_after_what_it_was_made_of_changed_under_its_name(config, name_of, tmp_path, file, old, new):
+    before = name_of(config)
+    assert name_of(config) == before
+    change(tmp_path / file, old, new)
+    assert name_of(config) != before
+
+
+@pytest.mark.parametrize(("field", "value", "same"), [
+    ("rollout.slots", 8, False), ("rollout.samples_per_prompt", 2, False), ("rollout.temperature", 0.5, False), ("value.lr", 0.1, False),
+    ("advantage.gamma", 0.5, False), ("run.seed", 1, False), ("model.dtype", "bfloat16", False),
+    ("rollout.window", 8, True), ("policy.lr", 0.1, True), ("run.steps", 7, True), ("compare.seeds", 9, True),
+])  # fmt: skip
+def test_a_critic_is_used_again_where_nothing_that_pre_training_reads_is_other(config, name_of, field, value, same):
+    assert (name_of(config) == name_of(replace_fields(config, {field: value}))) == same
+
+
+def test_a_comparison_asks_each_reference_once_and_keeps_no_run_of_another_verifier(config, tmp_path):
+    """One line in `.asked` for each reference: not one more for the critic's pre-training, nor for either run."""
+    out = compare(config)
+    assert sorted((tmp_path / "verifier_of_mine.py.asked").read_text().split()) == ["1", "2", "3", "4", "bad"]
+    for run in ("ppo-seed0", "tppo-seed0"):
+        assert [row["answer"] for row in json.loads((out / "runs" / run / "references.json").read_text())["left_out"]] == ["bad"]
+    finished = (out / "runs" / "ppo-seed0" / "metrics.jsonl").read_bytes()
+    compare(config)
+    assert (out / "runs" / "ppo-seed0" / "metrics.jsonl").read_bytes() == finished, "a run that was complete was run again"
+
+    change(tmp_path / "helper_of_mine.py", "'e'", "'f'")
+    with pytest.raises(UserError) as error:
+        compare(config)
+    assert one_line(error).startswith(f"run.out: got {out / 'runs' / 'ppo-seed0'}, which holds a run with ")
+
+
+@pytest.mark.parametrize("changed", ["prompts", "verifier", "model.policy", "model.value"])
+def test_a_run_of_other_inputs_under_the_same_names_is_refused_by_what_changed(config, tmp_path, changed):
+    inputs = {"prompts": "p", "verifier": "v", "model.policy": "m", "model.value": "w"}
+    folder = Path(config.run.out)
+    folder.mkdir()
+    (folder / "wanted.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(UserError, match="which holds no run that can be read; expected a folder of this comparison; choose"):
+        refuse_other(config, inputs)
+    (folder / "inputs.json").write_text(json.dumps(inputs))
+    refuse_other(config, inputs)
+    with pytest.raises(UserError) as error:
+        refuse_other(config, inputs | {changed: "other"})
+    assert f"which holds a run with another {changed}; expected one with the {changed} of today" in one_line(error)
