@@ -475,6 +475,8 @@ class Oracle:
             "response/rows": len(window.slices),
             "response/ended": len(ended),
             "response/cut_share": 1 - len(ended) / len(window.slices),
+            "response/cut_token_share": sum(len(r) - begin for r, begin in window.slices if r.end is End.RUNNING)
+            / sum(len(r) - begin for r, begin in window.slices),
             "response/capped_share": mean([r.end is End.LENGTH_CAP for r in ended]),
             "response/length_mean": mean([len(r) for r in ended]),
             "response/length_max": max((len(r) for r in ended), default=NAN),

@@ -125,6 +125,7 @@ class Ledger:
             "rows": len(slices), "ended": len(ended), "capped": sum(r.end is End.LENGTH_CAP for r in ended),
             "length": sum(map(len, ended)), "score": sum(r.score or 0.0 for r in ended),
             "right": sum((r.score or 0.0) > 0 for r in ended), "tokens": sum(s.stop - s.begin for s in slices),
+            "cut_tokens": sum(s.stop - s.begin for s in slices if not s.response.ended),
             "slot_steps": batcher.slot_steps, "timeout": self.verdicts["timeout"],
             "error": self.verdicts["error"] + self.verdicts["bad_score"],
         })  # fmt: skip
@@ -135,6 +136,7 @@ class Ledger:
             "rollout/decode_steps": steps, "rollout/tokens": total["tokens"], "rollout/tokens_per_s": total["tokens"] / rollout_s,
             "rollout/occupancy": occupancy, "rollout/idle_s": (1 - occupancy) * rollout_s, "response/rows": total["rows"],
             "response/ended": total["ended"], "response/cut_share": (total["rows"] - total["ended"]) / max(total["rows"], 1),
+            "response/cut_token_share": total["cut_tokens"] / max(total["tokens"], 1),
             "response/capped_share": capped, "response/length_mean": length,
             "response/length_max": longest if total["ended"] else math.nan,
             "response/score_mean": score, "response/accuracy": right,

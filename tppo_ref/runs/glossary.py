@@ -32,6 +32,9 @@ GLOSSARY: dict[str, Metric] = {
     "response/rows": Metric("responses that sampled at least a token", "step", "responses", "at least the slots"),
     "response/ended": Metric("responses that ended", "step", "responses", "above 0"),
     "response/cut_share": Metric("rows RUNNING at the window's edge / rows", "step", "share", "below run.cut_warning"),
+    "response/cut_token_share": Metric(
+        "tokens of the window in rows RUNNING at its edge / tokens of the window", "step", "share", "what the cut rule touches"
+    ),
     "response/capped_share": Metric("LENGTH_CAP / ended", "step", "share", "near 0"),
     "response/length_mean": Metric("tokens of ended responses, mean", "step", "tokens", "no run-away"),
     "response/length_max": Metric("tokens of ended responses, maximum", "step", "tokens", "below the cap"),
