@@ -5,7 +5,9 @@
 The real Trainer on a token MDP (`sim.lab.learning`): at token `at` the right choice leads to +1, the other to -1; every later token
 ends the response with 5 %, the 64th must. 32 slots, windows of 8, about 256 tokens per update, whichever the method. Counted is
 what it takes until the policy's exact return reaches 0.70 (it begins at 0): sampled tokens, and decode steps, which are time where
-a step takes as long for few slots as for many. Both at the end of the first Trainer step that is there: nothing is interpolated.
+a step takes as long for few slots as for many. The exact return is known after each Trainer step; between the last two it is
+taken to be linear (`tokens`, `decode_steps`), since a step of PPO-dual holds several times the tokens of a step of T-PPO, and
+counting whole steps (`whole_tokens`, `whole_decode_steps`) charges it with most of a step that it no longer needed.
 
 Results go to results/early_decision.csv, a row per run, appended when the run ends; the same command goes on where it was stopped.
 Fixed steps, no seconds: a busy machine makes it later, not different. One thread. Float32, so that another processor may sample
@@ -51,7 +53,8 @@ WORLDS = (
     World("network", "zero", 0), World("network", "zero", 12), World("network", "warm", 0),
     World("network", "oracle", 0), World("network", "oracle", 12), World("tabular", "zero", 0),
 )  # fmt: skip
-NUMBERS = ("at", "seed", "target", "reached", "tokens", "decode_steps", "steps", "mean_return", "no_signal_share")
+QUANTITIES = ("tokens", "decode_steps", "whole_tokens", "whole_decode_steps")
+NUMBERS = ("at", "seed", "target", "reached", *QUANTITIES, "steps", "mean_return", "no_signal_share")
 Row = dict[str, Any]
 
 
@@ -72,11 +75,15 @@ def run(world: World, method: str, seed: int) -> Row:
     history: list[Record] = [recorder.record()]
     while history[-1].mean_return < TARGET and history[-1].tokens < LIMIT_TOKENS:
         history.append(recorder.record(trainer.step(), set_critic=chosen.oracle))
-    last, trained = history[-1], sum(r.trained_tokens for r in history[1:])
+    (before, last), trained = history[-2:], sum(r.trained_tokens for r in history[1:])
+    share = min(1.0, (TARGET - before.mean_return) / (last.mean_return - before.mean_return)) if last.mean_return >= TARGET else 1.0
     silent = sum(r.no_signal_share * r.trained_tokens for r in history[1:]) / trained
     return {
         **world._asdict(), "method": method, "seed": seed, "target": TARGET, "reached": int(last.mean_return >= TARGET),
-        "tokens": last.tokens, "decode_steps": last.decode_steps, "steps": last.step, "mean_return": round(last.mean_return, 5),
+        "tokens": round(before.tokens + share * (last.tokens - before.tokens), 1),
+        "decode_steps": round(before.decode_steps + share * (last.decode_steps - before.decode_steps), 2),
+        "whole_tokens": last.tokens, "whole_decode_steps": last.decode_steps, "steps": last.step,
+        "mean_return": round(last.mean_return, 5),
         "no_signal_share": round(silent, 5),
     }  # fmt: skip
 
@@ -101,12 +108,12 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """A row per world and quantity (tokens, decode_steps): n seeds of each method, the ratio, its interval, the verdict.
+    """A row per world and quantity: n seeds of each method, the ratio, its interval, the verdict.
 
     A world in which a run never reaches the target has no ratio: `reached` says how many did.
     """
     found, rows = [], list(rows)
-    for world, quantity in itertools.product(WORLDS, ("tokens", "decode_steps")):
+    for world, quantity in itertools.product(WORLDS, QUANTITIES):
         of = {m: [r for r in rows if key(r)[:4] == (*world, m)] for m in METHODS}
         if not all(of.values()):
             continue
@@ -141,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"PPO-dual / T-PPO until the return is {TARGET:g}; above 1: T-PPO needs less")
     for r in table(read(arguments.out)):
-        where = f"{r['model']:<8} {r['critic']:<7} decision at {r['at']:<3} {r['quantity']:<13}"
+        where = f"{r['model']:<8} {r['critic']:<7} decision at {r['at']:<3} {r['quantity']:<18}"
         found = f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]  n = {r['n']}, {r['reached']} of {r['runs']} reached it"
         print(f"{where} {found}: {r['verdict']}")
     return 0

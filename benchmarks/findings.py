@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from benchmarks import ablations, cut_rules, early_decision
 from benchmarks.common import RESULTS
@@ -168,6 +169,8 @@ def text(key: str, column: str) -> Any:
 def runs(key: str, column: str) -> float:
     """ "chain tppo": means over the whole runs of a task ("all": of every task) and an arm; of their last row, or of `first_*` the
     first after the start. trained_share: of the generated tokens."""
+    if (key, column) == ("every", "cpu_hours"):
+        return sum(float(r["cpu_s"]) for r in table("ablations") if r["final"] == "1") / 3600
     task, arm = key.split()
     first = column.startswith("first_")
     rows = [r for r in table("ablations") if r["arm"] == arm and task in (r["task"], "all")]
@@ -209,9 +212,40 @@ def cuts(key: str, column: str) -> float:
     return float(cut_table()[f"{spec} {rule}"][named_mdp[0] if named_mdp else column])
 
 
+def by_seed(task: str, method: str, quantity: str) -> list[float]:
+    return [float(r["value"]) for r in table(f"headline-{task}/summary")
+            if (r["method"], r["quantity"]) == (method, quantity) and r["statistic"].startswith("seed ")]  # fmt: skip
+
+
+def tokens_per_one_of_ppos(task: str, method: str, *, generated: bool) -> list[float]:
+    """Seed by seed, tokens to the target over PPO's: trained ones, or generated ones (trained / the share that is trained)."""
+    needed = {m: np.asarray(by_seed(task, m, "tokens to target")) for m in (method, "ppo")}
+    if generated:
+        needed = {m: x / np.asarray(by_seed(task, m, "trained tokens")) for m, x in needed.items()}
+    return list(needed[method] / needed["ppo"])
+
+
+def geometric(ratios: Iterable[float]) -> tuple[float, float, float]:
+    """Geometric mean of positive, finite ratios, and the 95 % Student-t interval of the mean logarithm."""
+    x = np.log(list(ratios))
+    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return tuple(math.exp(x.mean() + side * half) for side in (0, -1, 1))  # type: ignore[return-value]
+
+
+PAIRED: dict[str, Callable[[str, str], list[float]]] = {
+    "speed-up": lambda task, method: by_seed(task, method, "speed-up"),
+    "throughput ratio": lambda task, method: by_seed(task, method, "throughput ratio"),
+    "trained tokens to target": functools.partial(tokens_per_one_of_ppos, generated=False),
+    "generated tokens to target": functools.partial(tokens_per_one_of_ppos, generated=True),
+}
+
+
 def headline(key: str, column: str) -> Any:
-    """ "chain tppo speed-up": the median or mean over seeds with its interval."""
+    """ "chain tppo speed-up": a ratio to PPO is the geometric mean over seeds with a 95 % t-interval on logarithms; all else is the
+    summary's own statistic. "trained tokens to target": what the method needs for one token of PPO."""
     task, method, quantity = key.split(maxsplit=2)
+    if quantity in PAIRED and column == "ratio":
+        return geometric(PAIRED[quantity](task, method))
     row = next(r for r in table(f"headline-{task}/summary")
                if (r["method"], r["quantity"]) == (method, quantity) and r["statistic"] in ("median", "mean"))  # fmt: skip
     return (float(row["value"]), float(row["low"]), float(row["high"])) if column == "ratio" else float(row[column])
@@ -266,7 +300,7 @@ def lines_of_decided() -> str:
 
 def lines_of_early() -> str:
     head = "| policy and critic | critic begins | decides at token | tokens: PPO-dual / T-PPO, 95 % | decode steps, 95 % | seeds |"
-    lines, rows = [head, "|" + " --- |" * 6], early_table()
+    lines, rows = [head, "|" + " --- |" * 6], [r for r in early_table() if not r["quantity"].startswith("whole_")]
     for tokens, steps in zip(rows[::2], rows[1::2], strict=True):
         shown = [written((r["ratio"], r["low"], r["high"]), ".2f") + f", {r['verdict']}" for r in (tokens, steps)]
         lines.append(f"| {tokens['model']} | {tokens['critic']} | {tokens['at']} | {shown[0]} | {shown[1]} | {tokens['n']} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import shlex
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import ablations, early_decision, findings
+from benchmarks.common import RESULTS
 from benchmarks.early_decision import METHODS, World
 from sim.__main__ import COMMANDS
 from sim.command import parse as parse_options
@@ -118,12 +120,15 @@ def test_sentences_that_no_mark_can_hold():
         assert defer < none < exclude
 
 
-def test_early_decision_is_confirmed_refuted_and_explained_as_the_page_says():
+def test_early_decision_is_what_the_page_says():
     early = findings.early
     assert early("network zero 0 tokens", "verdict") == "PPO"
     assert early("network zero 0 decode_steps", "verdict") == "T-PPO"
-    assert early("network warm 0 tokens", "verdict") == early("network warm 0 decode_steps", "verdict") == "T-PPO"
-    assert early("tabular zero 0 tokens", "verdict") == "undecided"
+    assert early("network zero 12 decode_steps", "verdict") == "undecided"
+    assert (early("network warm 0 tokens", "verdict"), early("network warm 0 decode_steps", "verdict")) == ("undecided", "T-PPO")
+    assert early("network warm 0 whole_tokens", "verdict") == "T-PPO"  # what counting whole steps would have said
+    assert early("network oracle 12 tokens", "verdict") == "PPO"
+    assert early("tabular zero 0 tokens", "ratio")[0] == pytest.approx(1, abs=0.03)
     for quantity in ("tokens", "decode_steps"):  # "token 12 is worse"
         assert early(f"network zero 12 {quantity}", "ratio")[0] < early(f"network zero 0 {quantity}", "ratio")[0]
     assert early("every", "n") >= 5
@@ -239,7 +244,7 @@ def test_every_command_exists_and_parses(command, capsys):
         assert words in ([], ["--tasks", "chain"])
     else:
         assert name in ("findings", "early_decision", "cut_rules")
-        assert not words
+        assert words in ([], ["--check"] if name == "findings" else [])
 
 
 def test_every_link_leads_somewhere():
@@ -257,13 +262,55 @@ def test_every_link_leads_somewhere():
         assert not anchor or anchor in heads, anchor
 
 
+def test_ratios_of_the_headline_are_geometric_means_with_t_intervals_over_its_seeds():
+    middle, low, high = findings.geometric([1.0, 2.0, 4.0])
+    half = stats.t.ppf(0.975, 2) * math.log(2) / math.sqrt(3)
+    assert (middle, low, high) == pytest.approx((2, 2 * math.exp(-half), 2 * math.exp(half)))
+    with (RESULTS / "headline-chain" / "summary.csv").open(newline="") as file:
+        seeds = [r for r in csv.DictReader(file) if r["statistic"].startswith("seed ")]
+    need = {
+        m: [float(r["value"]) for r in seeds if (r["method"], r["quantity"]) == (m, "tokens to target")] for m in ("ppo", "tppo")
+    }
+    mean = math.prod(b / a for a, b in zip(need["ppo"], need["tppo"], strict=True)) ** (1 / len(need["ppo"]))
+    assert findings.headline("chain tppo trained tokens to target", "ratio")[0] == pytest.approx(mean)
+    share = [float(r["value"]) for r in seeds if (r["method"], r["quantity"]) == ("tppo", "trained tokens")]
+    generated = mean / math.prod(share) ** (1 / len(share))  # PPO trains every token that it generates
+    assert findings.headline("chain tppo generated tokens to target", "ratio")[0] == pytest.approx(generated)
+
+
+def test_the_readme_says_the_same_of_the_headline_and_of_equal_tokens():
+    text = " ".join((findings.PAGE.parents[1] / "README.md").read_text().split())
+    for quantity, sentence in {
+        "throughput ratio": "{}x [{}, {}] the tokens per second", "trained tokens to target": "{}x [{}, {}] the trained",
+        "generated tokens to target": "{}x [{}, {}] the generated tokens to the target",
+        "speed-up": "leaves a speed-up of {}x [{}, {}]",
+    }.items():  # fmt: skip
+        assert sentence.format(*(f"{x:.2f}" for x in findings.headline(f"chain tppo {quantity}", "ratio"))) in text
+    by_task = {task: float(findings.text(f"{task} ppo tppo area", "difference")[0]) for task in ("fork", "length", "chain")}
+    assert "larger by {fork:.3f} on `fork` and by {length:.3f} on `length`, and smaller by".format(**by_task) in text
+    assert f"smaller by {-by_task['chain']:.3f} on `chain`" in text
+    gain, long = (findings.throughput("slots", key, "gain") for key in ("dapo-32b@2049, 2048", "math-mixture, 2048"))
+    assert f"{gain:.2f}x with DAPO's lengths half-way, {long:.2f}x with long answers" in text
+    assert findings.throughput("lengths", "constant:8192", "gain") < 1
+    assert findings.early("network zero 12 tokens", "ratio")[0] == pytest.approx(0.5, abs=0.05)  # "twice PPO's"
+
+
 # --------------------------------------------------------------------------------------------------------- the early decision
 
 
 def rows(world: World, ours, theirs, reached=1) -> list[dict]:
     pairs = [("tppo", x) for x in ours] + [("ppo-dual", x) for x in theirs]
     return [
-        {**world._asdict(), "method": m, "seed": i, "tokens": x, "decode_steps": 2 * x, "reached": reached}
+        {
+            **world._asdict(),
+            "method": m,
+            "seed": i,
+            "tokens": x,
+            "decode_steps": 2 * x,
+            "whole_tokens": x,
+            "whole_decode_steps": x,
+            "reached": reached,
+        }
         for i, (m, x) in enumerate(pairs)
     ]
 
@@ -279,7 +326,7 @@ def test_the_ratio_is_that_of_geometric_means_and_its_interval_is_welchs():
 
 def test_the_table_says_who_needs_less_and_nothing_where_a_run_never_arrives():
     world = early_decision.WORLDS[0]
-    tokens, steps = early_decision.table(rows(world, [100, 101, 99], [300, 301, 299]))
+    tokens, steps, *_ = early_decision.table(rows(world, [100, 101, 99], [300, 301, 299]))
     assert (tokens["verdict"], steps["verdict"], tokens["n"]) == ("T-PPO", "T-PPO", 3)
     assert tokens["ratio"] == pytest.approx(3, rel=0.01)
     assert early_decision.table(rows(world, [300, 301], [100, 101]))[0]["verdict"] == "PPO"
@@ -316,7 +363,8 @@ def test_a_real_run_is_the_same_twice_and_reaches_the_target(tmp_path):
     first = early_decision.run(world, "tppo", 0)
     assert first == early_decision.run(world, "tppo", 0)
     assert first["reached"] == 1
-    assert first["decode_steps"] == early_decision.WINDOW * first["steps"]
+    assert first["whole_decode_steps"] == early_decision.WINDOW * first["steps"]
+    assert first["whole_decode_steps"] - early_decision.WINDOW < first["decode_steps"] <= first["whole_decode_steps"]
     assert first["tokens"] == 32 * first["decode_steps"]  # every slot is busy at every decode step
     write_csv(tmp_path / "one.csv", [first])
     (read,) = early_decision.read(tmp_path / "one.csv")
