@@ -365,7 +365,7 @@ def test_a_real_run_is_the_same_twice_and_reaches_the_target(tmp_path):
     assert first["reached"] == 1
     assert first["whole_decode_steps"] == early_decision.WINDOW * first["steps"]
     assert first["whole_decode_steps"] - early_decision.WINDOW < first["decode_steps"] <= first["whole_decode_steps"]
-    assert first["tokens"] == 32 * first["decode_steps"]  # every slot is busy at every decode step
+    assert first["whole_tokens"] == 32 * first["whole_decode_steps"]  # every slot is busy at every decode step
     write_csv(tmp_path / "one.csv", [first])
     (read,) = early_decision.read(tmp_path / "one.csv")
     assert early_decision.key(read) == early_decision.key(first)
