@@ -4,7 +4,7 @@ ppo-dual, PPO's window with T-PPO's critic and PPO's settings, stands between th
     python -m benchmarks.headline [--tasks chain fork] [--methods ppo ppo-dual tppo] [--seconds 60]
 
 Settings of each method: the best cell of results/sweep-chain.csv by mean accuracy over the clock, averaged over tuning seeds that
-are not used here. Target and time are as tppo_ref/report.py defines them and summary.md repeats. Keeps summary.md,
+are not used here. Target and time are as tppo_ref/runs/report.py defines them and summary.md repeats. Keeps summary.md,
 summary.csv, the figures and their CSV in results/headline-<task>/.
 """
 

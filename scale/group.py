@@ -1,7 +1,7 @@
 """What a tensor-parallel group needs of a batcher: its ranks decode the same requests, and each answers for its share of them.
 
 Each rank's engine is the group's engine, so that all of them see every token of the group. A response belongs to one of the ranks
-from its first window to its last: that rank has it verified, trains on it, counts its tokens and saves it.
+until it has ended: that rank counts its tokens, saves it and has it verified; what ended may move to a rank with less to train on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SlotSchedule and SuccessiveBatcher against a simulator that walks token by token, and against their laws.
 
-The engine here knows how long each response would be. The laws F5 and F7 are those of docs/theory; the simulator is
-written from the text of design.md ("Successive batching") and shares nothing with batching.py but the names of the ends.
+The engine here knows how long each response would be. The simulator is written from the
+contract of successive batching, and shares nothing with method/slots.py and rollout/batcher.py but the names of the ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run records of its decode steps, the costs that sim/calibrate.py reads from it, and the pieces of benchmarks/reality.py.
+"""What a run records of its decode steps, the costs that sim/clock/calibrate.py reads from it, and the pieces of benchmarks/reality.py.
 
 Oracles: windows worked out by hand; the engine's own arrays, spied on; folders written from costs chosen by hand; and the clock,
 which must sample the same tokens as the run whose lengths it is given.

@@ -63,6 +63,21 @@ def test_every_file_and_method_that_the_readme_names_is_there() -> None:
         assert method in METHODS, method
 
 
+NAMED_FILE = re.compile(r"(?<![\w./{<-])((?:[\w.-]+/)*\w+\.(?:py|yaml|ipynb))\b(?!\()")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+                                  *sorted(p for w in ("tppo_ref", "sim", "scale", "benchmarks") for p in (ROOT / w).rglob("*.py"))],
+                         ids=lambda page: str(page.relative_to(ROOT)))  # fmt: skip
+def test_every_file_that_a_text_names_is_there(page: Path) -> None:
+    """By its path from the checkout, from its wing or from where the text stands; a bare name may stand anywhere."""
+    tops = ("tppo_ref", "sim", "scale", "notebooks", "benchmarks", "tests", "examples", ".ci")
+    there = {str(path.relative_to(ROOT)) for top in tops for path in (ROOT / top).rglob("*") if path.is_file()}
+    others = ("my_task.py", "mine.yaml", "configuration.py", "arg_utils.py")  # a user's, transformers', vLLM's
+    for name in (found.removeprefix("../") for found in NAMED_FILE.findall(page.read_text())):
+        assert name in others or any(path == name or path.endswith(f"/{name}") for path in there), name
+
+
 def test_no_machine_path_and_no_registry_host_is_in_a_page() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RESULTS.rglob("*.md"), *RESULTS.rglob("*.json")]:
         text = page.read_text()

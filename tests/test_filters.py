@@ -1,4 +1,4 @@
-"""filters.py: which token may teach whom, against the brute-force question asked of every token by itself."""
+"""masks.py: which token may teach whom, against the brute-force question asked of every token by itself."""
 
 from __future__ import annotations
 

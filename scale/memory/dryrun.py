@@ -5,7 +5,7 @@
 
     dry_run(config) -> 0 it fits, 1 it does not
 
-Bytes come from memory.py, changes that make a run fit from remedies.py. Seconds are not computed here: they come from a file that
+Bytes come from budget.py, changes that make a run fit from remedies.py. Seconds are not computed here: they come from a file that
 `python -m sim plan --json` wrote.
 """
 

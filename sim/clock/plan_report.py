@@ -86,7 +86,7 @@ COLUMNS = ("rollout", "logprob", "value_forward", "policy_train", "value_train",
 
 def seconds_table(plan: Plan) -> list[str]:
     """A row per system, seconds per step."""
-    lines = [f"Seconds per training step ({plan.sampling}; efficiencies are sim/layout.py's defaults, untuned).",
+    lines = [f"Seconds per training step ({plan.sampling}; efficiencies are sim/clock/efficiency.py's defaults, untuned).",
              f"{'system':6} {'window':>7} {'step':>8} " + " ".join(f"{name:>13}" for name in COLUMNS) +
              f" {'tokens/s':>9} {'gain':>6} {'busy':>6} {'ops/byte':>9} {'fed again':>10} {'cut weight':>11}"]  # fmt: skip
     for window, found in plan.systems.items():

@@ -1,4 +1,4 @@
-"""What each decode step carried and how long it took: the record from which a clock is calibrated (sim/calibrate.py)."""
+"""What each decode step carried and how long it took: the record from which a clock is calibrated (sim/clock/calibrate.py)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Rollout engines: they decode what they are given and decide nothing.
 
-The batcher owns the schedule (batching.py); an engine takes requests, advances all of them by one token per `step`, and
+The batcher owns the schedule (method/slots.py); an engine takes requests, advances all of them by one token per `step`, and
 hands each back whole when it ends. `TorchEngine` is the engine of one process: it decodes with the policy's own
 transformers module. scale/vllm_engine.py is the same protocol on vLLM.
 """
