@@ -2,8 +2,9 @@
 
     python -m benchmarks.prefix_learning [--seeds 16] [--tasks chain fork length] [--budget 30720]
 
-Arms, scores, contrasts, verdicts and stopping rule: prestated/2026-11-21-constant-prefix.md, written before the first run. Runs, marks
-and scores are those of benchmarks/ablations.py: the budget is in generated tokens, so a busy machine makes it later, not different.
+Arms, scores, contrasts, verdicts and stopping rule: prestated/2026-11-21-constant-prefix.md, written before the first run. Runs,
+marks and scores are those of benchmarks/ablations.py: the budget is in generated tokens, so a busy machine makes it later, not
+different.
 Each run's rows go to results/prefix_learning.csv when it ends; the same command goes on where it was stopped. One thread. Prints a
 contrast per task and score; `--seeds 0` prints what is there.
 """
@@ -48,7 +49,8 @@ PATH = RESULTS / "prefix_learning.csv"
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """constant - full per score and task ("all": the mean over tasks, seed by seed), with verdict; only seeds whose runs are all there."""
+    """constant - full per score and task ("all": the mean over tasks, seed by seed), with its verdict. Seeds that lack a run are
+    left out."""
     runs: dict[tuple[str, str, int], Score] = {}
     for key, group in itertools.groupby(rows, key=lambda r: tuple(r[name] for name in KEY)):
         runs[key[0], key[1], key[2]] = score(list(group))

@@ -130,6 +130,7 @@ class Row:
     raw: dict[int, float] = dataclasses.field(default_factory=dict)  # column -> advantage
     scaled: dict[int, float] = dataclasses.field(default_factory=dict)
     recomputed: list[float] = dataclasses.field(default_factory=list)
+    reused: bool = False  # an earlier step's
     constant: Any = None  # of what is read without gradient: what the models said of it before the update
 
     @property
@@ -170,6 +171,7 @@ class Oracle:
         self.steps = 0
         self.first_values: dict[int, list[float]] = {}  # per response: V as first estimated, the critic's anchor
         self.settled: dict[int, int] = {}  # per response: columns that the policy has done with
+        self.past: list[list[Response]] = []  # of earlier steps that the policy trained in, the latest last
         self.waiting: list[Response] = []  # ended, the value model has yet to train on them; in order of their end
         self.seen: dict[int, Response] = {}
         self.ledger = Sums()
@@ -195,6 +197,9 @@ class Oracle:
         metrics |= self._settle(window, rows, warming_up)
         metrics |= self._update_policy([] if warming_up else rows, plan.policy, version)
         metrics |= self._update_value(rows, plan)
+        if not warming_up:
+            self.past.append([row.response for row in rows if not row.reused])
+        metrics["policy/reused_tokens"] = 0 if warming_up else sum(len(row.trained) for row in rows if row.reused)
         metrics["policy/logprob_gap"] = gap
         metrics["policy/prefix_tokens"] = sum(len(row.response.prompt.token_ids) + row.fed_before for row in rows)
         self.steps += 1
@@ -229,6 +234,9 @@ class Oracle:
                 continue
             stop = max(start, T - self.config.advantage.tail_tokens) if cut else T
             rows.append(Row(response, begin, start, range(start, stop), range(stop, T)))
+        n = self.config.policy.reuse_batches
+        for batch in self.past[max(0, len(self.past) - n) :]:
+            rows += [Row(r, len(r), 0, range(len(r)), range(0), reused=True) for r in batch]
         return rows
 
     @torch.no_grad()
@@ -298,10 +306,17 @@ class Oracle:
             p.copy_(average)
         return model(self._alone(row.response))[0, : row.T].tolist()
 
+    def _middle(self, row: Row, t: int) -> float:
+        """Around which ratio the clip lies: 1, or GePPO's (arXiv 2111.00072), the ratio that the policy before the update has."""
+        generalised = self.config.policy.importance == "generalised"
+        return math.exp(row.recomputed[t] - row.response.logprobs[t]) if generalised else 1.0
+
     def _centre_and_weight(self, row: Row, t: int, averaged: list[float]) -> tuple[float, float, bool]:
         """The log-probability that the ratio is formed with, the weight outside of the clip, and whether the cap acts on it."""
         c = self.config.policy
         behaviour, this_step = row.response.logprobs[t], t >= row.begin
+        if c.importance == "generalised":
+            return behaviour, 1.0, False
         if c.ewma_decay > 0:
             centre = averaged[t]
         elif c.importance != "none":
@@ -323,7 +338,7 @@ class Oracle:
         for minibatch in minibatches:
             batch = [by_id[i] for i in minibatch]
             num_tokens = sum(len(row.trained) for row in batch)
-            good = [row for row in batch if not row.cut and row.response.score > 0]
+            good = [row for row in batch if not row.cut and not row.reused and row.response.score > 0]
             num_good = sum(len(row.trained) for row in good)
             loss = torch.zeros((), dtype=torch.float64)
             first_epoch = len(norms) < len(minibatches) // c.epochs
@@ -336,7 +351,7 @@ class Oracle:
                     centre, weight, capped = self._centre_and_weight(row, t, averaged)
                     live_ratio = torch.exp(logprob[t] - centre)
                     S, ratio = live_ratio * A, live_ratio.item()
-                    limit = 1 + c.clip_high if A > 0 else 1 - c.clip_low
+                    limit = self._middle(row, t) + (c.clip_high if A > 0 else -c.clip_low)
                     clipped = ratio > limit if A > 0 else A < 0 and ratio < limit
                     if clipped:
                         S = torch.tensor(limit * A, dtype=torch.float64)
@@ -445,7 +460,7 @@ class Oracle:
         """The ledger: what became of every token that was ever sampled."""
         a = self.config.advantage
         self.ledger["generated"] += sum(len(response) - begin for response, begin in window.slices)
-        for row in rows:
+        for row in (row for row in rows if not row.reused):
             if warming_up:  # whatever the policy would have seen, the tail included
                 self.ledger["excluded_warmup"] += row.T - row.start
                 self.settled[row.response.id] = row.T

@@ -17,7 +17,7 @@ import torch
 from helpers import make_trainer, same, weights_of
 
 CASES = {
-    "tppo": {}, "tppo-defer": {}, "tppo-ewma": {}, "ppo": {}, "partial-is": {},
+    "tppo": {}, "tppo-defer": {}, "tppo-ewma": {}, "ppo": {}, "partial-is": {}, "geppo": {},
     "tppo-once": {"policy__min_new_tokens": 9, "rollout__window": 4},
     "held": {"method": "tppo", "value__batch_responses": 3},
     "bfloat16": {"method": "tppo-ewma", "dtype": torch.bfloat16},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.vllm_windows import ratio
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -103,3 +104,17 @@ def test_windows_with_vllm(page):
     assert f"{rollout['ratio']:.2f}x" in text
     if page.name == "RESULTS.md":
         verdict(line("scale/ with vLLM")[1], step["ratio"] >= 2)
+
+
+def test_the_gradient_that_a_constant_prefix_drops():
+    rows = dropped_table(table("dropped_gradient"))
+    found = {(r["task"], r["window"]): r for r in rows if (r["part"], r["quarter"]) == ("all", "all")}
+    tasks = ("chain", "fork", "length")
+    wide, narrow = ({task: found[task, window] for task in tasks} for window in (64, 16))
+    result, _ = line("the gradient that a constant prefix drops")
+    cosines = ", ".join(f"{task} {wide[task]['cosine']:.2f}" for task in tasks)
+    norms, summed = (", ".join(f"{wide[task][name]:.2f}" for task in tasks) for name in ("norm_ratio", "sum_cosine"))
+    assert result == f"{cosines}; norm {norms} of the full one; no noise: {summed} where batches are summed"
+    result, _ = line("the same, windows of 16")
+    assert result == ", ".join(f"{task} {narrow[task]['cosine']:.2f}" for task in tasks)
+    assert {r["seeds"] for r in found.values()} == {2}

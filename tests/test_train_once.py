@@ -1,5 +1,5 @@
 """The levers of training once, in the Trainer: constant prefix, the engine's log-probabilities, windows filled by tokens, batches
-larger than the slots."""
+larger than the slots; and the paper's competitor GePPO, which trains on each batch several times."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import End
 from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.validation import check
 
 # ------------------------------------------------------------------------------------------------------- the constant prefix
 
@@ -263,3 +266,45 @@ def test_tppo_once_trains_and_keeps_the_books():
         metrics = trainer.step()
     assert metrics["ledger/trained"] > 0
     assert torch.isfinite(torch.tensor(metrics["policy/loss"]))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ GePPO
+
+
+def test_geppo_trains_on_the_last_batches_again_and_books_each_token_once():
+    trainer = make_trainer("geppo", value__warmup_steps=1)
+    seen = []
+    trainer.observer = lambda rows, *rest: seen.append(rows)
+    batches: list[set[int]] = []
+    for step in range(1, 7):
+        metrics = trainer.step()
+        rows, new = seen[-1], {s.response.id for s in trainer.slices}
+        again = batches[-2:]
+        assert sorted(r.id for r in rows.responses) == sorted(new.union(*again))
+        assert {r.id for r, reused in zip(rows.responses, rows.reused_B, strict=True) if reused} == set().union(*again)
+        assert torch.equal(rows.train_BT.sum(1), torch.tensor([len(r) for r in rows.responses])), "a response is trained on whole"
+        assert metrics["policy/tokens"] == (0 if step == 1 else sum(map(len, rows.responses)))
+        assert metrics["policy/reused_tokens"] == sum(len(r) for r in rows.responses if r.id not in new)
+        assert metrics["ledger/trained"] + metrics["ledger/excluded_warmup"] == metrics["ledger/generated"]
+        assert metrics["policy/staleness_max"] == len(again) or step == 1
+        if step > 1:  # what the critic's warm-up left out stays out
+            batches.append(new)
+
+
+def test_geppos_clip_is_the_papers_share_of_ppos():
+    """epsilon / E[i + 1] over the batches i = 0, 1, 2 that count alike: half of it."""
+    geppo, ppo = apply_method(Config(), "geppo", strict=False).policy, Config().policy
+    batches = range(1 + geppo.reuse_batches)
+    share = len(batches) / sum(i + 1 for i in batches)
+    assert (geppo.clip_low, geppo.clip_high) == pytest.approx((ppo.clip_low * share, ppo.clip_high * share))
+
+
+@pytest.mark.parametrize(("changes", "field"), [
+    ({"policy.reuse_batches": 1}, "policy.reuse_batches: got 1; expected 0 where rows are cut"),
+    ({"policy.importance": "generalised", "policy.ewma_decay": 0.5}, "policy.importance: got generalised; expected none, truncated"),
+    ({"policy.importance": "generalised", "policy.old_logprobs": "engine"}, "policy.old_logprobs: got engine; expected recompute"),
+])  # fmt: skip
+def test_what_geppo_cannot_be_combined_with(changes, field):
+    with pytest.raises(UserError, match=field):
+        check(replace_fields(Config(), changes))
+    check(apply_method(Config(), "geppo", strict=False))

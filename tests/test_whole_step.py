@@ -93,7 +93,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "policy.dual_clip": st.sampled_from([None, 1.01, 1.2, 10.0]),
     "policy.lm_loss_weight": st.sampled_from([0.0, 0.1, 1.0]),
     "policy.old_logprobs": st.sampled_from(["recompute", "recompute", "engine"]),
-    "policy.importance": st.sampled_from(["none", "truncated", "masked"]),
+    "policy.importance": st.sampled_from(["none", "none", "truncated", "masked", "generalised"]),
+    "policy.reuse_batches": st.sampled_from([0, 1, 2]),
     "policy.importance_cap": st.sampled_from([0.8, 1.1, 2.0]),
     "policy.train_on": st.sampled_from(["window", "window", "ended"]),
     "policy.ewma_decay": st.sampled_from([0.0, 0.0, 0.5, 0.9]),
@@ -118,6 +119,10 @@ def accepted(drawn: dict[str, Any]) -> dict[str, Any]:
         drawn["policy.old_logprobs"] = "recompute"
     if (drawn["policy.prefix"], drawn["policy.old_logprobs"]) != ("constant", "recompute"):
         drawn["policy.keep_prefix"] = False
+    if drawn["policy.importance"] == "generalised":
+        drawn["policy.ewma_decay"] = 0.0
+    if drawn["rollout.refill"] != "batch" and drawn["policy.train_on"] != "ended":
+        drawn["policy.reuse_batches"] = 0
     if drawn["advantage.tail"] == "defer":
         drawn["advantage.tail_tokens"] = max(1, drawn["advantage.tail_tokens"])
     batch = max(drawn["rollout.responses_per_step"], drawn["rollout.slots"])
@@ -194,6 +199,7 @@ MATTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "policy.importance": ("truncated", {}),
     "policy.importance_cap": (1.1, {"policy.importance": "truncated"}),
     "policy.train_on": ("ended", {}),
+    "policy.reuse_batches": (1, {"rollout.refill": "batch"}),
     "policy.ewma_decay": (0.5, {}),
     "policy.prefix": ("constant", {}),
     "policy.keep_prefix": (True, {"policy.prefix": "constant"}),

@@ -15,7 +15,7 @@ from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig
 from tppo_ref.method.errors import NonFiniteError, UserError
-from tppo_ref.method.losses import importance_weights
+from tppo_ref.method.losses import importance_weights, ratios_at_start
 from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.packing import TokenBatch
 
@@ -112,7 +112,8 @@ def remember_values(rows: Rows, values_BT: Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ClipCentre:
-    """What the policy's ratio is taken against, [B, T]: `ratio = exp(logprob - logprob_BT)`, times `weight_BT` where there is one.
+    """What the policy's ratio is taken against, [B, T]: `ratio = exp(logprob - logprob_BT)`, times `weight_BT` where there is one,
+    clipped around `middle_BT` where there is one, else around 1.
 
     clipped_share   of the weights, as a share of the trained tokens
     """
@@ -120,19 +121,24 @@ class ClipCentre:
     logprob_BT: Tensor
     weight_BT: Tensor | None
     clipped_share: float
+    middle_BT: Tensor | None = None
 
     def of_part(self, part: Any) -> ClipCentre:
         """The same for some rows and columns."""
-        return ClipCentre(self.logprob_BT[part], None if self.weight_BT is None else self.weight_BT[part], self.clipped_share)
+        weight, middle = (None if x is None else x[part] for x in (self.weight_BT, self.middle_BT))
+        return ClipCentre(self.logprob_BT[part], weight, self.clipped_share, middle)
 
 
 def clip_centre(rows: Rows, start_BT: Tensor, config: PolicyConfig) -> ClipCentre:
     """The clip's centre, and importance weights where asked for. start_BT: log-probabilities before the update (`Forward`).
 
-    Tokens sampled in this step: the policy before the update, recomputed or the engine's. Older tokens (deferred, or of a partial
-    rollout): with importance="none" the behaviour policy's, so that the clipped ratio itself is the correction; else the policy
-    before the update, with the weight pi_start / pi_behaviour outside of the clip (the decoupled form).
+    Tokens sampled in this step: the policy before the update, recomputed or the engine's. Older tokens (deferred, of a partial
+    rollout, or reused): with importance="none" the behaviour policy's, so that the clipped ratio itself is the correction; else the
+    policy before the update, with the weight pi_start / pi_behaviour outside of the clip (the decoupled form). "generalised": each
+    token's behaviour policy, and a clip around the ratio that it has before the update (GePPO).
     """
+    if config.importance == "generalised":
+        return ClipCentre(rows.behaviour_BT, None, 0.0, ratios_at_start(start_BT, rows.behaviour_BT, rows.train_BT))
     if config.importance == "none":
         if config.old_logprobs == "engine":
             return ClipCentre(rows.behaviour_BT, None, 0.0)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
-from tppo_ref.method.records import End, WindowSlice
+from tppo_ref.method.records import End, Response, WindowSlice
 from tppo_ref.rollout.batcher import Batcher
 
 OUTCOMES = ("trained", "excluded_tail", "excluded_warmup")
@@ -66,15 +66,19 @@ class Ledger:
             response.score, status = scores[response.id]
             self.verdicts[status] += 1
 
-    def settle(self, rows: Rows, batcher: Batcher, *, warming_up: bool, sampled_with: int) -> dict[str, float]:
+    def settle(
+        self, rows: Rows, batcher: Batcher, *, warming_up: bool, sampled_with: int, again: Sequence[Response] = ()
+    ) -> dict[str, float]:
         """Enter a step's rows, and return the ledger/ and policy/ metrics of what was trained, how old it was, what was fed.
 
         warming_up     whether the value model was trained alone: then all of the rows' tokens are excluded
         sampled_with   version of the policy that sampled this step's window; ages count from it
+        again          responses that the next step trains on again
         AssertionError where a token is lost or counted twice.
         """
         age_sum, age_max, lag_sum = self._enter(rows, warming_up=warming_up, sampled_with=sampled_with)
         num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
+        num_reused = 0.0 if warming_up else float(rows.train_BT[rows.reused_B].sum())
         in_flight = list(batcher.in_flight.values())
         total = self._sum(
             {f"ledger/{name}": self.tokens[name] for name in OUTCOMES}
@@ -83,6 +87,7 @@ class Ledger:
                 "ledger/pending": sum(len(r) - r.num_settled for r in in_flight),
                 "ledger/in_flight": len(in_flight),
                 "policy/tokens": num_trained,
+                "policy/reused_tokens": num_reused,
                 "policy/prefix_tokens": rows.num_fed_again,
                 "policy/staleness": float(age_sum),
                 "policy/lag_updates": float(lag_sum),
@@ -93,22 +98,25 @@ class Ledger:
         accounted = sum(total[f"ledger/{name}"] for name in (*OUTCOMES, "pending"))
         generated = total["ledger/generated"]
         assert generated == accounted, f"{generated} tokens generated, {accounted} accounted for"
-        first_version = min((r.versions[0] for r in in_flight), default=sampled_with)
+        first_version = min((r.versions[0] for r in (*in_flight, *again)), default=sampled_with)
         oldest, minus_first = self.parallel.max([age_max, -first_version])  # over all ranks: ended responses move between them
         self.updates_at = {version: n for version, n in self.updates_at.items() if version >= -minus_first}
         return total | {"policy/staleness_max": oldest if total["policy/tokens"] else math.nan}
 
     def _enter(self, rows: Rows, *, warming_up: bool, sampled_with: int) -> tuple[int, int, int]:
-        """Moves each row's `num_settled`. Of the trained tokens: sum and maximum of their ages in versions, and the sum of their
-        ages in updates of the policy."""
+        """Moves each row's `num_settled`, but for a reused row, which was settled when it was new. Of the trained tokens: sum and
+        maximum of their ages in versions, and the sum of their ages in updates of the policy."""
         age_sum, age_max, lag_sum, now = 0, 0, 0, self.updates_at[sampled_with]
         trained_B, settled_B = rows.train_BT.sum(1).tolist(), rows.settled_B.tolist()
-        for response, trained, settled in zip(rows.responses, trained_B, settled_B, strict=True):
+        reused_B = rows.reused_B.tolist()
+        for response, trained, settled, reused in zip(rows.responses, trained_B, settled_B, reused_B, strict=True):
             versions = response.versions[response.num_settled : response.num_settled + trained]
             if versions and not warming_up:
                 age_sum += sampled_with * trained - sum(versions)
                 age_max = max(age_max, sampled_with - min(versions))
                 lag_sum += sum((now - self.updates_at[v]) * n for v, n in Counter(versions).items())
+            if reused:
+                continue
             if warming_up:
                 self.tokens["excluded_warmup"] += len(response) - response.num_settled
                 response.num_settled = len(response)

@@ -59,6 +59,7 @@ class Rows:
     train_BT        bool, of these the ones in the loss
     settled_B       tokens that the policy is done with after this step; the others wait for the next window
     cut_B           bool, RUNNING at the window's edge
+    reused_B        bool, of an earlier step, trained on again (policy.reuse_batches)
     num_fed_again   prompt tokens, and response tokens that an earlier step has fed to the models already
     behaviour_BT    log-probability of each token under the policy that sampled it; its dtype is the step's: float32, or float64
                     where the models are
@@ -70,6 +71,7 @@ class Rows:
     train_BT: Tensor
     settled_B: Tensor
     cut_B: Tensor
+    reused_B: Tensor
     num_fed_again: int
     behaviour_BT: Tensor
 
@@ -80,9 +82,11 @@ class Rows:
         config: AdvantageConfig,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        reused: Sequence[Response] = (),
     ) -> Rows:
-        """The rows of what a window sampled: one slice per response."""
-        responses = [s.response for s in slices]
+        """The rows of what a window sampled, one slice per response; and of earlier steps' responses that are trained on again."""
+        responses = [*(s.response for s in slices), *reused]
+        begin = [*(s.begin for s in slices), *map(len, reused)]
         length_B = torch.tensor([len(r) for r in responses], dtype=torch.long, device=device)
         mask_BT = response_mask(length_B.tolist(), device)
         # The one place where "cut" is derived: a row is cut when its response is RUNNING at the window's edge.
@@ -90,11 +94,12 @@ class Rows:
         start_B = torch.tensor([r.num_settled for r in responses], dtype=torch.long, device=device)
         return cls(
             responses=tuple(responses),
-            window_begin_B=torch.tensor([s.begin for s in slices], dtype=torch.long, device=device),
+            window_begin_B=torch.tensor(begin, dtype=torch.long, device=device),
             run_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=0),
             train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=config.tail_tokens),
             settled_B=num_settled(length_B, start_B, cut_B, skip_tail=config.tail_tokens, tail=config.tail),
             cut_B=cut_B,
+            reused_B=torch.arange(len(responses), device=device) >= len(slices),
             num_fed_again=sum(len(r.prompt.token_ids) + len(r.values) for r in responses),  # values: one per token fed so far
             behaviour_BT=pad([r.logprobs for r in responses], dtype, device),
         )
@@ -109,7 +114,8 @@ class Rows:
     def positive_BT(self) -> Tensor:
         """Bool: this step's trained tokens of responses that ended correct in this step, the LM loss's mask."""
         correct = [r.ended and (r.score or 0.0) > 0 for r in self.responses]
-        return self.train_BT & torch.tensor(correct, dtype=torch.bool, device=self.cut_B.device)[:, None]
+        correct_B = torch.tensor(correct, dtype=torch.bool, device=self.cut_B.device) & ~self.reused_B
+        return self.train_BT & correct_B[:, None]
 
     @property
     def rewards_BT(self) -> Tensor:

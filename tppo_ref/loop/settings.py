@@ -82,12 +82,14 @@ class PolicyConfig:
     """Weight of the LM loss on responses that ended correct in this step. [P]"""
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """Clip centre for this step's tokens: recomputed before the update, or the engine's, of which a twentieth is checked. [P]"""
-    importance: Literal["none", "truncated", "masked"] = "none"
-    """Weight pi_start/pi_behaviour per token; none: older tokens are clipped around their behaviour policy. [O]"""
+    importance: Literal["none", "truncated", "masked", "generalised"] = "none"
+    """Weight pi_start/pi_behaviour per token; none: older tokens' ratio is clipped around 1; generalised: around it (GePPO). [O]"""
     importance_cap: Positive = 2.0
     """Cap of that weight. [O]"""
     train_on: Literal["window", "ended"] = "window"
     """This window's tokens, ended or not (T-PPO), or whole responses once, when they end (partial rollouts). [S]"""
+    reuse_batches: Natural = 0
+    """GePPO (arXiv 2111.00072): train again on the responses of this many steps before; needs whole responses; 0 = off. [O]"""
     ewma_decay: Annotated[float, Bounds(0, 1, below=True)] = 0.0
     """PPO-EWMA (arXiv 2110.00641): clip around an exponential average of the weights with this decay; 0 = off. [O]"""
     prefix: Literal["full", "constant"] = "full"

@@ -17,6 +17,7 @@ Source: T-PPO, arXiv 2506.15050; docs/config.md marks where each default comes f
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -87,6 +88,7 @@ class Trainer:
         self.num_steps = 0
         self.version = 0  # of the policy's weights: one more per sync
         self.train_s = 0.0
+        self.past: list[list[Response]] = []  # earlier steps' responses that the policy trains on again, the oldest step first
         self.held: list[Response] = []  # ended responses that wait for the value model's batch to fill
         self.slices: list[WindowSlice] = []  # the last window's
 
@@ -129,7 +131,10 @@ class Trainer:
             self.observer(rows, before, advantages, batch)
         num_responses, num_held = self.parallel.sum([len(batch.responses), len(self.held)])
         metrics |= {"value/responses": num_responses, "value/held": num_held, "policy/logprob_gap": before.gap}
-        metrics |= self.ledger.settle(rows, self.batcher, warming_up=warming_up, sampled_with=self.version - 1)
+        if config.policy.reuse_batches and not warming_up:
+            self._remember(rows)
+        again = [response for batch in self.past for response in batch]
+        metrics |= self.ledger.settle(rows, self.batcher, warming_up=warming_up, sampled_with=self.version - 1, again=again)
         metrics |= self.ledger.window_metrics(self.slices, self.batcher, clock.seconds["rollout"])
         metrics |= clock.metrics()
         self.train_s += metrics["time/step_s"]
@@ -140,7 +145,14 @@ class Trainer:
         work = [s.response.num_fed if self._trains(s.response) else 0 for s in self.slices]
         self.slices = self.parallel.rebalance(self.slices, work, [s.response.ended for s in self.slices])
         chosen = [s for s in self.slices if self._trains(s.response)]
-        return Rows.of(chosen, self.config.advantage, self.device, self.dtype)
+        reused = [response for batch in self.past for response in batch]
+        return Rows.of(chosen, self.config.advantage, self.device, self.dtype, reused)
+
+    def _remember(self, rows: Rows) -> None:
+        """This step's responses join those that the next steps train on again (GePPO); those of the oldest step leave."""
+        new = [r for r, reused in zip(rows.responses, rows.reused_B.tolist(), strict=True) if not reused]
+        unseen = [dataclasses.replace(response, num_settled=0) for response in new]  # a second record: the books are of the first
+        self.past = [*self.past, unseen][-self.config.policy.reuse_batches :]
 
     def _trains(self, response: Response) -> bool:
         """Whether a response is one of the step's rows: always when it ended; while RUNNING, with enough untrained tokens."""
@@ -169,6 +181,7 @@ class Trainer:
             "ledger": self.ledger.state_dict(),
             "learners": {learner.name: learner.state_dict() for learner in (self.policy_learner, self.value_learner)},
             "ewma_weight": self.ewma.weight if self.ewma else None,
+            "past": [[response.state_dict() for response in batch] for batch in self.past],
             "held": [response.state_dict() for response in self.held],
             "batcher": self.batcher.state_dict(),
             "torch_rng": torch.get_rng_state().tolist(),
@@ -178,8 +191,8 @@ class Trainer:
         """Go on from what ranks saved.
 
         own    this rank's place among `states`, where they were saved on as many ranks. Else None, and `states` are all ranks':
-               in-flight and held responses are dealt anew, none lost and none twice, and the first rank takes over the books,
-               of which only the sums over ranks mean anything
+               in-flight, held and reused responses are dealt anew, none lost and none twice, and the first rank takes over the
+               books, of which only the sums over ranks mean anything
         """
         first = states[0]
         self.num_steps, self.version = first["num_steps"], first["version"]
@@ -189,12 +202,17 @@ class Trainer:
         if self.ewma is not None:
             self.ewma.weight = first["ewma_weight"]
         if own is not None:
-            held, books = states[own]["held"], [states[own]["ledger"]]
+            books = [states[own]["ledger"]]
             torch.set_rng_state(torch.tensor(states[own]["torch_rng"], dtype=torch.uint8))
         else:
-            everything = sorted((r for state in states for r in state["held"]), key=lambda r: r["id"])
-            held = everything[self.parallel.rank :: self.parallel.world]
             books = [state["ledger"] for state in states] if self.parallel.rank == 0 else []
-        self.held = [Response.from_state_dict(response) for response in held]
+        self.held = self._dealt([state["held"] for state in states], own)
+        self.past = [self._dealt(batches, own) for batches in zip(*(state["past"] for state in states), strict=True)]
         self.ledger.load_state_dict([state["ledger"] for state in states], books)
         self.batcher.load_state_dict([state["batcher"] for state in states])
+
+    def _dealt(self, saved: Sequence[list[dict[str, Any]]], own: int | None) -> list[Response]:
+        """Responses out of what each rank saved: this rank's own; without `own` its share of all ranks', in order of their ids."""
+        everything = sorted((r for responses in saved for r in responses), key=lambda r: r["id"])
+        mine = saved[own] if own is not None else everything[self.parallel.rank :: self.parallel.world]
+        return [Response.from_state_dict(response) for response in mine]

@@ -50,7 +50,7 @@ class Ewma:
         """The averaged policy's log-probabilities of a micro-batch, and the importance weights averaged / behaviour."""
         with torch.no_grad():
             centre_bt = self.module(dataclasses.replace(batch, prefix=None))  # what is kept is the policy's, not the average's
-        mode: Literal["truncated", "masked"] = "truncated" if config.importance == "none" else config.importance
+        mode: Literal["truncated", "masked"] = "masked" if config.importance == "masked" else "truncated"
         weight_bt, clipped = importance_weights(
             centre_bt, rows.behaviour_BT[part], rows.train_BT[part], mode=mode, cap=config.importance_cap
         )
@@ -106,7 +106,7 @@ class PolicyLoss:
             centre = self.ewma.clip_centre(batch, rows, part, config)
         total, stats = policy_loss(
             logprob_bt, centre.logprob_BT, self.scaled_BT[part], train_bt, denominator=tokens, clip_low=config.clip_low,
-            clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=centre.weight_BT,
+            clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=centre.weight_BT, middle_BT=centre.middle_BT,
         )  # fmt: skip
         self.ratio_max = max(self.ratio_max, stats.pop("ratio_max"))
         num_tokens = int(train_bt.sum())

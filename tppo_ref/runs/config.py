@@ -170,6 +170,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "tppo-ewma": {"policy.ewma_decay": 0.9},
     "tppo-once": {"policy.prefix": "constant", "policy.old_logprobs": "engine"},
     "ppo": {"rollout.window": WHOLE, "rollout.refill": "batch", "value.update": "joint"},
+    "geppo": {
+        "rollout.window": WHOLE,
+        "rollout.refill": "batch",
+        "value.update": "joint",
+        "policy.importance": "generalised",
+        "policy.reuse_batches": 2,
+        "policy.clip_low": 0.1,
+        "policy.clip_high": 0.14,
+    },
     "ppo-dual": {"rollout.window": WHOLE, "rollout.refill": "batch"},
     "partial-is": {"policy.train_on": "ended", "policy.importance": "truncated"},
 }

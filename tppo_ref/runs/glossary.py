@@ -57,6 +57,7 @@ GLOSSARY: dict[str, Metric] = {
     "advantage/clamped_share": Metric("whitened advantages beyond advantage.clamp / trained tokens", "step", "share", "below 0.01"),
     "advantage/lam_mean": Metric("lambda, mean over rows", "step", "1", "0.95 to 1"),
     "policy/tokens": Metric("trained tokens", "step", "tokens", "near rollout/tokens"),
+    "policy/reused_tokens": Metric("of these, tokens of earlier steps' batches", "step", "tokens", "0; GePPO: 2 in 3"),
     "policy/prefix_tokens": Metric(
         "prompt tokens, and response tokens that an earlier step has fed already", "step", "tokens", "grows with length/window"
     ),

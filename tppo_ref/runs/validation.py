@@ -46,6 +46,12 @@ class Refusal(NamedTuple):
     remedy: str = ""
 
 
+def never_cut(c: Config) -> bool:
+    """Every row is a whole response: nothing is RUNNING at a window's edge when it is trained."""
+    synchronous = c.rollout.refill == "step" and c.rollout.window >= c.rollout.max_response_tokens
+    return c.rollout.refill == "batch" or synchronous or c.policy.train_on == "ended"
+
+
 IMPOSSIBLE = (
     Refusal("rollout.min_response_tokens", lambda c: c.rollout.min_response_tokens >= c.rollout.max_response_tokens,
             "less than rollout.max_response_tokens ({rollout.max_response_tokens})"),
@@ -55,6 +61,10 @@ IMPOSSIBLE = (
             "a multiple of twice model.num_heads ({model.num_heads})"),
     Refusal("policy.old_logprobs", lambda c: c.policy.importance != "none" and c.policy.old_logprobs == "engine",
             "recompute with policy.importance {policy.importance}, whose weights compare both"),
+    Refusal("policy.importance", lambda c: c.policy.importance == "generalised" and c.policy.ewma_decay > 0,
+            "none, truncated or masked with policy.ewma_decay {policy.ewma_decay}, which has a clip of its own"),
+    Refusal("policy.reuse_batches", lambda c: c.policy.reuse_batches > 0 and not never_cut(c),
+            "0 where rows are cut: only whole responses are trained on again", "give --run.method geppo"),
     Refusal("policy.keep_prefix",
             lambda c: c.policy.keep_prefix and (c.policy.prefix, c.policy.old_logprobs) != ("constant", "recompute"),
             "false, or policy.prefix constant with policy.old_logprobs recompute, which fills it"),
@@ -78,12 +88,6 @@ def joint(c: Config) -> bool:
     return c.value.update == "joint"
 
 
-def never_cut(c: Config) -> bool:
-    """Every row is a whole response: nothing is RUNNING at a window's edge when it is trained."""
-    synchronous = c.rollout.refill == "step" and c.rollout.window >= c.rollout.max_response_tokens
-    return c.rollout.refill == "batch" or synchronous or c.policy.train_on == "ended"
-
-
 def built_in(c: Config) -> bool:
     """The task makes its own prompts."""
     return c.task.name != "jsonl"
@@ -105,7 +109,8 @@ CANCELLED = (
               "only rollout.refill batch has a batch, not {rollout.refill}"),
     Cancelled("policy.mini_batches", lambda c: c.policy.mini_batch_tokens > 0, BY_TOKENS.format(section="policy")),
     Cancelled("value.mini_batches", lambda c: c.value.mini_batch_tokens > 0, BY_TOKENS.format(section="value")),
-    Cancelled("policy.importance_cap", lambda c: c.policy.importance == "none", "with policy.importance none there are no weights"),
+    Cancelled("policy.importance_cap", lambda c: c.policy.importance in ("none", "generalised") and not c.policy.ewma_decay,
+              "with policy.importance {policy.importance} there are no weights"),
     Cancelled("policy.engine_gap_limit", lambda c: c.policy.old_logprobs != "engine",
               "with policy.old_logprobs {policy.old_logprobs} the engine's are not taken"),
     Cancelled("advantage.clamp", lambda c: not c.advantage.whiten, "only whitened advantages are clamped (advantage.whiten false)"),
