@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tppo_ref.method.losses import importance_weights, policy_loss, positive_lm_loss, ratios_at_start, value_loss
+from tppo_ref.method.losses import importance_weights, policy_loss, positive_lm_loss, value_loss
 
 LAW = settings(max_examples=50, deadline=None)
 F64 = torch.float64
@@ -90,7 +90,7 @@ def test_without_a_dual_clip_a_negative_advantage_has_no_floor(advantage, ratio,
 def test_the_defaults_are_the_papers():
     defaults = {name: p.default for name, p in inspect.signature(policy_loss).parameters.items() if p.kind == p.KEYWORD_ONLY}
     expected = {"denominator": inspect.Parameter.empty, "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
-    assert defaults == expected | {"weight_BT": None, "middle_BT": None}
+    assert defaults == expected | {"weight_BT": None, "start_logprob_BT": None}
     defaults = inspect.signature(value_loss).parameters
     assert (defaults["clip_low"].default, defaults["clip_high"].default) == (0.5, 0.6)
 
@@ -114,11 +114,10 @@ GEPPO_CASES = [
 )
 def test_geppo_clips_around_the_ratio_before_the_update(advantage, ratio, surrogate, slope):
     behaviour, mask = row(-1.5), torch.tensor([[True]])
-    middle = ratios_at_start(behaviour + math.log(2), behaviour, mask)
-    close(middle, [[2.0]])
     logprob = (behaviour + math.log(ratio)).requires_grad_()
     loss, _ = policy_loss(
-        logprob, behaviour, row(advantage), mask, denominator=4, clip_low=0.1, clip_high=0.1, middle_BT=middle
+        logprob, behaviour, row(advantage), mask, denominator=4, clip_low=0.1, clip_high=0.1,
+        start_logprob_BT=behaviour + math.log(2),
     )  # fmt: skip
     close(loss, -surrogate / 4)
     close(gradient(loss, logprob), [[-slope / 4]])
@@ -127,20 +126,20 @@ def test_geppo_clips_around_the_ratio_before_the_update(advantage, ratio, surrog
 def test_geppo_on_the_policys_own_tokens_is_ppo():
     logprob, old = row(-1.0, -2.0, -0.5), row(-1.3, -1.9, -0.9)
     args = row(1.0, -2.0, 0.5), torch.tensor([[True, True, False]])
-    ours, theirs = (
-        policy_loss(logprob, old, *args, denominator=2, middle_BT=m) for m in (ratios_at_start(old, old, args[1]), None)
-    )
+    ours, theirs = (policy_loss(logprob, old, *args, denominator=2, start_logprob_BT=x) for x in (old, None))
     close(ours[0], theirs[0])
     assert ours[1] == theirs[1]
 
 
-def test_the_middle_of_the_clip_is_detached_and_reads_nothing_outside_the_mask():
-    logprob, behaviour = row(-1.0, NAN).requires_grad_(), row(-3.0, 2.0)
-    middle = ratios_at_start(logprob, behaviour, torch.tensor([[True, False]]))
-    assert not middle.requires_grad
-    close(middle, [[math.exp(2), 0.0]])
-    with pytest.raises(ValueError, match="behaviour_logprob_BT"):
-        ratios_at_start(logprob, row(0.0), torch.tensor([[True, False]]))
+def test_no_gradient_flows_into_the_middle_of_the_clip_and_outside_the_mask_nothing_is_read():
+    start = row(-1.0, NAN).requires_grad_()
+    logprob, behaviour = row(-1.0, 0.0).requires_grad_(), row(-3.0, 2.0)
+    args = behaviour, row(1.0, 1.0), torch.tensor([[True, False]])
+    loss, _ = policy_loss(logprob, *args, denominator=1, start_logprob_BT=start)
+    close(loss, -math.exp(2))
+    assert torch.autograd.grad(loss, start, allow_unused=True) == (None,)
+    with pytest.raises(ValueError, match="start_logprob_BT"):
+        policy_loss(logprob, *args, denominator=1, start_logprob_BT=row(0.0))
 
 
 def test_policy_loss_by_hand_over_rows_weights_and_mask():

@@ -117,6 +117,8 @@ IMPOSSIBLE_EXAMPLES = {
     "rollout.responses_per_step": {"rollout.refill": "batch", "rollout.responses_per_step": 31},
     "model.hidden_size": {"model.hidden_size": 34},
     "policy.old_logprobs": {"policy.importance": "masked", "policy.old_logprobs": "engine"},
+    "policy.importance": {"policy.importance": "generalised", "policy.ewma_decay": 0.5},
+    "policy.reuse_batches": {"policy.reuse_batches": 1},
     "policy.keep_prefix": {"policy.keep_prefix": True},
     "advantage.tail": {"advantage.tail": "defer", "advantage.tail_tokens": 0},
 }

@@ -15,7 +15,7 @@ from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import PolicyConfig
 from tppo_ref.method.errors import NonFiniteError, UserError
-from tppo_ref.method.losses import importance_weights, ratios_at_start
+from tppo_ref.method.losses import importance_weights
 from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.packing import TokenBatch
 
@@ -113,7 +113,7 @@ def remember_values(rows: Rows, values_BT: Tensor) -> None:
 @dataclasses.dataclass(frozen=True)
 class ClipCentre:
     """What the policy's ratio is taken against, [B, T]: `ratio = exp(logprob - logprob_BT)`, times `weight_BT` where there is one,
-    clipped around `middle_BT` where there is one, else around 1.
+    clipped around exp(start_BT - logprob_BT) where there is a start_BT, else around 1.
 
     clipped_share   of the weights, as a share of the trained tokens
     """
@@ -121,12 +121,12 @@ class ClipCentre:
     logprob_BT: Tensor
     weight_BT: Tensor | None
     clipped_share: float
-    middle_BT: Tensor | None = None
+    start_BT: Tensor | None = None
 
     def of_part(self, part: Any) -> ClipCentre:
         """The same for some rows and columns."""
-        weight, middle = (None if x is None else x[part] for x in (self.weight_BT, self.middle_BT))
-        return ClipCentre(self.logprob_BT[part], weight, self.clipped_share, middle)
+        weight, start = (None if x is None else x[part] for x in (self.weight_BT, self.start_BT))
+        return ClipCentre(self.logprob_BT[part], weight, self.clipped_share, start)
 
 
 def clip_centre(rows: Rows, start_BT: Tensor, config: PolicyConfig) -> ClipCentre:
@@ -138,7 +138,7 @@ def clip_centre(rows: Rows, start_BT: Tensor, config: PolicyConfig) -> ClipCentr
     token's behaviour policy, and a clip around the ratio that it has before the update (GePPO).
     """
     if config.importance == "generalised":
-        return ClipCentre(rows.behaviour_BT, None, 0.0, ratios_at_start(start_BT, rows.behaviour_BT, rows.train_BT))
+        return ClipCentre(rows.behaviour_BT, None, 0.0, start_BT)
     if config.importance == "none":
         if config.old_logprobs == "engine":
             return ClipCentre(rows.behaviour_BT, None, 0.0)

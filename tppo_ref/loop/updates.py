@@ -106,7 +106,7 @@ class PolicyLoss:
             centre = self.ewma.clip_centre(batch, rows, part, config)
         total, stats = policy_loss(
             logprob_bt, centre.logprob_BT, self.scaled_BT[part], train_bt, denominator=tokens, clip_low=config.clip_low,
-            clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=centre.weight_BT, middle_BT=centre.middle_BT,
+            clip_high=config.clip_high, dual_clip=config.dual_clip, weight_BT=centre.weight_BT, start_logprob_BT=centre.start_BT,
         )  # fmt: skip
         self.ratio_max = max(self.ratio_max, stats.pop("ratio_max"))
         num_tokens = int(train_bt.sum())

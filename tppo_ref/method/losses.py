@@ -25,28 +25,24 @@ MAX_LOG_RATIO = 60.0  # e^60 is far beyond every clip, and finite in float32: an
 def policy_loss(
     logprob_BT: Tensor, old_logprob_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, *, denominator: float,
     clip_low: float = 0.2, clip_high: float = 0.28, dual_clip: float | None = 10.0, weight_BT: Tensor | None = None,
-    middle_BT: Tensor | None = None,
+    start_logprob_BT: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:  # fmt: skip
     """Clipped surrogate with clip-higher and dual clip, a token mean over the global count.
 
         ratio = exp(logprob - old_logprob)
         S     = min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)         PPO, arXiv 1707.06347, eq. 7
+        with start_logprob the clip is around exp(start_logprob - old_logprob)   GePPO, arXiv 2111.00072: pi_k / pi_(k-i)
         S     = max(S, dual_clip A)  where A < 0 only                            dual clip, arXiv 1912.09729
         loss  = - sum over mask of weight S / denominator
 
-    With `middle` the clip is GePPO's (arXiv 2111.00072, eq. 8), around the ratio at the start of the update instead of around 1:
-
-        S     = min(ratio A, clip(ratio, middle - clip_low, middle + clip_high) A)
-
     clip_high > clip_low is clip-higher (DAPO, arXiv 2503.14476); 0.2 / 0.28 and the dual clip of 10 are read in the authors' port
-    [P]. Where ratio = 1 the gradient is the policy gradient, -A/denominator per token; with clip_low = clip_high and dual_clip =
-    None the loss is PPO's.
+    [P]. Where ratio = 1 the gradient is the policy gradient, -A/denominator per token.
 
     logprob, old_logprob, advantages  [B, T] floats, nats for the first two; gradients flow into logprob alone
     mask_BT                           [B, T] bool, the trained tokens
     denominator                       their number over all micro-batches and ranks, in tokens
     weight_BT                         detached importance weights (`importance_weights`), outside of the clip; None: 1
-    middle_BT                         detached middle of the clip (`ratios_at_start`), with each token's own sampler as old; None: 1
+    start_logprob_BT                  the policy before the update, in nats, where old is each token's own sampler; None: as old
 
     Returns the scalar loss and sums over the mask, to be divided by a token count once all micro-batches and ranks are added:
     `clipped_tokens` (the clip binds), `dual_clipped_tokens`, `kl_sum` (k3 estimate of KL(old || new), in nats); and `ratio_max`,
@@ -64,9 +60,9 @@ def policy_loss(
     ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    if middle_BT is not None:
-        _check(denominator, mask_BT, middle_BT=middle_BT)
-        middle = _inside(middle_BT, mask_BT).detach()
+    if start_logprob_BT is not None:
+        _check(denominator, mask_BT, start_logprob_BT=start_logprob_BT)
+        middle = (_inside(start_logprob_BT, mask_BT).detach() - old_logprob).clamp(max=MAX_LOG_RATIO).exp()
         clipped = ratio.clamp(middle - clip_low, middle + clip_high) * advantages
     surrogate = torch.minimum(unclipped, clipped)
     stats = {"clipped_tokens": float((clipped < unclipped).sum())}
@@ -160,20 +156,6 @@ def importance_weights(
         num_tokens = int(mask_BT.sum())
         share = float((outliers & mask_BT).sum()) / num_tokens if num_tokens else 0.0
         return weight * inside, share
-
-
-def ratios_at_start(logprob_BT: Tensor, behaviour_logprob_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The middle of GePPO's clip: exp(logprob - behaviour_logprob), the ratio that each token has before the update.
-
-        middle = pi_k / pi_(k-i)         GePPO, arXiv 2111.00072: token sampled by the policy of i batches ago, update from pi_k
-
-    So the update may move the ratio by the same clip_low and clip_high whoever sampled the token. Nothing is truncated. Both are
-    [B, T] in nats, detached here; returns [B, T], 0 outside mask_BT. Raises ValueError that names the argument.
-    """
-    _check(1.0, mask_BT, logprob_BT=logprob_BT, behaviour_logprob_BT=behaviour_logprob_BT)
-    with torch.no_grad():
-        log_ratio = _inside(logprob_BT, mask_BT) - _inside(behaviour_logprob_BT, mask_BT)
-        return log_ratio.clamp(max=MAX_LOG_RATIO).exp() * mask_BT
 
 
 def _inside(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
