@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import prefix_learning
+from benchmarks.ablations import read_whole
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.vllm_windows import ratio
 
@@ -118,3 +120,16 @@ def test_the_gradient_that_a_constant_prefix_drops():
     result, _ = line("the same, windows of 16")
     assert result == ", ".join(f"{task} {narrow[task]['cosine']:.2f}" for task in tasks)
     assert {r["seeds"] for r in found.values()} == {2}
+
+
+def test_what_a_constant_prefix_costs_in_learning():
+    rows = prefix_learning.table(read_whole(prefix_learning.PATH)[0])
+    found = {r["task"]: r for r in rows if r["score"] == "area"}
+    result, aim = line(
+        f"what a constant prefix costs in learning: area at equal tokens, constant - full, three tasks, {found['all']['n']} seeds"
+    )
+    whole = "{difference:.3f} [{low:.3f}, {high:.3f}], {verdict}".format(**found["all"])
+    assert result == f"{whole}; " + ", ".join(
+        f"{t} {found[t]['difference']:.3f} ({found[t]['verdict']})" for t in ("chain", "fork", "length")
+    )
+    verdict(aim, found["all"]["verdict"] == "equal")

@@ -46,8 +46,7 @@ def policy_loss(
 
     Returns the scalar loss and sums over the mask, to be divided by a token count once all micro-batches and ranks are added:
     `clipped_tokens` (the clip binds), `dual_clipped_tokens`, `kl_sum` (k3 estimate of KL(old || new), in nats); and `ratio_max`,
-    the largest ratio on the mask, 0 where it is empty. Raises ValueError for shapes, dtypes, a denominator that is not positive
-    and finite, dual_clip of 1 or less.
+    the largest ratio on the mask, 0 where it is empty. Raises ValueError that names the argument.
     """
     _check(denominator, mask_BT, logprob_BT=logprob_BT, old_logprob_BT=old_logprob_BT, advantages_BT=advantages_BT)
     if dual_clip is not None and not dual_clip > 1:
