@@ -324,21 +324,34 @@ class Stage:
         value: torch.nn.Module,
         engine: Any,
         by_hand: tuple[torch.nn.Module, torch.nn.Module] | None = None,
+        parallel: Any = None,
+        averaged: torch.nn.Module | None = None,
     ):
-        """by_hand: the oracle's models, where they are not copies of the Trainer's; same parameters in the same order."""
+        """by_hand: the oracle's models, where they are not copies of the Trainer's; same parameters in the same order.
+        parallel: makes the Trainer's `Parallel` from the list of events, on one of several ranks that share out the slots.
+        averaged: a second copy of the policy, where it cannot be deep-copied."""
         rollout = config.rollout
         self.config, self.events = config, []
         self.policy, self.value = Recorded(policy, "policy", self.events), Recorded(value, "value", self.events)
         self.oracle = Oracle(config, *(by_hand or (policy, value)))
-        schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
+        ranks = (parallel or RecordingParallel)(self.events)
+        schedule = SlotSchedule(slots=rollout.slots // ranks.world, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                                 refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
-        stream = SampleStream(make_prompts(), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
+        stream = SampleStream(make_prompts(), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed,
+                              rank=ranks.rank, world=ranks.world)  # fmt: skip
         self.batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed)
         self.plain_window, self.batcher.window = self.batcher.window, self._window
         self.live: dict[int, Response] = {}
+        self.shown: list[Response] = []  # the step's rows and the value model's batch: those of several ranks change places
         self.num_forward_passes = 0
+        if averaged is not None:
+            averaged = Recorded(averaged, "policy-copy", self.events)
+            self.policy.copies.append(averaged)
         self.trainer = Trainer(config, policy=self.policy, value=self.value, engine=engine, batcher=self.batcher,
-                               scorer=MixedScorer(), parallel=RecordingParallel(self.events))  # fmt: skip
+                               scorer=MixedScorer(), parallel=ranks, averaged=averaged, observer=self._observe)  # fmt: skip
+
+    def _observe(self, rows: Any, forward: Any, advantages: Any, batch: Any) -> None:
+        self.shown = [*rows.responses, *batch.responses]
 
     def _window(self, *args: Any, **named: Any) -> Any:
         slices = self.plain_window(*args, **named)
@@ -372,7 +385,7 @@ class Stage:
 
     def _plan(self) -> Plan:
         """The mini-batches of each model: its forward passes with gradient between two of its optimiser steps."""
-        by_list = {id(response.token_ids): response.id for response in self.live.values()}
+        by_list = {id(response.token_ids): response.id for response in (*self.live.values(), *self.shown)}
         minibatches: dict[str, list[list[int]]] = {"policy": [], "value": []}
         gathering: dict[str, list[int]] = {"policy": [], "value": [], "policy-copy": []}
         recomputed: list[int] = []
@@ -406,19 +419,27 @@ class Stage:
                  if name not in mine or name not in expected or not close(mine[name], expected[name])]  # fmt: skip
         weights = {"policy": (self.policy, self.oracle.policy), "value": (self.value, self.oracle.value)}
         for which, (trained, by_hand) in weights.items():
-            both = zip(trained.named_parameters(), by_hand.parameters(), strict=True)
+            both = zip(self._weights(trained), by_hand.parameters(), strict=True)
             wrong += [f"{which} {name}: off by {distance(p, q):.1e}" for (name, p), q in both if distance(p, q) > TOLERANCE]
         if self.config.policy.ewma_decay > 0:
             (average,) = self.policy.copies
-            both = zip(average.named_parameters(), self.oracle.averaged(), strict=True)
+            both = zip(self._weights(average), self.oracle.averaged(), strict=True)
             wrong += [f"average {name}: off by {distance(p, q):.1e}" for (name, p), q in both if distance(p, q) > TOLERANCE]
-        for i, response in self.live.items():
+        for i, (values, num_settled) in self._stored().items():
             anchors = self.oracle.first_values.get(i, [])
-            if len(anchors) != len(response.values) or not all(map(close, anchors, response.values)):
-                wrong.append(f"response {i}: stored values {response.values}, oracle {anchors}")
-            if response.num_settled != self.oracle.settled.get(i, 0):
-                wrong.append(f"response {i}: {response.num_settled} columns settled, oracle {self.oracle.settled.get(i, 0)}")
+            if len(anchors) != len(values) or not all(map(close, anchors, values)):
+                wrong.append(f"response {i}: stored values {values}, oracle {anchors}")
+            if num_settled != self.oracle.settled.get(i, 0):
+                wrong.append(f"response {i}: {num_settled} columns settled, oracle {self.oracle.settled.get(i, 0)}")
         assert not wrong, f"step {self.oracle.steps}:\n" + "\n".join(wrong)
+
+    def _weights(self, module: torch.nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
+        """A model's parameters by name, whole."""
+        return list(module.named_parameters())
+
+    def _stored(self) -> Mapping[int, tuple[Sequence[float], int]]:
+        """What each response carries from step to step: the values that were stored with it, and how much of it is settled."""
+        return {i: (response.values, response.num_settled) for i, response in self.live.items()}
 
     def play(self, num_steps: int = 3) -> Outcome:
         metrics = list(itertools.takewhile(lambda m: m is not None, (self.step() for _ in range(num_steps))))
@@ -456,15 +477,32 @@ def toy_stage(config: Config, *, mismatch: float = 0.3) -> Stage:
 
 
 def real_stage(config: Config, *, scaling: float | None = None, **shape: Any) -> Stage:
-    """transformers' modules behind PolicyModel, ValueModel and TorchEngine, in float64; the oracle has their plain forward.
+    """transformers' modules behind PolicyModel, ValueModel and TorchEngine, in float64; the oracle has their plain forward."""
+    policy, value, by_hand = real_models(config, scaling=scaling, **shape)
+    return Stage(config, policy=policy, value=value, engine=real_engine(config, policy), by_hand=by_hand)
+
+
+def sampling_of(config: Config) -> dict[str, Any]:
+    return dict(temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens, end_token_id=END_ID)
+
+
+def real_engine(config: Config, policy: PolicyModel, world: int = 1) -> TorchEngine:
+    """An engine for this rank's slots."""
+    rollout = config.rollout
+    return TorchEngine(policy, slots=rollout.slots // world, max_context_tokens=MAX_PROMPT + rollout.max_response_tokens,
+                       **sampling_of(config))  # fmt: skip
+
+
+def real_models(
+    config: Config, *, scaling: float | None = None, **shape: Any
+) -> tuple[PolicyModel, ValueModel, tuple[torch.nn.Module, torch.nn.Module]]:
+    """Policy and value model of the Trainer, and the oracle's two.
 
     scaling: of the attention scores, where it is not the architecture's. Logits come in chunks of 5 tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-    rollout = config.rollout
-    sampling = dict(temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=END_ID)
-    shape = TINY | shape
+    sampling, shape = sampling_of(config), TINY | shape
     models = []
     for seed, auto_class in enumerate((AutoModelForCausalLM, AutoModelForTokenClassification)):
         torch.manual_seed(seed)
@@ -478,5 +516,4 @@ def real_stage(config: Config, *, scaling: float | None = None, **shape: Any) ->
         models.append(hf)
     by_hand = PlainPolicy(copy.deepcopy(models[0]), **sampling), PlainValue(copy.deepcopy(models[1]))
     policy, value = PolicyModel(models[0], logit_chunk_tokens=5, **sampling), ValueModel(models[1])
-    engine = TorchEngine(policy, slots=rollout.slots, max_context_tokens=MAX_PROMPT + rollout.max_response_tokens, **sampling)
-    return Stage(config, policy=policy, value=value, engine=engine, by_hand=by_hand)
+    return policy, value, by_hand
