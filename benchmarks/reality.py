@@ -2,8 +2,8 @@
 
     python -m benchmarks.reality [--share 1.0] [--out runs/reality] [--results benchmarks/results]
 
-Costs come from the first base run alone (T-PPO on the chain task, window 64, 32 slots; clock/calibrate.py). The other runs differ in
-window, slots, task or method; what is taken from them is how long their responses were: input to the clock and no cost. A run's
+Costs come from the first base run alone (T-PPO on the chain task, window 64, 32 slots; clock/calibrate.py). The other runs differ
+in window, slots, task or method; what is taken from them is how long their responses were: input to the clock and no cost. A run's
 seconds per step are its mean over all steps but the first. The base run is repeated with the same seed, between the others:
 (largest - smallest) / median of its repeats is what this machine does to equal work.
 
