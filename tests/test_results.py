@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import prefix_learning
+from benchmarks import findings, prefix_learning
 from benchmarks.ablations import read_whole
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.vllm_windows import ratio
@@ -47,6 +47,39 @@ def test_the_own_share_and_the_memory_of_a_cpu_tiny_step():
     verdict(aim, float(row["memory_growth"]) <= 0.02)
     result, _ = line("scale/: trained tokens that are padding")
     assert result == f"{percent(row['padding'], 0)} in linear layers, {percent(row['attention_padding'])} in attention"
+
+
+@pytest.mark.parametrize("task", ["chain", "fork"])
+def test_the_headline(task):
+    result, aim = line(f"PPO against T-PPO, {task} task")
+    middle, low, high = findings.headline(f"{task} tppo speed-up", "ratio")
+    assert result.startswith(f"{middle:.2f} [{low:.2f}, {high:.2f}]x")
+    verdict(aim, middle >= 2)
+
+
+def test_the_early_decision():
+    rows = findings.early_table()
+    ends = {
+        q: [f"{end(r['ratio'] for r in rows if r['quantity'] == q):.2f}x" for end in (min, max)] for q in ("tokens", "decode_steps")
+    }
+    result, _ = line("early decision")
+    assert result.startswith("tokens {} to {}, decode steps {} to {}".format(*ends["tokens"], *ends["decode_steps"]))
+    assert f"{findings.early('every', 'n')} seeds" in (FOLDER / "RESULTS.md").read_text()
+
+
+def test_the_estimators_and_the_schedules_own_speed():
+    cases = {row["case"]: row for row in table("advantages")}
+    result, aim = line("`egae` [512, 24576]")
+    assert (
+        result
+        == f"{float(cases['egae']['copies_median']):.1f}x a copy of the same bytes ({float(cases['egae']['clones_median']):.1f}x a clone)"
+    )
+    verdict(aim, float(cases["egae"]["copies_median"]) <= 4)
+    costs = {row["what"]: float(row["us"]) for row in table("batching")}
+    for what, cost in costs.items():
+        result, aim = line(what)
+        assert result == f"{cost:.2f} us"
+        verdict(aim, cost <= 2)
 
 
 def test_the_clocks_misses():
