@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from benchmarks import ablations, cut_rules, early_decision
 from benchmarks.common import RESULTS
+from benchmarks.paired import PAIRED, geometric
 from sim.lab import instances
 from sim.lab.bias import AtDistance, by_distance
 from sim.lab.critics import critic
@@ -212,40 +212,12 @@ def cuts(key: str, column: str) -> float:
     return float(cut_table()[f"{spec} {rule}"][named_mdp[0] if named_mdp else column])
 
 
-def by_seed(task: str, method: str, quantity: str) -> list[float]:
-    return [float(r["value"]) for r in table(f"headline-{task}/summary")
-            if (r["method"], r["quantity"]) == (method, quantity) and r["statistic"].startswith("seed ")]  # fmt: skip
-
-
-def tokens_per_one_of_ppos(task: str, method: str, *, generated: bool) -> list[float]:
-    """Seed by seed, tokens to the target over PPO's: trained ones, or generated ones (trained / the share that is trained)."""
-    needed = {m: np.asarray(by_seed(task, m, "tokens to target")) for m in (method, "ppo")}
-    if generated:
-        needed = {m: x / np.asarray(by_seed(task, m, "trained tokens")) for m, x in needed.items()}
-    return list(needed[method] / needed["ppo"])
-
-
-def geometric(ratios: Iterable[float]) -> tuple[float, float, float]:
-    """Geometric mean of positive, finite ratios, and the 95 % Student-t interval of the mean logarithm."""
-    x = np.log(list(ratios))
-    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return tuple(math.exp(x.mean() + side * half) for side in (0, -1, 1))  # type: ignore[return-value]
-
-
-PAIRED: dict[str, Callable[[str, str], list[float]]] = {
-    "speed-up": lambda task, method: by_seed(task, method, "speed-up"),
-    "throughput ratio": lambda task, method: by_seed(task, method, "throughput ratio"),
-    "trained tokens to target": functools.partial(tokens_per_one_of_ppos, generated=False),
-    "generated tokens to target": functools.partial(tokens_per_one_of_ppos, generated=True),
-}
-
-
 def headline(key: str, column: str) -> Any:
     """ "chain tppo speed-up": a ratio to PPO is the geometric mean over seeds with a 95 % t-interval on logarithms; all else is the
     summary's own statistic. "trained tokens to target": what the method needs for one token of PPO."""
     task, method, quantity = key.split(maxsplit=2)
     if quantity in PAIRED and column == "ratio":
-        return geometric(PAIRED[quantity](task, method))
+        return geometric(PAIRED[quantity](table(f"headline-{task}/summary"), method))
     row = next(r for r in table(f"headline-{task}/summary")
                if (r["method"], r["quantity"]) == (method, quantity) and r["statistic"] in ("median", "mean"))  # fmt: skip
     return (float(row["value"]), float(row["low"]), float(row["high"])) if column == "ratio" else float(row[column])

@@ -1,4 +1,5 @@
-"""The training loop of T-PPO, and of PPO, which is the same loop with a window as long as the response.
+"""The training loop of T-PPO, and of PPO, which is the same loop without an edge: its step lasts until its responses have ended,
+and its value model is trained jointly.
 
     repeat
         decode one window: carried responses go on, a freed slot takes the next prompt      SuccessiveBatcher.window
@@ -93,52 +94,59 @@ class Trainer:
         self.slices: list[WindowSlice] = []  # the last window's
 
     def step(self) -> dict[str, float]:
-        """One window and the updates on it."""
+        """One window and the updates on it, in the README's eight lines. In the first `value.warmup_steps` steps the value model is
+        trained alone: the policy has no mini-batch, and the books count its tokens as lost [P]."""
         self.num_steps += 1
         config, clock = self.config, PhaseClock()
         warming_up = self.num_steps <= config.value.warmup_steps
-        with clock("rollout"):
+        with clock("rollout"):  # 1
             self.slices = self.batcher.window(self.engine, version=self.version, on_end=self.scorer.submit)
             self.engine.sleep()
-        with clock("verify"):
+        with clock("verify"):  # 2
             self.ledger.enter_scores(self.slices, self.scorer.collect())
-        with clock("forward"):
+        with clock("forward"):  # 3 and 4
             rows = self._rows()
-            plans = self._plans(self.policy_learner, rows.responses, rows.train_BT)
+            policy_plans = self._plans(self.policy_learner, rows.responses, rows.train_BT)
             before = forward(
-                rows, plans[0], config.policy, policy=self.policy_learner.module, value=self.value_learner.module,
+                rows, policy_plans[0], config.policy, policy=self.policy_learner.module, value=self.value_learner.module,
                 parallel=self.parallel, key=(config.run.seed, self.num_steps),
             )  # fmt: skip
             remember_values(rows, before.values_BT)
             advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout.window, self.parallel)
-        with clock("policy"):
+        with clock("policy"):  # 5
             metrics |= update_policy(
-                self.policy_learner, rows, before, advantages.scaled_BT, [] if warming_up else plans, step=self.num_steps,
+                self.policy_learner, rows, before, advantages.scaled_BT, [] if warming_up else policy_plans, step=self.num_steps,
                 ewma=self.ewma,
             )  # fmt: skip
-        with clock("value"):
+        with clock("value"):  # 6, and 8
             if config.value.update == "joint":
                 batch = joint_batch(rows, before, advantages, constant_prefix=config.policy.prefix == "constant")
+                value_plans = policy_plans  # the same mini-batches
             else:
                 batch = self._ended_batch()
-                plans = self._plans(self.value_learner, batch.responses, batch.mask_BT)
-            metrics |= update_value(self.value_learner, batch, plans, step=self.num_steps)
-        with clock("sync"):
+                value_plans = self._plans(self.value_learner, batch.responses, batch.mask_BT)
+            metrics |= update_value(self.value_learner, batch, value_plans, step=self.num_steps)
+        with clock("sync"):  # 7
             self.version += 1
             self.ledger.updates_at[self.version] = self.policy_learner.num_updates
             self.engine.load_weights(self.policy_learner.module.named_tensors(), self.version)
         if self.observer:
             self.observer(rows, before, advantages, batch)
-        num_responses, num_held = self.parallel.sum([len(batch.responses), len(self.held)])
-        metrics |= {"value/responses": num_responses, "value/held": num_held, "policy/logprob_gap": before.gap}
-        if config.policy.reuse_batches and not warming_up:
-            self._remember(rows)
-        again = [response for batch in self.past for response in batch]
-        metrics |= self.ledger.settle(rows, self.batcher, warming_up=warming_up, sampled_with=self.version - 1, again=again)
+        metrics["policy/logprob_gap"] = before.gap
+        metrics |= self._settle(rows, batch, warming_up=warming_up)
         metrics |= self.ledger.window_metrics(self.slices, self.batcher, clock.seconds["rollout"])
         metrics |= clock.metrics()
         self.train_s += metrics["time/step_s"]
         return metrics | {"time/train_s": self.train_s}
+
+    def _settle(self, rows: Rows, batch: ValueBatch, *, warming_up: bool) -> dict[str, float]:
+        """Moves on what the next step begins with: each row's `num_settled`, the books, the responses that are trained on again."""
+        if self.config.policy.reuse_batches and not warming_up:
+            self._remember(rows)
+        again = [response for past in self.past for response in past]
+        num_responses, num_held = self.parallel.sum([len(batch.responses), len(self.held)])
+        books = self.ledger.settle(rows, self.batcher, warming_up=warming_up, sampled_with=self.version - 1, again=again)
+        return books | {"value/responses": num_responses, "value/held": num_held}
 
     def _rows(self) -> Rows:
         """The step's rows. Ended responses may move to a rank with less to do; one that runs stays where it is decoded."""
