@@ -57,10 +57,10 @@ def egae(
 ) -> Tensor:  # fmt: skip
     """Extended GAE of T-PPO (arXiv 2506.15050): GAE on responses of which some are cut while still running.
 
-        A_t = sum_{k < l-t} (gamma lam)^k delta_{t+k},      delta_{l-1} = r_{l-1} + gamma V(s_l) - V(s_{l-1})
+        A_t = delta_t + gamma lam A_{t+1},  A_l = 0,      delta_{l-1} = r_{l-1} + gamma V(s_l) - V(s_{l-1})
 
     for a run that was cut before token l. `cut_value` says what stands for V(s_l):
-        "previous"  V(s_{l-1}), the run's own last value: the paper's rule. The last token gets r + (gamma - 1) V.
+        "previous"  V(s_{l-1}), the run's own last value: the paper's rule. The last delta is r + (gamma - 1) V: 0 with gamma 1.
         "critic"    last_value_B, the critic's estimate after the cut: bootstrapped truncation. Unbiased for V exact.
         "zero"      0: a trainer that takes the cut for an end.
     Rows that are not cut agree with `gae`, under each rule; a cut row with an empty run gives zeros.
@@ -83,7 +83,7 @@ def egae(
 
 
 def value_at_cut(values_BT: Tensor, runs: Runs, cut_B: Tensor, cut_value: CutValue, last_value_B: Tensor | None) -> Tensor:
-    """What stands for V(s_l) after each row's last token, [B]: V(s_{l-1}) at a cut (T-PPO), or another `CutValue`; 0 at an end."""
+    """V(s_l) after each row's last token, [B]: V(s_{l-1}) at a cut (T-PPO), or another `CutValue`; 0 at an end, as in last_value_B."""
     if cut_value == "previous":
         return torch.where(cut_B, _last(values_BT, runs), 0.0)
     return values_BT.new_zeros(len(values_BT)) if last_value_B is None else last_value_B

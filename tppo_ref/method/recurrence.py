@@ -3,9 +3,8 @@
     y_t = x_t + a y_{t+1}      inside each row's run of tokens, where y = 0 after the last one; a in [0, 1]
 
 With x = delta and a = gamma lambda this is GAE, with x = r and a = gamma the Monte Carlo return (advantages.py). The scan is
-blocked: inside a chunk of C tokens y is a product with a triangular matrix of powers of a, and the heads (first tokens) of the
-chunks obey the same recursion with a^C, one level up. A test holds loop and scan equal. Suffixes: B responses, T response tokens,
-R rows that are worked on at a time, K chunks of C tokens.
+blocked: in a chunk of C tokens y is a product with a triangular matrix of powers of a; the heads (first tokens) of chunks obey the
+same recursion with a^C. A test holds both equal. Suffixes: B responses, T tokens, R rows at a time, K chunks of C tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def discounted_sum(x: Tensor | Terms, runs: Runs, rate_B1: Tensor, *, dtype: tor
         return y_BT
     width, on_cpu = columns.stop - columns.start, device.type == "cpu"
     R = min(B, max(1, CACHED * torch.get_num_threads() // width)) if on_cpu else B
-    C = 16 if on_cpu else 64
+    C = 16 if on_cpu else 64  # measured on a CPU (docs/log.md); a guess on GPUs
     levels = _levels(rate_B1 if (rate_B1 != rate_B1[0]).any() else rate_B1[:1], width, C, dtype)
     x_RKC, y_RKC = torch.empty(2, R, -(-width // C), C, dtype=dtype, device=device)
     x_RKC.flatten(1)[:, width:] = 0
