@@ -83,7 +83,7 @@ def egae(
 
 
 def value_at_cut(values_BT: Tensor, runs: Runs, cut_B: Tensor, cut_value: CutValue, last_value_B: Tensor | None) -> Tensor:
-    """V(s_l) after each row's last token, [B]: V(s_{l-1}) at a cut (T-PPO), or another `CutValue`; 0 at an end, as in last_value_B."""
+    """V(s_l) after the last token, [B]: V(s_{l-1}) at a cut (T-PPO), or another `CutValue`; 0 at an end, as in last_value_B."""
     if cut_value == "previous":
         return torch.where(cut_B, _last(values_BT, runs), 0.0)
     return values_BT.new_zeros(len(values_BT)) if last_value_B is None else last_value_B
