@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from scale.checkpoint import DistributedCheckpointer
-from scale.config import FIXED_ON_RESUME, ScaleConfig, check_deal, own_base_model
+from scale.config import FIXED_ON_RESUME, ScaleConfig, check_deal, named_in, own_base_model
 from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
@@ -28,7 +28,7 @@ from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.engine import RolloutEngine
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy
 from tppo_ref.rollout.torch_engine import TorchEngine
-from tppo_ref.runs.build import TaskScorer, base_model, check_vocabulary, make_schedule
+from tppo_ref.runs.build import TaskScorer, base_model, check_sources, check_vocabulary, make_schedule
 from tppo_ref.runs.evaluate import Evaluator, Sampler
 from tppo_ref.runs.glossary import GLOSSARY
 from tppo_ref.runs.parsing import replace_fields
@@ -50,6 +50,8 @@ def build(config: ScaleConfig, world: World) -> Parts:
     resume_from = resume_point(checkpointer, config, resume=resume, fixed=FIXED_ON_RESUME, section="algo.")
     task, parallel, schedule = make_task(config), Collective(world), slots_and_windows(config, world)
     new = resume_from is None
+    with named_in("algo."):
+        check_sources(algo, task)
     policy, value = build_policy(config, world, task, weights=new), build_value(config, world, weights=new)
     engine = build_engine(config, world, task)
     scorer = TaskScorer(task, algo.task)
@@ -118,7 +120,7 @@ def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool
         logit_chunk_tokens=model.logit_chunk_tokens or None, sync_dtype=getattr(torch, config.engine.dtype),
     )  # fmt: skip
     assert isinstance(policy, PolicyModel)
-    check_vocabulary("algo.model.policy", policy, task, model.policy)
+    check_vocabulary("algo.model.policy", policy.hf.config, task, model.policy)
     return policy
 
 

@@ -267,9 +267,9 @@ def test_user_errors_are_one_line(tmp_path):
 
     config = CONFIGS["qwen2"]
     assert "no such file" in error(tmp_path / "nothing")
-    assert "not a model folder" in error(tmp_path)
+    assert "a folder without a config.json" in error(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "holds no safetensors" in error(tmp_path)
+    assert "a folder without safetensors" in error(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a safetensors file")
     assert "cannot be loaded" in error(tmp_path)
     (tmp_path / "broken.json").write_text("{")

@@ -8,7 +8,7 @@ import pytest
 
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.watch import Watch
+from tppo_ref.runs.watch import Watch, forewarn
 
 WELL = {
     "response/rows": 10, "response/ended": 6, "response/cut_share": 0.4, "response/capped_share": 0.0, "policy/staleness_max": 0,
@@ -45,3 +45,20 @@ def test_each_threshold_is_passed_before_it_is_warned_of(caplog, field, limit, m
 def test_verifications_that_fail_are_told_when_there_are_more(caplog):
     (said,) = warnings_of(caplog, {"verify/timeouts": 3})
     assert "verify/timeouts is 3" in said
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"value.warmup_steps": 10, "run.steps": 10}, "value.warmup_steps 10: the policy trains in none of the 10 steps"),
+    ({"value.warmup_steps": 9, "run.steps": 10}, None),
+    ({"value.warmup_steps": 10, "run.steps": 10, "run.train_seconds": 60.0}, None),
+    ({"advantage.tail_tokens": 64}, "advantage.tail_tokens 64 with rollout.window 64: no token of a cut row trains the policy"),
+    ({"advantage.tail_tokens": 63}, None),
+    ({"advantage.tail_tokens": 64, "advantage.tail": "defer"}, None),
+    ({"advantage.tail_tokens": 64, "rollout.refill": "batch"}, None),
+    ({"advantage.tail_tokens": 64, "policy.train_on": "ended"}, None),
+])  # fmt: skip
+def test_settings_that_are_legal_and_hardly_meant_are_told_before_the_first_step(caplog, fields, said):
+    with caplog.at_level(logging.WARNING, logger="tppo_ref"):
+        forewarn(replace_fields(Config(), fields))
+    told = [record.getMessage() for record in caplog.records]
+    assert (not told) if said is None else (len(told) == 1 and told[0].startswith(said))

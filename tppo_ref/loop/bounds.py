@@ -31,16 +31,19 @@ class Bounds:
         return math.isfinite(number) and over and under
 
     def __repr__(self) -> str:
-        """As in "a number above 0, at most 1"."""
-        low = "" if self.low == -math.inf else f"{'above' if self.above else 'at least'} {self.low:g}"
-        high = "" if self.high == math.inf else f"{'below' if self.below else 'at most'} {self.high:g}"
+        """As in "a number above 0, at most 1"; LARGEST, which only absurd numbers pass, is said of those alone."""
+        low = "" if self.low == -math.inf else f"{'above' if self.above else 'at least'} {self.low:,g}"
+        high = "" if self.high >= LARGEST else f"{'below' if self.below else 'at most'} {self.high:,.10g}"
         return ", ".join(filter(None, (low, high))) or "finite"
 
 
-Count = Annotated[int, Bounds(1)]
-Natural = Annotated[int, Bounds(0)]
-Positive = Annotated[float, Bounds(0, above=True)]
-NotNegative = Annotated[float, Bounds(0)]
+LARGEST = 1e12
+"""No number of a configuration is larger: 10^20 slots are a slip, not a wish."""
+
+Count = Annotated[int, Bounds(1, LARGEST)]
+Natural = Annotated[int, Bounds(0, LARGEST)]
+Positive = Annotated[float, Bounds(0, LARGEST, above=True)]
+NotNegative = Annotated[float, Bounds(0, LARGEST)]
 Unit = Annotated[float, Bounds(0, 1)]
 Share = Annotated[float, Bounds(0, 1, above=True)]
 

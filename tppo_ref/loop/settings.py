@@ -12,11 +12,11 @@ from tppo_ref.loop.bounds import Bounds, Count, Natural, NotNegative, Positive, 
 class RolloutConfig:
     """Successive batching: slots and windows."""
 
-    slots: Count = 32
+    slots: Annotated[int, Bounds(1, 1e6)] = 32
     """Decoding slots; under synchronous PPO also the responses per step. The port: 512 prompts x 16. [M]"""
-    window: Count = 64
+    window: Annotated[int, Bounds(1, 1e8)] = 64
     """Decode steps per window, in tokens. The paper: 8k [S]; the port: a third of the longest response. [M]"""
-    max_response_tokens: Count = 320
+    max_response_tokens: Annotated[int, Bounds(1, 1e8)] = 320
     """Cap on a response over all its windows, in tokens; at the cap it counts as finished. The port: 24k. [M]"""
     min_response_tokens: Natural = 0
     """The end token is forbidden before this many tokens. [O]"""
@@ -24,7 +24,7 @@ class RolloutConfig:
     """A freed slot takes the next prompt in the same window, waits for the next, or (synchronous) goes on up to a batch. [S]"""
     responses_per_step: Natural = 0
     """Responses begun, and ended, in each step with refill batch; 0 = as many as slots. [O]"""
-    samples_per_prompt: Count = 1
+    samples_per_prompt: Annotated[int, Bounds(1, 1e6)] = 1
     """Independent samples of each prompt. The port: 16. [O]"""
     temperature: Positive = 1.0
     """Sampling temperature; log-probabilities are of the sampling distribution. [I]"""
@@ -132,7 +132,7 @@ class ValueConfig:
     """0: train on every response that ended in this step; n: hold responses back until n are there. [O]"""
     warmup_steps: Natural = 0
     """First steps that train the value model alone; the policy's tokens of these are excluded. The port: 10. [M]"""
-    pretrain_responses: Natural = 1024
+    pretrain_responses: Annotated[int, Bounds(0, 1e8)] = 1024
     """pretrain-value: responses sampled from the frozen policy. [M]"""
     pretrain_epochs: Count = 4
     """pretrain-value: passes over them. [M]"""

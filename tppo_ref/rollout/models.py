@@ -14,8 +14,6 @@ therefore off; wrap the layers instead, as scale/ does.)
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.attention import PackedLayout, use_ragged_attention
 from tppo_ref.rollout.packing import Packed, TokenBatch, pack
+from tppo_ref.rollout.shapes import check_size, device_named, quiet, read_config, reason
 
 # A logit chunk holds at most this many numbers unless `logit_chunk_tokens` says otherwise: half a gigabyte in float32.
 LOGIT_CHUNK_NUMBERS = 2**27
@@ -228,18 +227,19 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}; expected float32 or bfloat16")
-    where = _device(device)
+    where = device_named(device)
     auto = getattr(transformers, auto_class)
     is_value = auto_class == "AutoModelForTokenClassification"
     is_folder = isinstance(source, (str, os.PathLike)) and not str(source).endswith(".json")
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     missing = []
-    with torch.random.fork_rng(devices=[]), _quiet(transformers):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), quiet():
         try:
-            config = _config(transformers, source, trust_remote_code)
+            config = read_config(source, trust_remote_code)
             if is_value:
                 as_value_config(config)
+            check_size(auto, config, options["dtype"], where)
+            torch.manual_seed(seed)
             if is_folder:
                 hf, info = auto.from_pretrained(
                     source, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
@@ -251,7 +251,7 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
             raise
         except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder or config
             what = source if isinstance(source, (str, os.PathLike)) else "model config"
-            raise UserError(f"{what}: cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+            raise UserError(f"{what}: cannot be loaded: {reason(error)}") from error
     if missing:
         raise UserError(f"{source}: lacks {len(missing)} of the model's weights, {missing[0]} first")
     for parameter in hf.parameters():
@@ -259,48 +259,6 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
         # differ in last bits from one that never stopped. A clone is aligned like any other tensor.
         parameter.data = parameter.data.clone()
     return hf.to(where)
-
-
-def _config(transformers: Any, source: Any, trust_remote_code: bool) -> Any:
-    """The transformers config that `source` names; a copy, since loading writes into it."""
-    if isinstance(source, transformers.PretrainedConfig):
-        source = source.to_dict()
-    elif isinstance(source, (str, os.PathLike)):
-        if not os.path.exists(source):
-            raise UserError(f"{source}: no such file or folder; expected a model folder or a config.json")
-        if os.path.isdir(source):
-            if not os.path.isfile(os.path.join(source, "config.json")):
-                raise UserError(f"{source}: not a model folder, it has no config.json")
-            if not any(name.endswith(".safetensors") for name in os.listdir(source)):
-                raise UserError(f"{source}: holds no safetensors; for random weights give {os.path.join(source, 'config.json')}")
-            return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
-        with open(source) as file:
-            source = json.load(file)
-    if not isinstance(source, dict) or "model_type" not in source:
-        raise UserError("a model config needs the key 'model_type', for example 'qwen2'")
-    return transformers.AutoConfig.for_model(**source)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device = {name!r} is not there ({str(error).splitlines()[0][:200]}); give cpu, or auto") from error
-    return device
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any):
-    """transformers reports a new value head as a warning; missing weights are errors here, so the report adds nothing."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 @torch.no_grad()
@@ -320,7 +278,7 @@ def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
     except UserError:
         raise
     except Exception as error:  # a config may be legal to build and still fail to run; each architecture in its own way
-        raise UserError(f"model type {kind!r} does not run: {str(error).strip().splitlines()[0][:200]}") from error
+        raise UserError(f"model type {kind!r} does not run: {reason(error)}") from error
     finally:
         hf.set_attn_implementation(name)
     tolerance = (1e-4 if ours.dtype == torch.float32 else 0.05) * max(1.0, plain.abs().max().item())

@@ -9,10 +9,11 @@ from transformers import PretrainedConfig
 
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.settings import RolloutConfig
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.method.records import Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy, load_value_model
+from tppo_ref.rollout.shapes import device_named, read_config, reason
 from tppo_ref.rollout.torch_engine import TorchEngine
 from tppo_ref.runs.checkpoint import LocalCheckpointer
 from tppo_ref.runs.config import FIXED_ON_RESUME, Config, TaskConfig
@@ -38,6 +39,7 @@ def build(config: Config) -> Parts:
     resume_from = resume_point(checkpointer, config, resume=config.run.resume, fixed=FIXED_ON_RESUME)
     task = make_task(config)
     if resume_from is None:
+        check_sources(config, task)
         base = base_model(config, task)
         policy, value = make_policy(config, task, base), make_value(config, task, config.model.value or base)
     else:
@@ -118,9 +120,11 @@ def base_model(config: Config, task: Task) -> str:
         raise UserError(
             f"model.policy: got none; expected a model for task {config.task.name}, which has none of its own; give its folder"
         )
-    size, cache = config.model, writable_folder(config.run.cache, "run.cache")
+    size, cache, shape = config.model, writable_folder(config.run.cache, "run.cache"), base_config(config, task)
+    check_context(config, task, shape)
+    device_named(config.model.device)
     return str(
-        warm_start(task, base_config(config, task), steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache,
+        warm_start(task, shape, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache,
                    progress=config.run.progress)
     )  # fmt: skip
 
@@ -139,16 +143,41 @@ def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
         min_response_tokens=config.rollout.min_response_tokens, end_token_id=task.end_token_id,
         logit_chunk_tokens=config.model.logit_chunk_tokens or None,
     )  # fmt: skip
-    check_vocabulary("model.policy", policy, task, source)
+    check_vocabulary("model.policy", policy.hf.config, task, source)
     return policy
 
 
-def check_vocabulary(field: str, model: PolicyModel | ValueModel, task: Task, source: str) -> None:
-    """UserError where the task's tokenizer has tokens that the model has no embedding for."""
-    if model.hf.config.vocab_size < task.vocab_size:
+def check_sources(config: Config, task: Task) -> None:
+    """Refuse models that are given and do not fit the task, by their config.json, before anything takes long."""
+    for field, source in (("model.policy", config.model.policy), ("model.value", config.model.value)):
+        if source is not None:
+            check_vocabulary(field, model_config(field, source, config.model.trust_remote_code), task, source)
+
+
+def model_config(field: str, source: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The transformers config of a model that a field gives; UserError with the field's name where it cannot be read."""
+    try:
+        return read_config(source, trust_remote_code)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+    except Exception as error:  # transformers raises a dozen types for a bad config
         raise UserError(
-            f"{field}: got {source} with a vocabulary of {model.hf.config.vocab_size} tokens; expected the {task.vocab_size} of "
-            f"the task's tokenizer; use the tokenizer that belongs to the model (task.tokenizer)"
+            refusal(field, f"{source}, which cannot be loaded ({reason(error)})", "a model's folder or config.json")
+        ) from None
+
+
+def check_vocabulary(field: str, model: PretrainedConfig, task: Task, source: str) -> None:
+    """UserError where the task has tokens that the model has no embedding for."""
+    found = model.get_text_config().vocab_size
+    if not isinstance(found, int) or found < task.vocab_size:
+        whose = f"task {task.name}" if task.tokenizer is None else "the task's tokenizer"
+        remedy = "give the model's own tokenizer (task.tokenizer)"
+        if task.tokenizer is None:
+            remedy = f"take a model that was made for it, or leave {field} out"
+        elif field.endswith("value"):
+            remedy = "take a value model that was made from this policy, by pretrain-value"
+        raise UserError(
+            refusal(field, f"{source} with a vocabulary of {found} tokens", f"the {task.vocab_size} of {whose}", remedy)
         )
 
 
@@ -158,18 +187,23 @@ def make_value(config: Config, task: Task, source: str) -> ValueModel:
         source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
-    check_vocabulary("model.value", value, task, source)
+    check_vocabulary("model.value", value.hf.config, task, source)
     return value
 
 
 def make_engine(config: Config, task: Task, policy: PolicyModel, slots: int) -> TorchEngine:
     """An engine that decodes with the policy's own weights."""
-    context = task.max_prompt_tokens + config.rollout.max_response_tokens
-    room = getattr(policy.hf.config, "max_position_embeddings", None)
-    if room is not None and context > room:
-        raise UserError(f"rollout.max_response_tokens: got {config.rollout.max_response_tokens} beside prompts of up to "
-                        f"{task.max_prompt_tokens} tokens; expected the model's context, {room}, to hold both")  # fmt: skip
+    context = check_context(config, task, policy.hf.config)
     return TorchEngine(
         policy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
         temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens,
     )  # fmt: skip
+
+
+def check_context(config: Config, task: Task, model: PretrainedConfig) -> int:
+    """Tokens of the longest prompt and response together; UserError where the model has no positions for them."""
+    context, room = task.max_prompt_tokens + config.rollout.max_response_tokens, getattr(model, "max_position_embeddings", None)
+    if room is not None and context > room:
+        raise UserError(refusal("rollout.max_response_tokens", f"{config.rollout.max_response_tokens} beside prompts of up to "
+                                f"{task.max_prompt_tokens} tokens", f"the model's context, {room}, to hold both"))  # fmt: skip
+    return context

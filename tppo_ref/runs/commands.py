@@ -9,7 +9,17 @@ import torch
 import transformers
 
 from tppo_ref.method.errors import UserError
-from tppo_ref.runs.build import TaskScorer, base_model, build, make_evaluator, make_policy, make_sampler, make_task, make_value
+from tppo_ref.runs.build import (
+    TaskScorer,
+    base_model,
+    build,
+    check_sources,
+    make_evaluator,
+    make_policy,
+    make_sampler,
+    make_task,
+    make_value,
+)
 from tppo_ref.runs.checkpoint import complete_checkpoints
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.evaluate import evaluate_policy
@@ -39,6 +49,7 @@ def evaluate(config: Config) -> dict[str, float]:
     """The eval/ metrics of model.policy on the task's test prompts; they and the answers go to run.out."""
     settle_libraries(config)
     out, task = writable_folder(config.run.out, "run.out"), make_task(config)
+    check_sources(config, task)
     policy = make_policy(config, task, base_model(config, task))
     with closing(TaskScorer(task, config.task)) as scorer:
         return evaluate_policy(make_evaluator(config, task, policy, scorer), task, out)
@@ -48,6 +59,7 @@ def pretrain_value(config: Config) -> Path:
     """A value model that was fitted to responses of model.policy: run.out/value, a folder for --model.value."""
     settle_libraries(config)
     out, task = writable_folder(config.run.out, "run.out"), make_task(config)
+    check_sources(config, task)
     base = base_model(config, task)
     policy = make_policy(config, task, base)
     with closing(TaskScorer(task, config.task)) as scorer:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tppo_ref.method.errors import UserError, refusal
-from tppo_ref.runs.build import TaskScorer, base_model, make_task
+from tppo_ref.runs.build import TaskScorer, base_model, check_sources, make_task
 from tppo_ref.runs.commands import settle_libraries
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.inputs import inputs_of
@@ -66,6 +66,7 @@ def prepare(config: Config, out: Path) -> tuple[Config, dict[str, str]]:
     """
     settle_libraries(config)
     task = make_task(config)
+    check_sources(config, task)
     config = replace_fields(config, {"model.policy": base_model(config, task)})
     with closing(TaskScorer(task, config.task)) as scorer:
         leave_out_bad_references(make_task(config), scorer.verifier, out, resume=False, progress=config.run.progress)

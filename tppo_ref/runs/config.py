@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tppo_ref.loop.bounds import Count, Natural, NotNegative, Positive, Share, Unit
+from tppo_ref.loop.bounds import Bounds, Count, Natural, NotNegative, Positive, Share, Unit
 from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, RolloutConfig, ValueConfig
 from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.runs.parsing import field_paths, get_field, replace_fields
@@ -42,11 +42,11 @@ class TaskConfig:
     """jsonl only: wrap prompts in the tokenizer's chat template. [O]"""
     verifier: str | None = None
     """Dotted name module:function of a verifier of your own; none = the task's. [O]"""
-    verifier_timeout_s: Positive = 5.0
+    verifier_timeout_s: Annotated[float, Bounds(0, 1e6, above=True)] = 5.0
     """Wall-clock seconds after which a verification is killed, counted and scored as failed; an import has 60, or this. [O]"""
-    verifier_workers: Count = 1
+    verifier_workers: Annotated[int, Bounds(1, 1024)] = 1
     """Verifier processes. [O]"""
-    failure_score: float = -1.0
+    failure_score: Annotated[float, Bounds(-1e6, 1e6)] = -1.0
     """Score of a response whose verification timed out or raised. [O]"""
 
 
@@ -58,13 +58,13 @@ class ModelConfig:
     """Checkpoint folder, or config.json of a fresh model; none = the task's own warm-started base model. [O]"""
     value: str | None = None
     """Checkpoint folder of a (pre-trained) value model; none = the policy's weights under a new scalar head. [O]"""
-    hidden_size: Count = 32
+    hidden_size: Annotated[int, Bounds(1, 65536)] = 32
     """Width of the built-in base model. [M]"""
-    num_layers: Count = 3
+    num_layers: Annotated[int, Bounds(1, 1000)] = 3
     """Layers of the built-in base model. [M]"""
-    num_heads: Count = 2
+    num_heads: Annotated[int, Bounds(1, 1024)] = 2
     """Attention heads of the built-in base model. [M]"""
-    warm_start_steps: Count = 700
+    warm_start_steps: Annotated[int, Bounds(1, 1e7)] = 700
     """Supervised steps on imperfect demonstrations that make the built-in base model. [M]"""
     warm_start_lr: Positive = 5e-3
     """Peak learning rate of these steps. [M]"""
@@ -104,13 +104,13 @@ class RunConfig:
     """Training-clock seconds between evaluations; 0 = only at start and end. [O]"""
     eval_prompts: Count = 256
     """Prompts of the fixed evaluation set. [O]"""
-    eval_samples: Count = 1
+    eval_samples: Annotated[int, Bounds(1, 1e6)] = 1
     """Sampled full-length answers per evaluation prompt. [O]"""
     progress: bool = True
     """Show progress bars. [O]"""
     timeline: bool = True
     """Write the decoding slots of each window to timeline.csv, the load of each decode step to decode.csv. [O]"""
-    threads: Count = 1
+    threads: Annotated[int, Bounds(1, 1024)] = 1
     """CPU threads of torch; more do not help models this small. [M]"""
     staleness_warning: Natural = 8
     """Warn when a trained token was sampled more than this many weight versions ago. [O]"""
@@ -126,9 +126,9 @@ class CompareConfig:
 
     methods: list[str] = dataclasses.field(default_factory=lambda: ["ppo", "tppo"])
     """Named methods, in the order of the table. [O]"""
-    seeds: Count = 3
+    seeds: Annotated[int, Bounds(1, 1e4)] = 3
     """Seeds per method: run.seed, run.seed + 1, ... [O]"""
-    jobs: Count = 2
+    jobs: Annotated[int, Bounds(1, 1024)] = 2
     """Runs at a time, each with run.threads threads. [O]"""
     target: Share = 0.95
     """Target accuracy, as a share of the first method's best mean evaluation. [O]"""

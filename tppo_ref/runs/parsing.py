@@ -7,10 +7,10 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tppo_ref.method.errors import UserError, nearest, refusal
+from tppo_ref.runs.yaml_file import read_sections
 
 ConfigT = TypeVar("ConfigT")
 
@@ -19,6 +19,8 @@ GONE = {
     "advantage.tail none": "give advantage.tail_tokens 0 to train the tail at once",
 }
 """Fields, and values of a field, that there were: what to give in their place."""
+
+LONGEST = 600  # characters of a message that is jsonargparse's
 
 
 def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
@@ -104,26 +106,13 @@ def _instance(config_class: type[ConfigT], parser: Any, parsed: Callable[[], Any
 def given_fields(argv: Sequence[str]) -> set[str]:
     """Dotted names of the fields that a command line gives, those of its `--config` files included.
 
-    A file that is no mapping of sections is a UserError with the file's name, which jsonargparse leaves out.
+    A file that is no mapping of sections, or has a key twice, is a UserError with the file's name, which jsonargparse leaves out.
     """
-    import yaml
-
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     pairs = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
     pairs += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
     for name in pairs:
-        try:
-            content = yaml.safe_load(Path(name).read_text())
-        except OSError as error:
-            raise UserError(refusal("config", name, "a file that can be read", f"{error.strerror}; give another")) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(refusal("config", name, "YAML or JSON", " ".join(str(error).split())[:200])) from None
-        sections = content if isinstance(content, dict) else {"the file": content}
-        for section, fields in sections.items():
-            if not isinstance(fields, dict):
-                lines = "`section:` with `field: value` lines under it"
-                raise UserError(refusal("config", f"{name} with {section}: {fields!r}", lines))
-        given |= set(_leaves(sections))
+        given |= set(_leaves(read_sections(name)))
     return given
 
 
@@ -144,6 +133,7 @@ def _instead(name: str, names: Sequence[str]) -> str:
 def _one_line(message: str, names: Sequence[str]) -> str:
     """jsonargparse's error in one line, with the nearest right name where a name is the error."""
     message = " ".join(message.split())
+    message = message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         name = match.group(1).lstrip("-").partition("=")[0]
         return f"--{name}: no such option{_instead(name, names)}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from tppo_ref.loop.bounds import bounds_of
+from tppo_ref.loop.bounds import LARGEST, bounds_of
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import get_field
@@ -31,7 +31,8 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         elif bounds is not None and value is not None and not bounds.holds(value):
             kind = "an integer" if Annotated[int, bounds] == hint else "a number"
             null = ", or null" if type(None) in typing.get_args(hint) else ""
-            raise UserError(refusal(f"{prefix}{name}", str(value), f"{kind} {bounds}{null}"))
+            largest = f", at most {LARGEST:,.0f}" if value > LARGEST == bounds.high else ""
+            raise UserError(refusal(f"{prefix}{name}", str(value), f"{kind} {bounds}{largest}{null}"))
 
 
 # -------------------------------------------------------------------------------------------------------------- several fields
@@ -187,6 +188,7 @@ def writable_folder(path: str, name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # nameless: ranks of other machines test the same folder at the same time
-    except OSError as error:
-        raise UserError(refusal(name, path, "a folder that can be written to", f"{error.strerror}; choose another")) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(refusal(name, path[:200], "a folder that can be written to", f"{why}; choose another")) from None
     return folder

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel
 from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.rollout.shapes import check_size
 from tppo_ref.tasks import DemonstratedTask, Task
 
 MAX_GRAD_NORM = 1.0
@@ -84,6 +85,7 @@ def warm_start(
         if value < 1:
             raise UserError(f"warm start: {name} is {value}, expected at least 1.")
     settings = {"seed": seed, "steps": steps, "batch": batch, "lr": lr}
+    check_size(AutoModelForCausalLM, model_config, torch.float32, torch.device("cpu"))
     folder = Path(cache_dir) / f"{task.name}-{fingerprint(task, model_config, settings)}"
     if folder.is_dir():
         return folder

@@ -7,10 +7,23 @@ from collections import Counter
 from collections.abc import Mapping
 
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.validation import never_cut
 
 log = logging.getLogger("tppo_ref")
 
 EVERY = 20  # steps between two warnings of one kind
+
+
+def forewarn(config: Config) -> None:
+    """What can be said of a run before its first step: settings that are legal, and hardly meant."""
+    run, rollout, warmup = config.run, config.rollout, config.value.warmup_steps
+    if run.train_seconds is None and warmup >= run.steps:
+        log.warning("value.warmup_steps %d: the policy trains in none of the %d steps (run.steps); give more steps, or fewer of "
+                    "warm-up", warmup, run.steps)  # fmt: skip
+    tail, excluded = config.advantage.tail_tokens, config.advantage.tail == "exclude"
+    if tail >= rollout.window and excluded and not never_cut(config):
+        log.warning("advantage.tail_tokens %d with rollout.window %d: no token of a cut row trains the policy, most are lost for "
+                    "good; take a shorter tail, or --advantage.tail defer", tail, rollout.window)  # fmt: skip
 
 
 class Watch:

@@ -11,21 +11,21 @@ from typing import Any
 from tppo_ref.method.errors import UserError, refusal
 
 
-def unreadable(file: Path, error: OSError | ValueError) -> UserError:
+def unreadable(file: Path, error: OSError | ValueError, name: str = "prompt file") -> UserError:
     """The refusal of a file that the system does not open."""
     why = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return UserError(refusal("prompt file", f"{str(file)!r}, which cannot be read ({why})", "a file of prompts"))
+    return UserError(refusal(name, f"{str(file)[:200]!r}, which cannot be read ({why})", "a file that can be"))
 
 
-def check_regular(file: Path) -> None:
-    """UserError unless `file` is a regular file: a pipe would wait for ever, a device never end."""
+def check_regular(file: Path, name: str = "prompt file") -> None:
+    """UserError unless `file` is a regular file: a pipe would wait for ever, a device never end. name: what it is to be."""
     try:
         mode = file.stat().st_mode
     except (OSError, ValueError) as error:
-        raise unreadable(file, error) from error
+        raise unreadable(file, error, name) from error
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
-        raise UserError(refusal("prompt file", f"{str(file)!r}, a {kind}", "a regular file", "write the prompts into one"))
+        raise UserError(refusal(name, f"{str(file)!r}, a {kind}", "a regular file", "write the content into one"))
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
