@@ -4,7 +4,7 @@
 
 Own share (aim: at most 1 %): one rank's Trainer and batcher, driven for real through windows of 8,192 tokens by an engine and by
 models that cost nothing, over the seconds that `sim plan` expects of a step. The rank is one of four that share an engine of 512
-slots, as in scale/configs/qwen2.5-32b-math.yaml; all four pay for the whole schedule, so that the rank's seconds are the step's. On
+slots, as in scale/configs/qwen2.5-32b-port.yaml; all four pay for the whole schedule, so that the rank's seconds are the step's. On
 a GPU the rows' tensors live there: this CPU's seconds are an upper bound for them. Not in it: collectives, metrics files.
 
 Padding (aim: at most 5 %) and balance, of the same rows dealt to all 64 ranks: the models are fed packed rows, so that only spare
@@ -47,7 +47,7 @@ from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.packing import TokenBatch, pack
 from tppo_ref.runs.parsing import parse
 
-CONFIG = Path(__file__).parents[1] / "scale" / "configs" / "qwen2.5-32b-math.yaml"
+CONFIG = Path(__file__).parents[1] / "scale" / "configs" / "qwen2.5-32b-port.yaml"
 PROMPT_TOKENS = 200
 WARM, MEASURED = 5, 3  # windows until slots hold responses of all ages (a response has three), and windows that count
 

@@ -1,4 +1,4 @@
-"""The numbers of docs/throughput.md are those of the committed tables: writes them there, each by the note beside it.
+"""The numbers of docs/throughput.md and docs/scale.md are those of the committed tables: writes them, by the note beside each.
 
     python -m benchmarks.pages            after `python -m sim throughput --out benchmarks/results` or another table changed
     python -m benchmarks.pages --check    says what would change, and exits with 1 if anything does
@@ -20,13 +20,14 @@ from benchmarks.common import RESULTS
 from sim.clock.ranges import Range
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "throughput.md"
+PAGES = (PAGE, PAGE.with_name("scale.md"))
 NOTE = re.compile(r"(\d+\.\d+x \(\d+\.\d+ to \d+\.\d+\)|[-+]?[\d.,]+(?: %)?)(<!-- (\w+) \"([^\"]+)\" (\w+) (\S+) -->)")
 
 
 @functools.cache
 def committed(name: str) -> tuple[dict[str, str], ...]:
     """A table's rows. In literature `nth` is empty for a setup's first assumption, then #2, #3, ..."""
-    file = name if name in ("literature", "reality") else f"throughput_{name}"
+    file = name if name in ("literature", "plans", "reality") else f"throughput_{name}"
     with (RESULTS / f"{file}.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     if name == "literature":
@@ -40,6 +41,8 @@ def key(name: str, row: dict[str, str]) -> str:
     """What a note calls a row of table `name`."""
     if name == "methods":
         return f"{row['what']}/{row['system']}"
+    if name == "plans":
+        return f"{row['what']}/{row['method']}"
     if name == "reality":
         return f"{row['run']}/{row['quantity']}"
     return f"{row['setup']}/{row['quantity']}{row['nth']}" if name == "literature" else row["what"]
@@ -70,13 +73,16 @@ def filled(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check, before = parser.parse_args().check, PAGE.read_text()
-    after = filled(before)
-    stale = [a for a, b in zip(before.splitlines(), after.splitlines(), strict=True) if a != b]
-    print(f"{PAGE.name}: {len(NOTE.findall(after))} numbers, {len(stale)} lines {'are stale' if check else 'rewritten'}")
-    if not check:
-        PAGE.write_text(after)
-    sys.exit(1 if check and stale else 0)
+    check, total = parser.parse_args().check, 0
+    for page in PAGES:
+        before = page.read_text()
+        after = filled(before)
+        stale = sum(a != b for a, b in zip(before.splitlines(), after.splitlines(), strict=True))
+        print(f"{page.name}: {len(NOTE.findall(after))} numbers, {stale} lines {'are stale' if check else 'rewritten'}")
+        total += stale
+        if not check:
+            page.write_text(after)
+    sys.exit(1 if check and total else 0)
 
 
 if __name__ == "__main__":

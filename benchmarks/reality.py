@@ -7,6 +7,7 @@ in window, slots, task or method; what is taken from them is how long their resp
 seconds per step are its mean over all steps but the first. The base run is repeated with the same seed, between the others:
 (largest - smallest) / median of its repeats is what this machine does to equal work.
 
+`low` and `high` are the ends of what the costs of the base run's repeats predict, `predicted` is the first one's.
 A prediction is within tolerance when its relative error is at most max(10 %, that spread). Ratios are of T-PPO to PPO, on the same
 task. Writes results/reality.csv, misses included, and the costs to results/reality-costs.csv. Run it alone, it measures seconds,
 about five minutes of them; a run that is finished is kept, so it goes on where it was stopped. For a try: --share 0.3 of the steps,
@@ -180,11 +181,15 @@ def spread(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / median(values)
 
 
-def compare(name: str, quantity: str, predicted: float, measured: float, spread_of_equals: float) -> dict[str, Any]:
+def compare(
+    name: str, quantity: str, predicted: float, measured: float, spread_of_equals: float, others: Sequence[float] = ()
+) -> dict[str, Any]:
+    """A row. `others`: predictions from the costs of the base run's repeats; the range is over them."""
     error, tolerance = predicted / measured - 1, max(TOLERANCE, spread_of_equals)
     return {
         "run": name, "role": "calibration" if name == BASES[0] else "repeat" if name in BASES else "prediction",
-        "quantity": quantity, "predicted": f"{predicted:.4g}", "measured": f"{measured:.4g}", "error": round(error, 4),
+        "quantity": quantity, "predicted": f"{predicted:.4g}", "low": f"{min(predicted, *others, predicted):.4g}",
+        "high": f"{max(predicted, *others, predicted):.4g}", "measured": f"{measured:.4g}", "error": round(error, 4),
         "tolerance": round(tolerance, 4), "spread": round(spread_of_equals, 4), "within": abs(error) <= tolerance,
     }  # fmt: skip
 
@@ -197,18 +202,22 @@ def cost_rows(costs: Measured) -> list[dict[str, str]]:
     return [{"cost": name, "seconds": f"{seconds:.4g}"} for name, seconds in flat.items()]
 
 
-def rows_of(measured: Mapping[str, Means], predicted: Mapping[str, Means]) -> list[dict[str, Any]]:
-    """Seconds per step of every run, with their two parts, then the ratios of T-PPO to PPO."""
+def rows_of(measured: Mapping[str, Means], by_costs: Sequence[Mapping[str, Means]]) -> list[dict[str, Any]]:
+    """Seconds per step of every run, with their two parts, then the ratios of T-PPO to PPO.
+
+    by_costs   predictions from the costs of the first base run, then those from its repeats'
+    """
     rows = []
     for name in measured:
         for quantity in ("step_s", "rollout_s", "training_s"):
             equals = spread([getattr(measured[base], quantity) for base in BASES])
-            rows.append(compare(name, quantity, getattr(predicted[name], quantity), getattr(measured[name], quantity), equals))
+            first, *others = (getattr(predicted[name], quantity) for predicted in by_costs)
+            rows.append(compare(name, quantity, first, getattr(measured[name], quantity), equals, others))
     for ours, ppo in RATIOS:
         for quantity in ("step_s", "tokens_per_s"):
             equals = spread([getattr(measured[base], quantity) for base in BASES])
-            clock, real = (getattr(m[ours], quantity) / getattr(m[ppo], quantity) for m in (predicted, measured))
-            rows.append(compare(f"{ours} / {ppo}", quantity, clock, real, equals))
+            real, clock, *others = (getattr(m[ours], quantity) / getattr(m[ppo], quantity) for m in (measured, *by_costs))
+            rows.append(compare(f"{ours} / {ppo}", quantity, clock, real, equals, others))
     return rows
 
 
@@ -227,8 +236,8 @@ def main() -> None:
     costs = Measured.from_run(folders[BASES[0]])
     report("reality-costs", cost_rows(costs), arguments.results / "reality-costs.csv")
     measured = {name: measured_means(folder) for name, folder in folders.items()}
-    predicted = {name: predicted_means(folder, costs) for name, folder in folders.items()}
-    rows = rows_of(measured, predicted)
+    all_costs = [costs, *(Measured.from_run(folders[base]) for base in BASES[1:])]
+    rows = rows_of(measured, [{name: predicted_means(folder, one) for name, folder in folders.items()} for one in all_costs])
     report("reality", rows, arguments.results / "reality.csv")
     print(f"{sum(not row['within'] for row in rows)} of {len(rows)} predictions miss; {time.monotonic() - begin:.0f} s in all")
 

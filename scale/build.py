@@ -16,6 +16,7 @@ from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import accuracy_metrics
 from scale.group import group_of
+from scale.memory.budget import whole_sequences
 from scale.rewards import GRADE
 from scale.shaping import Shaped
 from scale.sharding import load_sharded
@@ -157,6 +158,8 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
         options["block_size"] = engine.block_size
     if engine.max_batched_tokens:
         options["max_num_batched_tokens"] = engine.max_batched_tokens
+    if engine.admission == "whole":
+        options.setdefault("max_num_seqs", whole_sequences(config))
     return VLLMEngine(
         folder, world=world, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id, dtype=engine.dtype,
         temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens, seed=algo.run.seed,

@@ -41,6 +41,8 @@ class EngineConfig:
     """Tokens per KV-cache block; 0 = vLLM's own choice (32 on a CPU, so that short prefixes are cached). [O]"""
     max_batched_tokens: Natural = 0
     """Most tokens that vLLM prefills at once; 0 = its own choice. [O]"""
+    admission: Literal["room", "whole"] = "room"
+    """vLLM begins what fits now, and preempts when its cache is full; or, whole, what fits at its longest. [O]"""
     vllm: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further options of vLLM by its own names, as {max_num_seqs: 512}; what a field here says is refused. [O]"""
     probe_prompts: Count = 8
@@ -185,8 +187,8 @@ CANCELLED = (
     Cancelled("algo.model.trust_remote_code", lambda c: True, "a cluster runs no code of a checkpoint's"),
     *(Cancelled(path, lambda c: True, "scale/ compares nothing") for path in field_paths(ScaleConfig) if ".compare." in path),
     *(Cancelled(f"engine.{name}", lambda c: c.engine.kind == "torch", "engine.kind torch is not vLLM")
-      for name in ("sleep_level", "block_size", "max_batched_tokens", "vllm", "probe_prompts", "probe_tokens", "probe_mean",
-                   "probe_top_percent")),
+      for name in ("sleep_level", "block_size", "max_batched_tokens", "admission", "vllm", "probe_prompts", "probe_tokens",
+                   "probe_mean", "probe_top_percent")),
     *(Cancelled(path, lambda c: not c.algo.task.path, "there is no file of prompts (algo.task.path)")
       for path in ("algo.task.eval_path", "algo.task.prompt_key", "algo.task.answer_key", "algo.task.chat_template",
                    "data.instruction", "data.over_long")),

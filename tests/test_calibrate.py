@@ -17,7 +17,8 @@ from helpers import one_thread  # noqa: F401  (a fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.reality import compare, measured_means, predicted_means, recorded_lengths, spread
+from benchmarks import reality
+from benchmarks.reality import BASES, RATIOS, Means, compare, measured_means, predicted_means, recorded_lengths, spread
 from sim.clock.calibrate import Measured, Passes, least_absolute
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import End, Prompt, Response, WindowSlice
@@ -293,7 +294,9 @@ def write_run(folder: Path, *, steps: int = 16, stalls: bool = False, shrinks: b
             seconds += float(row[-1])
         prefix, ended, updates, value_updates = int(rng.integers(50, 400)), int(rng.integers(2, 9)), step % 3 + 2, step % 4 + 1
         value_tokens, fed = int(rng.integers(100, 900)), tokens + prefix
-        value_fed = value_tokens / settings["value"]["epochs"] + PROMPT * ended
+        joint = settings["value"]["update"] == "joint"  # on the policy's rows, in the policy's epochs
+        value_epochs = settings["policy" if joint else "value"]["epochs"]
+        value_fed = fed if joint else value_tokens / value_epochs + PROMPT * ended
         if step == 1:
             prefix = PROMPT * 10
         slow = 4.0 if stalled else 1.0
@@ -301,7 +304,7 @@ def write_run(folder: Path, *, steps: int = 16, stalls: bool = False, shrinks: b
             "step": step, "time/rollout_s": seconds, "time/sync_s": 1e-3, "time/verify_s": 1e-3, "time/other_s": 5e-4,
             "time/forward_s": slow * (FORWARD.update_s * updates / settings["policy"]["epochs"] + FORWARD.token_s * fed),
             "time/policy_s": slow * (POLICY.update_s * updates + POLICY.token_s * settings["policy"]["epochs"] * fed),
-            "time/value_s": slow * (VALUE.update_s * value_updates + VALUE.token_s * settings["value"]["epochs"] * value_fed),
+            "time/value_s": slow * (VALUE.update_s * value_updates + VALUE.token_s * value_epochs * value_fed),
             "rollout/tokens": tokens, "response/rows": 10, "policy/prefix_tokens": prefix, "policy/updates": updates,
             "value/tokens": value_tokens, "value/responses": ended, "value/updates": value_updates,
         }  # fmt: skip
@@ -330,6 +333,11 @@ def assert_the_costs_by_hand(found: Measured, rel: float) -> None:
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_costs_chosen_by_hand_are_found_again(epochs, tmp_path) -> None:
     folder = write_run(tmp_path / "run", config={"policy.epochs": epochs, "value.epochs": epochs})
+    assert_the_costs_by_hand(Measured.from_run(folder), rel=1e-4)
+
+
+def test_a_joint_critic_has_the_policys_epochs(tmp_path) -> None:
+    folder = write_run(tmp_path / "run", config={"policy.epochs": 3, "value.epochs": 1, "value.update": "joint"})
     assert_the_costs_by_hand(Measured.from_run(folder), rel=1e-4)
 
 
@@ -465,3 +473,13 @@ def test_the_tolerance_is_a_tenth_or_what_the_machine_does_to_equal_work() -> No
         row = compare("run", "step_s", predicted, 1.0, noise)
         assert row["within"] is within, row
         assert row["error"] == pytest.approx(predicted - 1)
+
+
+def test_a_predictions_range_is_over_the_base_runs_repeats() -> None:
+    names = [*BASES, *(name for pair in RATIOS for name in pair if name not in BASES)]
+    real = {name: Means(step_s=2.0, rollout_s=1.0, training_s=1.0, tokens=10.0) for name in names}
+    by_costs = [{name: Means(step_s=s, rollout_s=s / 2, training_s=s / 2, tokens=10.0) for name in names} for s in (2.1, 1.9, 2.4)]
+    row = next(row for row in reality.rows_of(real, by_costs) if row["run"] == names[-1] and row["quantity"] == "step_s")
+    assert (row["low"], row["predicted"], row["high"]) == ("1.9", "2.1", "2.4")
+    assert row["error"] == pytest.approx(0.05)
+    assert compare("x", "step_s", 1.0, 1.0, 0.01)["low"] == "1"

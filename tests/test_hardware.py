@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from sim.clock import efficiency as efficiency_module
+from sim.clock.devices import ACCELERATORS, accelerator, cluster
 from sim.clock.efficiency import ENGINE_ENDS, LEVELS, TRAINER_ENDS, at
 from sim.clock.hardware import (
     GRADIENT_BYTES_PER_PARAMETER,
@@ -27,7 +28,7 @@ from sim.clock.hardware import (
     Roofline,
     causal_context,
 )
-from sim.clock.specs import ACCELERATORS, MODELS, ModelShape, accelerator, cluster, model
+from sim.clock.specs import MODELS, ModelShape, model
 
 GIB = 1 << 30
 LAW = settings(max_examples=60, deadline=None)
@@ -227,7 +228,7 @@ def test_names():
     [
         (
             lambda: accelerator("H10"),
-            r"accelerator: got 'H10' \(did you mean H100\?\); expected one of H100, H800, H200, H20, A100, ",
+            r"accelerator: got 'H10' \(did you mean H100\?\); expected one of H100, H800, H200, B200, H20, A100, ",
         ),
         (lambda: cluster("64xH80"), r"accelerator: got 'H80' \(did you mean H800\?\)"),
         (lambda: cluster("0xH100"), "devices: got '0xH100'; expected at least 1"),

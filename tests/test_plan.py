@@ -85,7 +85,9 @@ def test_the_head_is_the_peak_of_short_batches_with_a_large_vocabulary():
 
 
 def test_phases_and_terms_are_the_documented_ones():
-    phases = bytes_per_phase(QWEN32, Layout(num_devices=64, tensor_parallel=4), Budget(sequence_tokens=100), accelerator=H800)
+    phases = bytes_per_phase(
+        QWEN32, Layout(num_devices=64, tensor_parallel=4), Budget(sequence_tokens=100, probe_tokens=8), accelerator=H800
+    )
     assert set(phases) == set(PHASES)
     assert {term for terms in phases.values() for term in terms} <= set(TERMS)
 

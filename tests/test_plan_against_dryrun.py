@@ -28,16 +28,18 @@ def planned(config: ScaleConfig) -> dict[str, dict[str, float]]:
         memory_utilisation=config.engine.gpu_memory_utilization, sleep_level=config.engine.sleep_level,
         activation_checkpointing=config.sharding.checkpoint_layers,
     )  # fmt: skip
-    budget = Budget(sequence_tokens=memory.longest_row(config), logit_chunk_tokens=2**27 // shape.vocab_size)
+    probed = config.engine.probe_prompts * (config.algo.task.max_prompt_tokens + config.engine.probe_tokens)
+    budget = Budget(sequence_tokens=memory.longest_row(config), logit_chunk_tokens=2**27 // shape.vocab_size, probe_tokens=probed)
     device = dataclasses.replace(accelerator("H800"), memory_bytes=config.cluster.device_bytes)
     return bytes_per_phase(shape, layout, budget, accelerator=device)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-1.5b-math", "qwen2.5-7b-math", "qwen2.5-32b-math"])
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b-math", "qwen2.5-7b-math", "qwen2.5-32b-math", "qwen2.5-32b-port"])
 def test_plan_and_dry_run_agree_on_every_phase(name, capsys):
     config = check(parse(ScaleConfig, ["--config", str(CONFIGS / f"{name}.yaml")], prog="test"))
     plan, dry = planned(config), memory.terms_per_phase(config)
-    assert set(dry) - set(plan) == {"probe"}  # the plan has no start-up
+    assert set(dry) == set(plan)
+    assert max(sum(terms.values()) for terms in dry.values()) <= config.cluster.device_bytes
     sums = totals(plan)
     with capsys.disabled():
         print(f"\n{name}, GB: " + ", ".join(f"{p} plan {sums[p] / 1e9:.1f} dry run {sum(dry[p].values()) / 1e9:.1f}" for p in plan))

@@ -610,7 +610,7 @@ def test_lengths_grow_with_the_updates_of_the_policy():
         def sample(self, rng, num_groups, samples_per_group=1, *, step=0):
             return np.full((num_groups, samples_per_group), 1 + step)
 
-    growing = Growing(value=1, cap=50, growth=Growth(factors=((0, 1.0),)))
+    growing = Growing(value=1, cap=50, growth=Growth(factors=((0, 1.0), (1, 1.0))))
     setup = setup_of(growing, slots=4096, updates_per_step=3)
     assert [r.decode_steps for r in run(ppo(setup), steps=4).records] == [1, 4, 7, 10]
 
@@ -1027,3 +1027,15 @@ def test_run_stops_at_the_first_limit():
 def test_a_wrong_argument_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [lambda s: tppo(s, window=16), lambda s: Synchronous(s, batch_responses=24)])
+def test_an_engine_that_admits_what_fits_at_its_longest_never_preempts(make):
+    """A cache of 4 longest sequences for 12 slots: whole responses trained are the same, the work takes longer, nothing is redone."""
+    room, whole = (setup_of(TwoPoint(short=8, long_share=0.3, cap=40), slots=12, prompt_tokens=4, admission=admission,
+                            costs=dataclasses.replace(HAND, kv_capacity_tokens=4 * 44)) for admission in ("room", "whole"))  # fmt: skip
+    before, after = (run(make(setup), steps=8).records for setup in (room, whole))
+    assert sum(r.preemptions for r in before) > 0
+    assert sum(r.preemptions for r in after) == 0
+    assert [r.trained for r in before] == [r.trained for r in after]
+    assert max(int(n.max()) for r in after for n in [r.active[1]]) <= 4

@@ -54,6 +54,7 @@ TERMS: dict[str, str] = {
 RUNTIME_BYTES = 2e9  # [I]
 ENGINE_RESERVE_BYTES = 4e9  # [I] inside the engine's share
 BATCH_BYTES_PER_CELL = 64  # [I] some ten float32 and six bool tensors [rows, response tokens], and EGAE's temporaries
+BLOCK_TOKENS = 32  # vLLM's own choice is 16 on a GPU, 32 here on a CPU: the larger rounds up more
 CPU_KV_BYTES = 2.0**30  # vllm_engine.py's setting on a CPU
 SHIPPED = Path(__file__).parents[1] / "configs" / "models"
 
@@ -164,6 +165,17 @@ def kv_bytes_per_token(config: ScaleConfig, shape: Shape) -> float:
 def kv_tokens(config: ScaleConfig, shape: Shape) -> int:
     """Tokens that the cache of one engine holds."""
     return max(0, math.floor(kv_cache_bytes(config, shape) / kv_bytes_per_token(config, shape)))
+
+
+def whole_sequences(config: ScaleConfig) -> int:
+    """Sequences that the cache of one engine holds at their longest, in whole blocks; no more than its slots, and at least one.
+
+    With so many at a time (`engine.admission` whole) vLLM never preempts.
+    """
+    block = config.engine.block_size or BLOCK_TOKENS
+    longest = -(-(longest_row(config) + 1) // block) * block
+    fitting = kv_tokens(config, shapes(config)[0]) // longest
+    return max(1, min(config.algo.rollout.slots // num_engines(config), fitting))
 
 
 def host_bytes(config: ScaleConfig) -> float:

@@ -11,6 +11,8 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.clock.compiled import compiled
+
 
 def waiting_factor(work_n: NDArray[np.float64], *, ranks: int, updates: int = 1, copies: int = 1) -> float:
     """Seconds of `updates` mini-batches over `ranks`, relative to an even spread of the same work; 1 for one rank or no work.
@@ -28,14 +30,16 @@ def waiting_factor(work_n: NDArray[np.float64], *, ranks: int, updates: int = 1,
     if ranks == 1 or total == 0:
         return 1.0
     ordered = np.repeat(np.sort(work_n)[::-1], copies)
-    return sum(fullest(ordered[first::updates], ranks) for first in range(updates)) * ranks / total
+    return sum(fullest(np.ascontiguousarray(ordered[first::updates]), ranks) for first in range(updates)) * ranks / total
 
 
+@compiled
 def fullest(work_n: NDArray[np.float64], ranks: int) -> float:
-    """Work of the fullest rank when each row goes to the one that has least."""
-    if len(work_n) <= ranks:
-        return float(work_n.max(initial=0.0))
-    loads = work_n[ranks - 1 :: -1].tolist()  # one row each, ascending: a heap
-    for work in work_n[ranks:].tolist():
-        heapq.heapreplace(loads, loads[0] + work)
-    return float(max(loads))
+    """Work of the fullest rank when each row, the longest first, goes to the one that has least."""
+    loads = [work_n[rank] if rank < len(work_n) else 0.0 for rank in range(ranks - 1, -1, -1)]  # ascending: a heap
+    largest = loads[-1]
+    for row in range(ranks, len(work_n)):
+        load = loads[0] + work_n[row]
+        heapq.heapreplace(loads, load)
+        largest = max(largest, load)
+    return float(largest)

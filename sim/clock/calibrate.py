@@ -82,14 +82,16 @@ class Measured:
         config = _read_config(folder)
         steps, prompt_tokens = _read_steps(folder)
         fed_N = value_fed_N = steps["rollout/tokens"] + steps["policy/prefix_tokens"]
-        if config["value"]["update"] == "independent":  # on ended responses; "joint": on the policy's rows
-            value_fed_N = steps["value/tokens"] / config["value"]["epochs"] + prompt_tokens * steps["value/responses"]
+        value_epochs = config["policy"]["epochs"]  # "joint": on the policy's rows, as often as the policy
+        if config["value"]["update"] == "independent":  # on ended responses
+            value_epochs = config["value"]["epochs"]
+            value_fed_N = steps["value/tokens"] / value_epochs + prompt_tokens * steps["value/responses"]
         updates_N, value_updates_N = steps["policy/updates"], steps["value/updates"]
         return cls(
             **_fit_engine(folder, steps),
             forward=_fit_passes(updates_N / config["policy"]["epochs"], fed_N, steps["time/forward_s"]),
             policy=_fit_passes(updates_N, config["policy"]["epochs"] * fed_N, steps["time/policy_s"]),
-            value=_fit_passes(value_updates_N, config["value"]["epochs"] * value_fed_N, steps["time/value_s"]),
+            value=_fit_passes(value_updates_N, value_epochs * value_fed_N, steps["time/value_s"]),
             once_s=float(np.median(steps["time/sync_s"] + steps["time/verify_s"] + steps["time/other_s"])),
         )
 

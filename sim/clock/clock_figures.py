@@ -310,7 +310,7 @@ def draw_plan(plan: Plan, out: str) -> list[Path]:
         title += (
             "; PPO trains fastest"
             if best == plan.lengths.cap
-            else f"; T-PPO with {best:,} trains fastest, {plan.gain(best):.2f}x PPO"
+            else f"; T-PPO with {best:,} trains fastest, {plan.gain(best).text()} PPO"
         )
     head(figure, title)
     figure.savefig(folder / "plan.png")

@@ -74,6 +74,9 @@ class Setup:
     """Rows that each row stands for, where few replicas stand for all (steady.py)."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     """What training feeds."""
+    admission: Literal["room", "whole"] = "room"
+    """An engine begins a sequence when what it holds so far fits, and preempts when the cache overflows; or when it fits at its
+    longest, so that it never preempts."""
     verify_s: float = 0.0
     """Seconds of verification per step that decoding does not hide."""
     seed: int = 0
@@ -82,12 +85,21 @@ class Setup:
         for name in ("slots", "num_replicas", "samples_per_prompt", "updates_per_step", "ranks", "copies"):
             check_count(name, getattr(self, name))
         check_count("update_tokens", self.update_tokens, least=0)
+        if self.admission not in ("room", "whole"):
+            raise ValueError(f"admission: got {self.admission!r}; expected one of room, whole")
         if self.slots < self.num_replicas:
             raise ValueError(f"slots: got {self.slots}; expected at least one for each of {self.num_replicas} engine replicas")
         if not 0 <= self.verify_s < float("inf"):
             raise ValueError(f"verify_s: got {self.verify_s!r}; expected seconds, 0 or more, finite")
         if self.pipelined and self.train_costs is None:
             raise ValueError("pipelined needs train_costs: a step cannot train while the next decodes on the same devices")
+
+    def places(self, replica: int, capacity: int) -> int:
+        """Sequences that a replica with so many tokens of cache decodes at once, at most."""
+        slots = self.share(self.slots, replica)
+        if self.admission == "room":
+            return slots
+        return max(1, min(slots, capacity // (self.lengths.cap + prompt_lengths(self.prompt_tokens).cap)))
 
     def share(self, total: int, replica: int) -> int:
         """This replica's part of `total` places or requests."""

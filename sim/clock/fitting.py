@@ -30,7 +30,7 @@ def kv_capacity(shape: ModelShape, layout: Layout, gpu: Accelerator) -> int:
 def with_utilisation(shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator) -> Layout:
     """The layout whose engine takes what the trainer leaves of a device, at most 0.9, in whole per cent."""
     engine_only = ("engine_weights", "engine_reserve", "kv_cache")
-    asked = ("rollout", "policy_update", "value_update") if layout.sleep_level == 0 else ("rollout",)
+    asked = ("rollout", "probe", "policy_update", "value_update") if layout.sleep_level == 0 else ("rollout", "probe")
     trainer = [sum(b for term, b in terms.items() if term not in engine_only)
                for name, terms in bytes_per_phase(shape, layout, budget).items() if name in asked]  # fmt: skip
     share = math.floor(100 * (1 - max(trainer) / gpu.memory_bytes)) / 100

@@ -19,8 +19,9 @@ from sim.clock.hardware import GRADIENT_BYTES_PER_PARAMETER, OPTIMISER_BYTES_PER
 
 GIB = float(1 << 30)
 TRAINING = ("logprob", "value_forward", "policy_update", "value_update")
-PHASES = ("sync", "rollout", *TRAINING)
-"""Phases, in the order of a step that begins with new weights."""
+PHASES = ("sync", "rollout", "probe", *TRAINING)
+"""Phases, in the order of a step that begins with new weights. "probe" is the start-up's, where the budget has one: engine and
+trainer compare log-probabilities, both awake."""
 
 TERMS: dict[str, str] = {
     "policy_state": "the policy's fp32 master weights and AdamW moments, this device's shard (12 bytes a parameter)",
@@ -64,6 +65,8 @@ class Budget:
     """Gradient shards of earlier micro-batches exist at the peak. False: an update of one micro-batch."""
     value_model: bool = True
     """A value model of the policy's shape; False: the policy alone."""
+    probe_tokens: int = 0
+    """Tokens that the start-up's comparison of engine and trainer feeds to the policy; 0: there is none."""
     runtime_bytes: float = 2e9
     """Per device, for `runtime` [I]."""
 
@@ -98,6 +101,9 @@ def bytes_per_phase(
         "sync": resident | engine | buffer | (kv_cache if layout.sleep_level == 0 else {}) | runtime,
         "rollout": (engine if apart else resident | engine) | kv_cache | runtime,
     }
+    if budget.probe_tokens:
+        trainer = _pass(model, layout, budget, budget.probe_tokens, value=False, train=False)
+        phases["probe"] = (trainer if apart else engine | kv_cache | trainer) | resident | runtime
     if apart:
         sides = [resident | buffer | runtime, engine | kv_cache | buffer | runtime]
         phases["sync"] = max(sides, key=lambda terms: sum(terms.values()))

@@ -19,9 +19,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sim.clock.devices import ACCELERATORS, Accelerator, accelerator, cluster
 from sim.clock.efficiency import Efficiency
 from sim.clock.layout import Layout
-from sim.clock.specs import ACCELERATORS, MODELS, Accelerator, ModelShape, accelerator, cluster, model
+from sim.clock.specs import MODELS, ModelShape, model
 
 __all__ = [
     "ACCELERATORS", "MODELS", "Accelerator", "Costs", "Efficiency", "Layout", "ModelShape", "Roofline", "accelerator",

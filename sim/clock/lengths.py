@@ -5,6 +5,7 @@
     load_lengths("constant:512")
     load_lengths("twopoint:short=500,share=0.05")        500 tokens, or the cap with probability 0.05
     load_lengths("mine.jsonl")                           or .csv, .npy, .txt: one response a line
+    load_lengths("runs/mine")                            a run's folder: its responses.csv
 
 What a distribution is, samples and sums up to: distributions.py.
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 from sim.clock.distributions import MAX_CAP, Constant, Empirical, Growth, Lengths, LogNormal, Mixture, PercentileTable, TwoPoint
 from sim.clock.fitted import growing_to, log_normal
+from sim.clock.run_lengths import of_run
 
 __all__ = [
     "DAPO_MEANS", "DEFAULT_CAP", "PUBLISHED", "Constant", "Empirical", "Growth", "Lengths", "LogNormal", "Mixture",
@@ -119,6 +121,8 @@ def load_lengths(
     form, colon, options = text.partition(":")
     if text in PUBLISHED:
         lengths = PUBLISHED[text] if cap is None else dataclasses.replace(PUBLISHED[text], cap=cap)
+    elif Path(text).is_dir():
+        lengths = of_run(Path(text), cap)
     elif Path(text).suffix.lower() in SUFFIXES or Path(text).is_file():
         lengths = _from_file(Path(text), cap, field, clip)
     elif colon and form in FORMS:
@@ -127,7 +131,9 @@ def load_lengths(
         known = [*PUBLISHED, *(f"{name}:" for name in FORMS)]
         close = difflib.get_close_matches(text.partition(":")[0], known, n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"lengths: got {text!r}; expected one of {', '.join(known)} or a file ({', '.join(SUFFIXES)}){hint}")
+        raise ValueError(
+            f"lengths: got {text!r}; expected one of {', '.join(known)}, a file ({', '.join(SUFFIXES)}) or a run's folder{hint}"
+        )
     return lengths if correlation is None else dataclasses.replace(lengths, correlation=correlation)
 
 

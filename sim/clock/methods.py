@@ -3,6 +3,7 @@
 method("ppo")             synchronous PPO; with more responses per step than slots it refills them within the step
 method("tppo")            the paper's
 method("tppo+acd")        with levers; "tppo-once" is all of them that go together, tppo+facd
+method("partial-is")      partial rollouts by windows, as tppo_ref has them: what ended trains, whole; the rest goes on
 method("partial+c")       partial rollouts, old log-probabilities from the engine
 method("tail"), method("async:4")    tail batching; asynchronous with a staleness of at most 4 syncs
 method("ppo/small"), method("partial/none")   a critic of about a quarter of the policy's size; groups instead of a critic
@@ -16,10 +17,11 @@ from typing import Literal, get_args
 
 from sim.clock.cluster import Recipe, Setup
 from sim.clock.specs import MODELS, ModelShape
-from sim.clock.steady import Steady, few, in_routine, refilled, sampled, steady, synchronous
+from sim.clock.steady import SEGMENTS, Steady, few, in_routine, refilled, sampled, steady, synchronous
 from sim.clock.systems import Asynchronous, PartialRollouts, TailBatching
+from tppo_ref.method.slots import Refill
 
-Kind = Literal["ppo", "tppo", "partial", "tail", "async"]
+Kind = Literal["ppo", "tppo", "partial-is", "partial", "tail", "async"]
 Critic = Literal["own", "small", "none"]
 
 LEVERS = {
@@ -34,6 +36,7 @@ LEVERS = {
 PRICES: dict[Kind, str] = {
     "ppo": "",
     "tppo": "cut responses train on values at the cut (docs/theory.md, P4)",
+    "partial-is": "responses hold tokens of several policies",
     "partial": "responses hold tokens of several policies",
     "tail": "what was given up is sampled again; long responses come in rounds of their own",
     "async": "responses are up to the staleness old; two sets of devices",
@@ -76,7 +79,7 @@ class Method:
 def method(spec: str) -> Method:
     """A method by its name. ValueError for one that is unknown or makes no sense."""
     written = spec.replace("tppo-once+", "tppo+ac").replace("tppo-once", "tppo+ac")
-    found = re.fullmatch(r"(\w+)(?::(\d+))?(?:\+([a-z]+))?(?:/(\w+))?", written)
+    found = re.fullmatch(r"([\w-]+)(?::(\d+))?(?:\+([a-z]+))?(?:/(\w+))?", written)
     kind, staleness, levers, critic = found.groups() if found else (spec, None, None, None)
     levers, critic = levers or "", critic or "own"
     if kind not in get_args(Kind) or critic not in get_args(Critic) or (staleness is not None and kind != "async"):
@@ -102,15 +105,22 @@ def small_critic(policy: ModelShape) -> ModelShape:
     return max(smaller, key=lambda shape: shape.num_parameters)
 
 
-def routine(which: Method, whole: Setup, *, window: int = 0, responses: int = 0, replicas: int = 0) -> Steady:
+def routine(
+    which: Method, whole: Setup, *, window: int = 0, responses: int = 0, refill: Refill = "immediate", replicas: int = 0,
+    segments: int = SEGMENTS,
+) -> Steady:  # fmt: skip
     """A method long after its start, on few replicas that stand for all but for PPO, whose longest response counts.
 
-    window      of tppo
+    window      of tppo and partial-is, as is `refill`
     responses   per step, of ppo and async; 0: one per slot
+    segments    of windowed methods: how much is simulated, about
     """
     setup = dataclasses.replace(whole, recipe=which.recipe)
     if which.kind == "tppo":
-        return in_routine(setup, window, min_new_tokens=window * ("f" in which.levers), replicas=replicas)
+        return in_routine(setup, window, refill=refill, replicas=replicas, segments=segments,
+                          min_new_tokens=window * ("f" in which.levers))  # fmt: skip
+    if which.kind == "partial-is":
+        return in_routine(setup, window, train_on="ended", refill=refill, replicas=replicas, segments=segments)
     if which.kind == "ppo":
         return synchronous(setup) if responses in (0, setup.slots) else refilled(setup, responses)
     some, scale = sampled(setup, replicas or few(setup))

@@ -19,10 +19,12 @@ from typing import Literal
 from sim.clock.cluster import Setup
 from sim.clock.cuts import cut_weight
 from sim.clock.distributions import Lengths
+from sim.clock.efficiency import Efficiency
 from sim.clock.fitting import Remedy, decode_rate, kv_capacity, problems, remedies_of, tensor_parallel_sizes, with_utilisation
 from sim.clock.footprint import Budget, bytes_per_phase, totals
 from sim.clock.hardware import Accelerator, Layout, ModelShape, Roofline, cluster, model
 from sim.clock.lengths import load_lengths, prompt_lengths
+from sim.clock.ranges import Range, Ranged
 from sim.clock.steady import Steady, few, in_routine, sampled, synchronous
 from sim.command import option
 
@@ -44,7 +46,16 @@ class PlanConfig:
     refill: Literal["immediate", "step"] = option("immediate", "of slots that become free [S]")
     prompts: int = option(512, "prompts per step; with samples, the decoding slots [P]")
     samples: int = option(16, "responses per prompt [P]")
-    updates: int = option(16, "policy updates per PPO step; T-PPO makes as many per trained token [P]")
+    updates: int = option(
+        16, "policy updates per PPO step; T-PPO makes as many per trained token; with --best, of any step at most [P]"
+    )
+    best: bool = option(False, "search slots, window, tensor parallelism and method, and print the config to run")
+    method: str = option(
+        "all", "with --best: what may be recommended: all, tppo, partial-is, ppo, or a method's name [O]", metavar="NAME"
+    )
+    mini_batch: int = option(512, "with --best: responses whose tokens an update trains [P]")
+    slack: float = option(0.03, "with --best: share of the speed that a shorter step is worth [O]")
+    longest_prompt: int = option(1024, "with --best: tokens of the longest prompt; memory is planned for it [O]")
     tp: int = option(0, "devices of an engine replica; 0: the fastest that fits [O]")
     micro_batch: int = option(0, "tokens per device and pass; 0: the longest sequence [O]")
     memory_utilisation: float = option(0.0, "engine's share of a device; 0: what the trainer leaves, at most 0.9 [O]")
@@ -58,7 +69,7 @@ class PlanConfig:
     tolerance: float = option(0.1, "largest weight of the cut (see below) of a window to choose [O]")
     replicas: int = option(0, "engine replicas that are simulated for all; 0: 2, or 1 where 2 have more than 1,024 slots [O]")
     seed: int = option(0, "of the lengths [O]")
-    out: str | None = option(None, "folder for the figure and its CSV; none: not drawn", metavar="FOLDER")
+    out: str | None = option(None, "folder for the figure and its CSV; with --best, file for the config", metavar="PATH")
     json: bool = option(False, "print JSON and nothing else")
 
 
@@ -84,10 +95,15 @@ class Plan:
     phases: dict[str, dict[str, float]]
     problems: tuple[str, ...]
     remedies: tuple[Remedy, ...]
-    systems: dict[int, Steady]
+    ranged: dict[int, Ranged]
     """By window, PPO's last: a window as long as a response."""
     choice: Choice | None
     sampling: str
+
+    @property
+    def systems(self) -> dict[int, Steady]:
+        """By the middle efficiencies."""
+        return {window: system.middle for window, system in self.ranged.items()}
 
     @property
     def fits(self) -> bool:
@@ -102,14 +118,14 @@ class Plan:
         """The phase that needs most, and its bytes."""
         return max(totals(self.phases).items(), key=lambda item: item[1])
 
-    def gain(self, window: int) -> float:
+    def gain(self, window: int) -> Range:
         """Trained tokens per second, T-PPO with this window / PPO."""
-        return self.systems[window].tokens_per_s / self.systems[self.lengths.cap].tokens_per_s
+        return self.ranged[window].gain(self.ranged[self.lengths.cap])
 
 
 def make(config: PlanConfig) -> Plan:
     """The plan. ValueError, in one line, for what is unknown or senseless, and for what no change listed here would make fit."""
-    _check(config)
+    check(config)
     shape, (num_devices, gpu) = model(config.model), cluster(config.gpus)
     lengths = load_lengths(config.lengths, config.cap or None, field=config.field).at_step(config.train_step)
     windows = config.window or default_windows(lengths.cap)
@@ -128,21 +144,21 @@ def make(config: PlanConfig) -> Plan:
     if found and not remedies:
         raise ValueError(f"{shape.name} does not fit on {config.gpus}, with no change of tensor parallelism, micro-batch, cap, "
                          f"recomputation or offload: {found[0]}; take more devices, or larger ones")  # fmt: skip
-    systems: dict[int, Steady] = {}
+    ranged: dict[int, Ranged] = {}
     choice, sampling = None, ""
     if not found:
         whole = _setup(config, shape, layout, gpu, lengths)
         some, _ = sampled(whole, config.replicas or few(whole))
         sampling = (f"T-PPO: {some.num_replicas} of {layout.num_replicas} engine replicas simulated, {some.slots:,} of "
                     f"{whole.slots:,} slots; PPO: all")  # fmt: skip
-        systems = {w: in_routine(whole, w, refill=config.refill, replicas=config.replicas) for w in windows if w < lengths.cap}
-        systems[lengths.cap] = synchronous(whole)
-        choice = choose(config, lengths, {w: s for w, s in systems.items() if w < lengths.cap or len(systems) == 1})
-    return Plan(config, shape, gpu, layout, budget, lengths, phases, tuple(found), remedies, systems, choice, sampling)
+        ranged = {w: _system(config, whole, w) for w in (*(w for w in windows if w < lengths.cap), lengths.cap)}
+        choice = choose(config, lengths, {w: s.middle for w, s in ranged.items() if w < lengths.cap or len(ranged) == 1})
+    return Plan(config, shape, gpu, layout, budget, lengths, phases, tuple(found), remedies, ranged, choice, sampling)
 
 
-def _check(config: PlanConfig) -> None:
-    for name in ("prompts", "samples", "updates", "prompt_tokens"):
+def check(config: PlanConfig) -> None:
+    """ValueError for the first option that makes no sense."""
+    for name in ("prompts", "samples", "updates", "prompt_tokens", "mini_batch", "longest_prompt"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: got {getattr(config, name)}; expected 1 or more")
     for name in ("tp", "replicas", "micro_batch", "logit_chunk", "train_step", "alpha", "tolerance", "memory_utilisation"):
@@ -150,7 +166,7 @@ def _check(config: PlanConfig) -> None:
             raise ValueError(f"{name}: got {getattr(config, name)}; expected 0 or more, finite")
     if config.cap is not None and config.cap < 0:
         raise ValueError(f"cap: got {config.cap}; expected tokens, or 0 for the distribution's own")
-    for name in ("gamma", "lam"):
+    for name in ("gamma", "lam", "slack"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}: got {getattr(config, name)}; expected a number in [0, 1]")
 
@@ -196,6 +212,18 @@ def _setup(config: PlanConfig, shape: ModelShape, layout: Layout, gpu: Accelerat
         num_replicas=layout.num_replicas, ranks=layout.num_devices, samples_per_prompt=config.samples, seed=config.seed,
         update_tokens=max(1, round(slots * lengths.mean_tokens() / config.updates)),
     )  # fmt: skip
+
+
+def _system(config: PlanConfig, whole: Setup, window: int) -> Ranged:
+    """T-PPO with this window, at any level of efficiency; PPO where it is as long as a response."""
+
+    def run(efficiency: Efficiency) -> Steady:
+        setup = dataclasses.replace(whole, costs=dataclasses.replace(whole.costs, efficiency=efficiency))  # type: ignore[type-var]
+        if window == whole.lengths.cap:
+            return synchronous(setup)
+        return in_routine(setup, window, refill=config.refill, replicas=config.replicas)
+
+    return Ranged(run)
 
 
 # --------------------------------------------------------------------------------------------------------------------- window

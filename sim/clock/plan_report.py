@@ -15,8 +15,9 @@ The JSON (`schema`: "tppo-sim-plan/1"); seconds, tokens and bytes as the names s
     sampling          what was simulated for the whole
     seconds           [{system, window, step_s, rollout_s, phases_s: {phase: seconds}, trained_tokens, tokens_per_s, gain, updates,
                       occupancy, mean_active, operations_per_byte, prefix_tokens_trained, reprefilled_tokens, preemptions,
-                      cut_weight, steps_simulated}]; phases are those of sim.clock.trace.PHASES and sum to step_s; PPO is the last
-                      entry; empty where nothing fits
+                      cut_weight, steps_simulated, ranges: {step_s, tokens_per_s, gain}}]; a range has low, middle
+                      and high; phases are those of sim.clock.trace.PHASES and sum to step_s; PPO is the last entry; empty where
+                      nothing fits
     window            {chosen, reason, decay_tokens, toy}, or null
 A mistake prints {"error": "..."} instead, and the exit code is 2.
 """
@@ -86,20 +87,22 @@ COLUMNS = ("rollout", "logprob", "value_forward", "policy_train", "value_train",
 
 def seconds_table(plan: Plan) -> list[str]:
     """A row per system, seconds per step."""
-    lines = [f"Seconds per training step ({plan.sampling}; efficiencies are sim/clock/efficiency.py's defaults, untuned).",
-             f"{'system':6} {'window':>7} {'step':>8} " + " ".join(f"{name:>13}" for name in COLUMNS) +
-             f" {'tokens/s':>9} {'gain':>6} {'busy':>6} {'ops/byte':>9} {'fed again':>10} {'cut weight':>11}"]  # fmt: skip
+    heads = " ".join(f"{name:>13}" for name in COLUMNS)
+    lines = [f"Seconds per training step ({plan.sampling}; efficiencies are those of sim/clock/efficiency.py, untuned).",
+             f"{'system':6} {'window':>7} {'step (low to high)':>21} {heads} {'tokens/s (low to high)':>25} "
+             f"{'gain (low to high)':>20} {'busy':>6} {'ops/byte':>9} {'fed again':>10} {'cut weight':>11}"]  # fmt: skip
     for window, found in plan.systems.items():
-        seconds = by_column(found)
+        seconds, ranged = by_column(found), plan.ranged[window]
         weight = plan.choice.weights.get(window) if plan.choice else None
+        phases = " ".join(f"{seconds[name]:>13.0f}" for name in COLUMNS)
         lines.append(
-            f"{found.system:6} {window:>7} {found.step_s:>8.0f} " + " ".join(f"{seconds[name]:>13.0f}" for name in COLUMNS) +
-            f" {found.tokens_per_s:>9,.0f} {plan.gain(window):>5.2f}x {100 * found.occupancy:>4.0f} % "
-            f"{found.ops_per_byte or 0:>9.0f} "
+            f"{found.system:6} {window:>7} {ranged.step.text('.0f', ''):>21} {phases} {ranged.speed.text(',.0f', ''):>25} "
+            f"{plan.gain(window).text():>20} {100 * found.occupancy:>4.0f} % {found.ops_per_byte or 0:>9.0f} "
             f"{100 * found.prefix_tokens_trained / max(found.tokens_fed, 1):>8.0f} % "
             f"{'-' if weight is None else f'{weight:.4f}':>11}"
         )  # fmt: skip
-    lines.append("gain: trained tokens per second, against PPO. busy: slots while decoding. fed again: share of the policy's "
+    lines.append("gain: trained tokens per second, against PPO. Low and high: what the stated "
+                 "efficiencies allow. busy: slots while decoding. fed again: share of the policy's "
                  "training tokens. other: wake-up, verification, weight sync.")  # fmt: skip
     crowded = [s for s in plan.systems.values() if s.preemptions]
     if crowded:
@@ -125,7 +128,7 @@ def window_lines(plan: Plan) -> list[str]:
     if choice.window is None or choice.window == cap:
         return ["Window: PPO alone was asked for."]
     best = max(plan.systems, key=lambda w: plan.systems[w].tokens_per_s)
-    lines = [f"Window to choose for T-PPO: {choice.window:,} tokens ({plan.gain(choice.window):.2f}x PPO): {choice.reason}."]
+    lines = [f"Window to choose for T-PPO: {choice.window:,} tokens ({plan.gain(choice.window).text()} PPO): {choice.reason}."]
     if best == cap:
         lines.append("PPO is faster than T-PPO at every window examined: on this cluster, with these lengths, windows do not pay.")
     return [*lines, decay_sentence(plan), toy_sentence()]
@@ -146,8 +149,8 @@ def decay_sentence(plan: Plan) -> str:
     )
     caveat += "bounds nothing; --alpha 0 gives the bound."
     return (f"A cut's influence decays over 1/(1 - gamma lambda) = {near:,.0f} tokens at the first edge, {far:,.0f} at the cap. "
-            "The cut weight is P4's (theory.md): mean |bias| by the cut <= weight x [largest step of the critic + its error ...]; "
-            "that bracket belongs to your task and critic and is unknown here." + caveat * bool(plan.config.alpha))  # fmt: skip
+            "The cut weight is P4's (docs/theory.md): mean |bias| by the cut <= weight x [largest step of the critic + its error "
+            "...]; that bracket belongs to your task and critic and is unknown." + caveat * bool(plan.config.alpha))  # fmt: skip
 
 
 TOY_KNEES = {0.5: 3, 0.75: 4, 0.9: 6}
@@ -198,10 +201,13 @@ def finite(x: float) -> float | None:
 
 
 def _seconds(plan: Plan, window: int, found: Steady) -> dict[str, Any]:
+    ranged = plan.ranged[window]
+    spans = {"step_s": ranged.step, "tokens_per_s": ranged.speed, "gain": plan.gain(window)}
     return {
         "system": found.system, "window": window, "step_s": found.step_s, "rollout_s": found.rollout_s,
         "phases_s": {name: found.phases_s[name] for name in PHASES}, "trained_tokens": found.trained,
-        "tokens_per_s": found.tokens_per_s, "gain": plan.gain(window), "updates": found.updates, "occupancy": found.occupancy,
+        "tokens_per_s": found.tokens_per_s, "gain": plan.gain(window).middle,
+        "ranges": {name: found._asdict() for name, found in spans.items()}, "updates": found.updates, "occupancy": found.occupancy,
         "mean_active": found.mean_active, "operations_per_byte": found.ops_per_byte,
         "prefix_tokens_trained": found.prefix_tokens_trained, "reprefilled_tokens": found.reprefilled_tokens,
         "preemptions": found.preemptions, "cut_weight": plan.choice.weights.get(window) if plan.choice else None,

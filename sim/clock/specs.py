@@ -1,92 +1,17 @@
-"""Accelerators and models as data: numbers with units in their names, and where each comes from (the marks of docs/config.md).
+"""Models as data: a shape, where it comes from (the marks of docs/config.md), and what follows from it.
 
-    accelerator("H800")                  by name
-    cluster("64xH800")                   (64, the accelerator)
-    model("Qwen/Qwen2.5-32B")            by name, offline; or a config.json, or the folder that holds one
-
-A rate is what the vendor's sheet promises, dense and in one direction; what software reaches of it is hardware.Efficiency.
+model("Qwen/Qwen2.5-32B")            by name, offline; or a config.json, or the folder that holds one
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-MIB = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Accelerator:
-    """One device and its links. Bytes of memory are those that the driver reports, a few per cent more than the sheet's round
-    number; links are per device and in one direction, half of what sheets call total bandwidth."""
-
-    name: str
-    flops_per_s: float
-    """Dense matrix products in the precision of training (bf16 on GPUs)."""
-    memory_bytes_per_s: float
-    memory_bytes: float
-    node_link_bytes_per_s: float
-    """To the other devices of its node: NVLink."""
-    network_bytes_per_s: float
-    """To other nodes."""
-    host_link_bytes_per_s: float
-    """To the host's memory: PCIe."""
-    source: str
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise ValueError(f"{self.name}.{field.name}: got {value!r}; expected a positive finite number")
-
-    @property
-    def ridge(self) -> float:
-        """Operations per byte above which matrix products, and below which reading memory, sets the pace."""
-        return self.flops_per_s / self.memory_bytes_per_s
-
-
-_HOPPER = Accelerator(
-    name="H100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=81_559 * MIB, node_link_bytes_per_s=450e9,
-    network_bytes_per_s=50e9, host_link_bytes_per_s=64e9,
-    source="FLOP/s, HBM: primary [V]. NVLink 900 GB/s total, PCIe 128 GB/s total: NVIDIA H100 (SXM) data sheet [V]. One 400 Gb/s "
-    "adapter per GPU: NVIDIA DGX H100 data sheet [V]. Bytes: nvidia-smi [2].",
-)  # fmt: skip
-
-ACCELERATORS: dict[str, Accelerator] = {
-    "H100": _HOPPER,
-    "H800": dataclasses.replace(
-        _HOPPER, name="H800", node_link_bytes_per_s=200e9,
-        source="FLOP/s, HBM: primary [V]. NVLink 400 GB/s total, one 400 Gb/s adapter per GPU: DeepSeek-V3 hardware paper, arXiv "
-        "2505.09343 [V]. The rest as H100 [I].",
-    ),
-    "H200": dataclasses.replace(
-        _HOPPER, name="H200", memory_bytes_per_s=4.8e12, memory_bytes=143_771 * MIB,
-        source="FLOP/s, HBM: primary [V]. Links as H100: NVIDIA H200 data sheet [V]. Bytes: nvidia-smi [2].",
-    ),
-    "H20": dataclasses.replace(
-        _HOPPER, name="H20", flops_per_s=148e12, memory_bytes_per_s=4.0e12, memory_bytes=97_871 * MIB,
-        source="no public data sheet; 148 TFLOP/s, 96 GB at 4.0 TB/s, NVLink 900 GB/s total: press and framework tables agree [2]. "
-        "Bytes: nvidia-smi [2]. Network and PCIe as H100 [I].",
-    ),
-    "A100": Accelerator(
-        name="A100", flops_per_s=312e12, memory_bytes_per_s=2.039e12, memory_bytes=81_920 * MIB, node_link_bytes_per_s=300e9,
-        network_bytes_per_s=25e9, host_link_bytes_per_s=32e9,
-        source="80 GB SXM. 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s total, PCIe 64 GB/s total: NVIDIA A100 data sheet [V]. One 200 "
-        "Gb/s adapter per GPU: NVIDIA DGX A100 data sheet [V]. Bytes: nvidia-smi [2].",
-    ),
-    "laptop-cpu": Accelerator(
-        name="laptop-cpu", flops_per_s=0.5e12, memory_bytes_per_s=60e9, memory_bytes=16 * 1024 * MIB, node_link_bytes_per_s=60e9,
-        network_bytes_per_s=0.125e9, host_link_bytes_per_s=60e9,
-        source="rough: eight cores in fp32, two channels of DDR5, 16 GiB, gigabit Ethernet. An order of magnitude, no machine [O].",
-    ),
-}  # fmt: skip
+from sim.clock.devices import unknown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,22 +214,6 @@ MODELS: dict[str, ModelShape] = {
 # By name
 
 
-def accelerator(name: str) -> Accelerator:
-    """An accelerator of ACCELERATORS; upper and lower case are the same."""
-    by_name = {known.lower(): spec for known, spec in ACCELERATORS.items()}
-    if name.lower() not in by_name:
-        raise ValueError(_unknown("accelerator", name, ACCELERATORS))
-    return by_name[name.lower()]
-
-
-def cluster(spec: str) -> tuple[int, Accelerator]:
-    """`64xH800` -> (64, H800); a name alone is one device."""
-    number, name = re.fullmatch(r"\s*(?:(\d+)\s*[xX×*]\s*)?(.*?)\s*", spec).groups()  # type: ignore[union-attr]
-    if number is not None and int(number) < 1:
-        raise ValueError(f"devices: got {spec!r}; expected at least 1, as in 64xH800")
-    return int(number or 1), accelerator(name)
-
-
 def model(name: str | os.PathLike[str]) -> ModelShape:
     """A model of MODELS, with or without `Qwen/` and `-Instruct`; or the config.json, or its folder, that a path names."""
     text = os.fspath(name)
@@ -315,12 +224,4 @@ def model(name: str | os.PathLike[str]) -> ModelShape:
             return by_name[candidate]
     if Path(text).exists() or text.endswith(".json"):
         return ModelShape.from_config(text)
-    raise ValueError(_unknown("model", text, MODELS) + "; or a config.json, or the folder of one")
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    lower = {entry.lower(): entry for entry in known} | {entry.lower().rpartition("/")[2]: entry for entry in known}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.3)
-    hint = f" (did you mean {lower[close[0]]}?)" if close else ""
-    return f"{what}: got {name!r}{hint}; expected one of {', '.join(known)}"
+    raise ValueError(unknown("model", text, MODELS) + "; or a config.json, or the folder of one")

@@ -198,14 +198,16 @@ def few(whole: Setup) -> int:
     return 1 if 2 * whole.slots > SLOTS * whole.num_replicas else 2
 
 
-def in_routine(whole: Setup, window: int, *, refill: Refill = "immediate", min_new_tokens: int = 0, replicas: int = 0) -> Steady:
-    """T-PPO on a few replicas, for as many steps as `SEGMENTS` allows. `replicas`: 0 means `few`."""
+def in_routine(
+    whole: Setup, window: int, *, refill: Refill = "immediate", replicas: int = 0, segments: int = SEGMENTS, **options: Any
+) -> Steady:
+    """T-PPO on a few replicas, for as many steps as `segments` allows. `replicas`: 0 means `few`; options: schedule.Windowed's."""
     some, scale = sampled(whole, replicas or few(whole))
     cap, mean = whole.lengths.cap, whole.lengths.mean_tokens()
-    affordable = int(SEGMENTS / (some.slots * (1 + window / mean)))
+    affordable = int(segments / (some.slots * (1 + window / mean)))
     warm = max(3, min(warm_steps(cap, window), affordable - LEAST_STEPS))
     steps = max(LEAST_STEPS, min(max(-(-cap // window), min(32, 4096 // some.slots)), affordable - warm))
-    system = tppo(some, window=window, refill=refill, min_new_tokens=min_new_tokens)
+    system = tppo(some, window=window, refill=refill, **options)
     return steady(system, warm=warm, steps=steps, scale=scale)
 
 

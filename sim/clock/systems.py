@@ -63,7 +63,7 @@ class _Continuous:
         capacity, parts = capacity_of(setup.costs, stints), []
         peak_R = load(stints, setup.num_replicas).peak_context_R
         for replica, ids in enumerate(ids_R):
-            part, places = stints.only(replica_n == replica), setup.share(setup.slots, replica)
+            part, places = stints.only(replica_n == replica), setup.places(replica, capacity)
             if len(ids) > places or peak_R[replica] > capacity:
                 job_n, *others = queued(part.context_n, part.stop_n, places=places, capacity=capacity).T
                 part = Stints(np.full(len(job_n), replica), part.job_n[job_n], *others)

@@ -19,7 +19,8 @@ from tppo_ref.runs.parsing import get_field, parse, replace_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "scale" / "configs"
-BIG = ("qwen2.5-32b-math", "qwen2.5-7b-math", "qwen2.5-1.5b-math")
+BIG = ("qwen2.5-32b-port", "qwen2.5-32b-math", "qwen2.5-7b-math", "qwen2.5-1.5b-math")
+"""The port's numbers first; the others are the planner's (tests/test_best.py)."""
 MARK = re.compile(r"\[([SPRV2IMO])\]$")
 
 PAPER = {  # read in the port, stated by the paper: docs/config.md
@@ -70,13 +71,13 @@ def test_every_value_has_its_source(name):
     assert [field for field, mark in found.items() if not mark] == []
 
 
-def test_the_32b_config_has_the_papers_and_the_ports_values():
-    config = load("qwen2.5-32b-math")
+def test_the_ports_config_has_the_papers_and_the_ports_values():
+    config = load("qwen2.5-32b-port")
     assert {field: get_field(config, field) for field in PAPER} == PAPER
 
 
 def test_what_the_paper_did_not_say_is_not_marked_as_its_word():
-    found = marks("qwen2.5-32b-math")
+    found = marks("qwen2.5-32b-port")
     assert {f for f in PAPER if found[f] not in "SP"} == set()
     more = {"algo.model.policy", "algo.task.eval_path", "algo.advantage.whiten", "algo.value.epochs", "sharding.compute_dtype",
             "algo.policy.importance"}  # fmt: skip
@@ -84,7 +85,7 @@ def test_what_the_paper_did_not_say_is_not_marked_as_its_word():
 
 
 @pytest.mark.parametrize("name", BIG[1:])
-def test_a_smaller_config_marks_as_the_papers_only_what_the_32b_config_has(name):
+def test_a_planned_config_marks_as_the_papers_only_what_the_ports_has(name):
     small, large = load(name), load(BIG[0])
     theirs = marks(name)
     assert [f for f, mark in theirs.items() if mark in "SP" and get_field(small, f) != get_field(large, f)] == []
@@ -100,7 +101,7 @@ def test_a_config_holds_together_and_fits_its_devices(name):
     assert rollout.max_response_tokens % rollout.window == 0
     assert config.algo.policy.micro_batch_tokens >= memory.longest_row(config)
     assert config.algo.model.device != "cpu"
-    if name != BIG[0]:  # that one runs whole, from the command line, in test_dryrun.py
+    if "32b" not in name:  # the planned one runs whole in test_dryrun.py, the port's in tests/test_plan_against_dryrun.py
         assert memory.problems(config) == []
 
 
@@ -166,7 +167,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "expected"), WRONG, ids=lambda x: x[0] if isinstance(x, list) else "")
 def test_a_wrong_value_is_one_line_and_exit_code_2(wrong, expected, capsys):
-    code = launch.main(["--dry-run", "--config", str(CONFIGS / "qwen2.5-32b-math.yaml"), *wrong])
+    code = launch.main(["--dry-run", "--config", str(CONFIGS / "qwen2.5-32b-port.yaml"), *wrong])
     printed = capsys.readouterr()
     assert code == 2
     assert printed.out == ""
@@ -189,7 +190,7 @@ def test_an_unknown_key_in_a_file_is_refused_with_the_nearest_name(tmp_path):
 OTHER = {
     "algo.run.eval_every_s": 9.0, "algo.model.dtype": "bfloat16", "algo.model.trust_remote_code": True, "algo.compare.methods": ["tppo"],
     "algo.compare.seeds": 4, "algo.compare.jobs": 3, "algo.compare.target": 0.5, "algo.compare.per_method": {"tppo": {}},
-    "engine.sleep_level": 1, "engine.block_size": 16, "engine.max_batched_tokens": 9, "engine.vllm": {"enforce_eager": True},
+    "engine.sleep_level": 1, "engine.block_size": 16, "engine.max_batched_tokens": 9, "engine.admission": "whole", "engine.vllm": {"enforce_eager": True},
     "engine.probe_prompts": 9, "engine.probe_tokens": 9,
     "engine.probe_mean": 0.5, "engine.probe_top_percent": 0.5, "algo.task.eval_path": "e.jsonl", "algo.task.prompt_key": "q",
     "algo.task.answer_key": "a", "algo.task.chat_template": True, "data.instruction": "Think.", "data.over_long": "error",

@@ -169,9 +169,19 @@ def test_the_engine_sleeps_while_the_trainer_works_unless_told_not_to(file):
 def test_the_cache_holds_what_its_share_leaves_by_hand():
     config = check(parse(ScaleConfig, ["--config", str(CONFIGS / "qwen2.5-32b-math.yaml")], prog="test"))
     policy, _ = memory.shapes(config)
-    room = config.engine.gpu_memory_utilization * 80e9 - 32_763_876_352 * 2 / 4 - memory.ENGINE_RESERVE_BYTES
+    room = config.engine.gpu_memory_utilization * config.cluster.device_bytes - 32_763_876_352 * 2 / 4 - memory.ENGINE_RESERVE_BYTES
     per_token = 64 * 2 * 8 * 128 * 2 / 4  # layers, keys and values, heads, width, bfloat16, a quarter on each rank
     assert memory.kv_tokens(config, policy) == math.floor(room / per_token)
+
+
+def test_whole_admission_takes_as_many_as_the_cache_holds_at_their_longest():
+    """By hand: 25,601 tokens are 801 blocks of 32; a cache of n tokens holds n // 25,632 of them."""
+    config = check(parse(ScaleConfig, ["--config", str(CONFIGS / "qwen2.5-32b-port.yaml")], prog="test"))
+    held = memory.kv_tokens(config, memory.shapes(config)[0])
+    assert memory.whole_sequences(config) == held // 25_632
+    assert 1 < memory.whole_sequences(config) < 8192 // 16
+    few = replace_fields(config, {"algo.rollout.slots": 32, "algo.rollout.samples_per_prompt": 2})
+    assert memory.whole_sequences(few) == 2  # no more than the engine's slots
 
 
 def test_offloaded_states_are_on_the_host_and_not_on_the_device(file):

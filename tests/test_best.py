@@ -1,0 +1,347 @@
+"""`sim plan --best`: the search, the config that it prints, the lengths and devices that it is asked with, and what is shipped."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import pages
+from benchmarks.plans import CASES, SHIPPED
+from scale.config import ScaleConfig
+from scale.config import check as check_scale
+from scale.memory import budget as memory
+from sim.__main__ import main
+from sim.clock import best
+from sim.clock.cluster import Setup
+from sim.clock.devices import ACCELERATORS, accelerator, cluster
+from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.hardware import Layout, Roofline, model
+from sim.clock.lengths import load_lengths
+from sim.clock.methods import method
+from sim.clock.plan import PlanConfig
+from sim.clock.run_config import as_tree, as_yaml, fields_of
+from sim.clock.run_lengths import doubts, of_run
+from sim.clock.schedule import ppo, run, tppo
+from sim.clock.search import RUNNABLE, Setting, climb, preferred_of_kind, settings_of
+from tppo_ref.runs.parsing import get_field, parse
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "scale" / "configs"
+SMALL = PlanConfig(
+    best=True, model="Qwen2.5-0.5B", gpus="2xH100", lengths="twopoint:short=60,share=0.1", cap=768, samples=2, mini_batch=16,
+    longest_prompt=256,
+)  # fmt: skip
+ARGV = ["plan", "--best", "--model", "Qwen2.5-0.5B", "--gpus", "2xH100", "--lengths", "twopoint:short=60,share=0.1", "--cap", "768",
+        "--samples", "2", "--mini-batch", "16", "--longest-prompt", "256"]  # fmt: skip
+
+
+@functools.cache
+def small() -> best.Answer:
+    return best.answer(SMALL)
+
+
+def loaded(text: str, folder: Path) -> ScaleConfig:
+    """By scale's own loader, as `scale/launch.py --config` reads it."""
+    (folder / "run.yaml").write_text(text)
+    return check_scale(parse(ScaleConfig, ["--config", str(folder / "run.yaml")], prog="test"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- the search
+
+
+@given(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_climbing_finds_the_peak_of_a_hill(tp, slots, window):
+    grid = [Setting(2**i, 2**j, 2**k) for i in range(4) for j in range(6) for k in range(4)]
+    at = Setting(2**tp, 2**slots, 2**window)
+    seen = climb(grid, lambda here: -sum((a.bit_length() - b.bit_length()) ** 2 for a, b in zip(here[:3], at[:3], strict=True)))
+    assert seen[0] == at
+    assert len(seen) < len(grid)
+
+
+def test_a_small_grid_is_looked_at_whole():
+    grid = [Setting(1, 2**j) for j in range(8)]
+    assert climb(grid, lambda at: {1: 5.0, 128: 9.0}.get(at.slots, 1.0))[0].slots == 128
+
+
+def test_every_method_fits_and_makes_one_to_the_most_updates():
+    question = small().question
+    for one in small().found:
+        assert best.peak(one) <= question.gpu.memory_bytes
+        assert one.system.middle.updates <= question.most_updates + 0.5
+        if one.method.kind == "tppo":
+            assert one.setting.window in question.allowed
+    assert {one.method.name for one in small().found} == {name for names in RUNNABLE.values() for name in names}
+    assert [one.speed for one in small().found] == sorted((one.speed for one in small().found), reverse=True)
+
+
+def test_the_recommended_one_is_the_freshest_of_the_fast():
+    found = small()
+    candidates = [one for one in found.found if not set(one.method.levers) & set("ab")]
+    fastest = max(one.speed for one in candidates)
+    near = [one for one in candidates if one.speed >= 0.97 * fastest]
+    assert found.recommended.system.middle.lag_updates == min(one.system.middle.lag_updates for one in near)
+
+
+def test_what_was_measured_to_cost_learning_is_recommended_by_its_name_alone():
+    assert not set(small().recommended.method.levers) & set("ab")
+    assert best.answer(dataclasses.replace(SMALL, method="tppo-once")).recommended.method.name == "tppo-once"
+
+
+def test_without_slack_the_fastest_setting_of_a_kind_is_taken():
+    question = dataclasses.replace(small().question, slack=0.0)
+    (one, *_) = preferred_of_kind(question, "partial-is", ["partial-is"])
+    rough = climb(
+        list(settings_of(question, "partial-is")), lambda at: best.search.__globals__["_speed"](question, "partial-is", at)
+    )
+    assert one.speed >= max(best.search.__globals__["_speed"](question, "partial-is", at) for at in rough[:5]) - 1e-9
+
+
+def test_a_window_whose_cuts_weigh_too_much_is_left_to_partial_rollouts():
+    question = dataclasses.replace(small().question, tolerance=0.0)
+    assert len(question.allowed) == 1
+    assert {at.window for at in settings_of(question, "tppo")} <= set(question.allowed)
+    assert {at.window for at in settings_of(question, "partial-is")} > set(question.allowed)
+
+
+# -------------------------------------------------------------------------------------------------- partial rollouts by windows
+
+
+def setup(length: int, cap: int, slots: int = 1) -> Setup:
+    costs = Roofline(accelerator=accelerator("H100"), model=model("Qwen2.5-0.5B"), layout=Layout(num_devices=1))
+    return Setup(lengths=Constant(value=length, cap=cap), prompt_tokens=5, costs=costs, slots=slots)
+
+
+def test_a_response_of_three_windows_trains_once_by_hand():
+    """Versions 0, 0, 1, 1, 2, 2 of its tokens; trained in step 2 it is 2, 2, 1, 1, 0, 0 syncs old."""
+    records = run(tppo(setup(6, 8), window=2, train_on="ended"), steps=6).records
+    assert [r.trained for r in records] == [0, 0, 6, 0, 0, 6]
+    assert [r.in_flight for r in records] == [2, 4, 0, 2, 4, 0]
+    assert [r.staleness_sum for r in records] == [0, 0, 6, 0, 0, 6]
+    assert [r.staleness_max for r in records] == [0, 0, 2, 0, 0, 2]
+    assert [r.tokens_fed for r in records] == [0, 0, 11, 0, 0, 11]
+    assert sum(r.prefix_tokens_trained for r in records) == 0
+
+
+def test_with_a_window_as_long_as_a_response_it_is_ppo():
+    def of(system):
+        return [dataclasses.replace(r, curve=None) for r in run(system, steps=3).records]
+
+    work = dataclasses.replace(setup(1, 64, slots=8), lengths=TwoPoint(short=9, long_share=0.3, cap=64))
+    assert of(tppo(work, window=64, refill="step", train_on="ended")) == of(ppo(work))
+
+
+# -------------------------------------------------------------------------------------------------------------------- the config
+
+
+def test_yaml_reads_back_as_what_was_planned():
+    for one in small().found:
+        fields = fields_of(small().question, one)
+        assert yaml.safe_load(as_yaml(fields)) == as_tree(fields)
+        assert len({field.path for field in fields}) == len(fields)
+
+
+@pytest.mark.parametrize("name", [name for names in RUNNABLE.values() for name in names])
+def test_scale_takes_the_config_of_every_method_and_means_the_same(name, tmp_path):
+    one = small().named(name)
+    config, at = loaded(as_yaml(fields_of(small().question, one)), tmp_path), one.setting
+    policy, levers = config.algo.policy, one.method.levers
+    assert (config.algo.rollout.slots, config.engine.tensor_parallel) == (at.slots, at.tp)
+    assert policy.train_on == ("ended" if one.method.kind == "partial-is" else "window")
+    assert policy.prefix == ("constant" if set("ab") & set(levers) else "full")
+    assert policy.keep_prefix == ("b" in levers)
+    assert policy.old_logprobs == ("engine" if "c" in levers else "recompute")
+    assert policy.min_new_tokens == (at.window if "f" in levers else 0)
+    if one.method.kind == "ppo":
+        assert config.algo.rollout.responses_per_step == at.responses
+        assert config.algo.rollout.refill == "batch"
+    else:
+        assert (config.algo.rollout.window, config.algo.rollout.refill) == (at.window, at.refill)
+    memory.check_cuts(config, memory.read_shape(_shape(tmp_path)))
+
+
+def _shape(folder: Path) -> Path:
+    """Qwen2.5-0.5B, which scale/configs/models does not have."""
+    shape = json.loads((CONFIGS / "models" / "qwen2.5-1.5b.json").read_text()) | {
+        "num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
+    }  # fmt: skip
+    (folder / "shape.json").write_text(json.dumps(shape))
+    return folder / "shape.json"
+
+
+def test_a_method_of_others_has_no_config():
+    (other, *_) = small().elsewhere
+    with pytest.raises(ValueError, match="does not run"):
+        fields_of(small().question, other)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the command
+
+
+def test_stdout_is_a_config_and_a_file_is_the_same(capsys, tmp_path):
+    assert main(ARGV) == 0
+    text = capsys.readouterr().out
+    assert loaded(text, tmp_path).algo.rollout.max_response_tokens == 768
+    assert main([*ARGV, "--out", str(tmp_path / "best.yaml")]) == 0
+    table = capsys.readouterr().out
+    assert (tmp_path / "best.yaml").read_text() == text
+    for name in (one.method.name for one in small().found):
+        assert f"\n# {name} " in text
+        assert f"\n{name} " in table
+
+
+def test_json_has_every_method_with_its_ranges(capsys):
+    assert main([*ARGV, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "tppo-sim-best/1"
+    for row in found["methods"]:
+        for name in ("tokens_per_s", "step_s", "updates_per_day", "gain"):
+            assert row[name]["low"] <= row[name]["middle"] <= row[name]["high"]
+    assert found["recommended"] == small().recommended.method.name
+
+
+def test_what_may_be_recommended_can_be_restricted():
+    for wanted in ("ppo", "tppo-once"):
+        chosen = best.answer(dataclasses.replace(SMALL, method=wanted)).recommended.method
+        assert wanted in (chosen.kind, chosen.name)
+
+
+def test_partial_rollouts_are_named_where_they_are_faster():
+    found = small()
+    said = " ".join(best.advice(found))
+    tppo_, partial = found.of_kind("tppo"), found.of_kind("partial-is")
+    asked = found.recommended if found.recommended.method.kind == "tppo" else tppo_
+    assert partial.system.gain(asked.system).text() in said
+    wanted = best.answer(dataclasses.replace(SMALL, method="partial-is"))
+    faster = partial.system.gain(tppo_.system).middle > 1
+    assert faster == ("Use partial rollouts instead" in " ".join(best.advice(wanted)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "grpo"], "method: got 'grpo'; expected one of all, tppo, partial-is, ppo"),
+        (["--gpus", "12xH100"], "whole machines of 8"),
+        (["--model", "Qwen2.5-72B"], "does not fit on 2 x H100"),
+        (["--mini-batch", "0"], "mini_batch: got 0"),
+        (["--slack", "2"], "slack: got 2.0"),
+        (["--out", "{tmp}/no/folder.yaml"], "cannot be written"),
+        (["--lengths", "{tmp}"], "expected a run's folder with a responses.csv"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, capsys, tmp_path):
+    assert main([*ARGV, *(a.format(tmp=tmp_path) for a in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m sim --help | true"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert "Traceback" not in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- devices, lengths
+
+
+def test_a_device_from_a_file(tmp_path):
+    fields = {field: value for field, value in dataclasses.asdict(ACCELERATORS["B200"]).items() if field not in ("name", "source")}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(fields))
+    number, mine = cluster(f"16x{file}")
+    assert number == 16
+    assert dataclasses.replace(mine, name="B200", source=ACCELERATORS["B200"].source) == ACCELERATORS["B200"]
+    for wrong, said in (({"flops": 1}, "got the field 'flops'"), ({"flops_per_s": "much"}, "flops_per_s: got 'much'"),
+                        ({"memory_bytes": -1}, "memory_bytes: got -1")):  # fmt: skip
+        file.write_text(json.dumps(fields | wrong))
+        with pytest.raises(ValueError, match=said):
+            accelerator(str(file))
+    file.write_text(json.dumps({"memory_bytes": 1e9}))
+    with pytest.raises(ValueError, match="has no flops_per_s"):
+        accelerator(str(file))
+
+
+def a_run(folder: Path, rows: list[tuple[int, int]], cap: int = 100) -> Path:
+    folder.mkdir()
+    with (folder / "responses.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("step", "train_s", "response", "prompt", "tokens", "end", "score"),
+                                    *((1, 0.0, number, 0, tokens, "END_TOKEN", 1.0) for number, tokens in rows)])  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({"rollout": {"max_response_tokens": cap}}))
+    return folder
+
+
+def test_a_runs_lengths_leave_out_what_was_drawn_after_the_first_that_still_runs(tmp_path):
+    """Response 3 had not ended: 4 and 5, which had, are the short ones of their time."""
+    folder = a_run(tmp_path / "mine", [(0, 40), (2, 7), (1, 90), (4, 3), (5, 2)])
+    assert of_run(folder).values == (40, 90, 7)
+    assert load_lengths(folder).cap == 100
+    assert load_lengths(folder, 400).cap == 400
+    with pytest.raises(ValueError, match="at most the cap of 50"):
+        load_lengths(folder, 50)
+
+
+def test_thin_lengths_are_doubted(tmp_path):
+    assert "3 lengths are few" in doubts(of_run(a_run(tmp_path / "few", [(0, 40), (1, 90), (2, 7)])))[0]
+    one = doubts(of_run(a_run(tmp_path / "one", [(i, 40) for i in range(1200)])))
+    assert len(one) == 1
+    assert "all 1,200 lengths are 40" in one[0]
+    capped = doubts(of_run(a_run(tmp_path / "capped", [(i, 10 + i % 91) for i in range(1200)]), 400))
+    assert "ended by a cap below 400" in capped[0]
+    assert (
+        doubts(of_run(a_run(tmp_path / "good", [(i, 10 + i % 80) for i in range(1200)]))) == []
+        or "as if a cap" in doubts(of_run(tmp_path / "good"))[0]
+    )
+    assert "not your run's" in doubts(load_lengths("math-mixture"))[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- what is shipped
+
+
+def leaves(tree, prefix=""):
+    return {
+        k: v
+        for key, sub in tree.items()
+        for k, v in (leaves(sub, f"{prefix}{key}.") if isinstance(sub, dict) else {prefix + key: sub}).items()
+    }
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_is_what_the_planner_recommends(name):
+    """Head and every field that it writes; a config may say more."""
+    found = best.answer(SHIPPED[name])
+    text, shipped = best.text(SHIPPED[name], found), (CONFIGS / f"{name}.yaml").read_text()
+    planned = leaves(yaml.safe_load(text))
+    assert planned == {field: value for field, value in leaves(yaml.safe_load(shipped)).items() if field in planned}
+    assert [line for line in shipped.splitlines() if line.startswith("#")] == [
+        line for line in text.splitlines() if line[:1] == "#"
+    ]
+
+
+def test_the_table_of_plans_has_each_case_and_each_recommends_one_that_runs():
+    rows = pages.committed("plans")
+    assert list(dict.fromkeys(row["what"] for row in rows)) == list(CASES)
+    for what, config in CASES.items():
+        (chosen,) = [row for row in rows if row["what"] == what and row["recommended"] == "True"]
+        assert chosen["runnable"] == "True"
+        assert chosen["asked"] == best.command(config)
+        assert method(chosen["method"]).kind in RUNNABLE
+        assert get_field(config, "model") in chosen["asked"] or get_field(config, "model") == PlanConfig().model
+
+
+def test_every_number_of_docs_scale_is_the_committed_one():
+    page = pages.PAGES[1].read_text()
+    assert len(pages.NOTE.findall(page)) > 10
+    assert pages.filled(page) == page
