@@ -846,6 +846,13 @@ def test_whiten_with_given_moments_by_hand():
     close(whiten(x, mask, **as_tensors), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("given_moment", "missing"), [("mean", "std"), ("std", "mean")])
+def test_one_moment_without_the_other_is_named(given_moment, missing):
+    x = torch.ones(1, 2, dtype=F64)
+    with pytest.raises(ValueError, match=rf"^{missing}: got None; expected both moments or neither, and {given_moment} was given"):
+        whiten(x, x.bool(), **{given_moment: 1.0})
+
+
 @LAW
 @given(batches(), st.floats(-100, 100), st.floats(0.1, 100))
 def test_whitened_tokens_have_mean_0_and_standard_deviation_1(b, shift, scale):

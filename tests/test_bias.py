@@ -245,6 +245,18 @@ def test_stale_tokens_cost_and_partial_rollouts_carry_the_cost_that_the_window_d
     np.testing.assert_array_equal(older_policy(mdp, policy_NA, 0.0), policy_NA)
 
 
+def test_older_tokens_carry_the_older_policys_probability_and_new_ones_the_new_ones():
+    mdp, policy_NA, _ = instances.thinking(length=12)
+    older_NA = older_policy(mdp, policy_NA, 2.0)
+    rows = Rollouts(mdp, policy_NA, older_NA).stretches(4, ended_only=True)
+    assert {*rows.edge_B.tolist()} == {4, 8, 12}
+    new_BT = rows.depth_BT >= rows.edge_B[:, None] - 4
+    now_BT, then_BT = (torch.from_numpy(x_NA)[rows.node_BT, rows.token_BT].log() for x_NA in (policy_NA, older_NA))
+    assert ((now_BT != then_BT) & ~new_BT & rows.mask_BT).any()
+    torch.testing.assert_close(rows.logprob_BT[rows.mask_BT], now_BT[rows.mask_BT])
+    torch.testing.assert_close(rows.behaviour_logprob_BT[rows.mask_BT], torch.where(new_BT, now_BT, then_BT)[rows.mask_BT])
+
+
 def error_of(relative: float, rescaled: float = 0.0) -> GradientError:
     return GradientError(relative, rescaled, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0)
 

@@ -150,8 +150,12 @@ def test_policy_loss_by_hand_over_rows_weights_and_mask():
     advantages = torch.tensor([[1.0, 2.0, -1.0], [-3.0, 5.0, NAN]], dtype=F64)
     weight = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.25, 1.0]], dtype=F64)
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    loss, _ = policy_loss(old + ratio.log(), old, advantages, mask, denominator=8.0, weight_BT=weight)
+    loss, stats = policy_loss(old + ratio.log(), old, advantages, mask, denominator=8.0, weight_BT=weight)
     close(loss, 29.32 / 8)
+    # the clip binds at 1.5 and 0.5, the dual clip at 12;   k3 = ratio - 1 - log ratio;   weights count in none of them
+    assert (stats["clipped_tokens"], stats["dual_clipped_tokens"]) == (2, 1)
+    assert stats["ratio_max"] == pytest.approx(12)
+    assert stats["kl_sum"] == pytest.approx(0.5 - math.log(1.5) + -0.5 - math.log(0.5) + 11 - math.log(12))
 
 
 def test_clip_bounds_and_dual_clip_are_arguments():

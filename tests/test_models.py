@@ -18,6 +18,7 @@ CONFIGS = {
     "qwen3": dict(model_type="qwen3", head_dim=16, **SMALL),
     "llama": dict(model_type="llama", **SMALL),
     "mistral": dict(model_type="mistral", sliding_window=None, **SMALL),
+    "granite": dict(model_type="granite", attention_multiplier=0.9, **SMALL),  # a scale of scores that is not 1/sqrt(D)
     "gpt2": dict(model_type="gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=1024),
 }
 BATCH = TokenBatch([[1, 2, 3], [4, 5], [7] * 10, [8], [9, 10]], [[5, 6, 1, 1], [], [9, 11] * 70, [3] * 5, [12]])
@@ -82,7 +83,7 @@ def test_policy_logprobs_equal_plain_unpadded_forward(kind):
         assert (logprob_BT[b, n:] == 0).all()
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "granite"])  # transformers has no token classifier of it
 def test_values_equal_plain_unpadded_forward(kind):
     model = value_of(kind)
     value_BT, last_B = model(BATCH)
@@ -116,7 +117,8 @@ def test_uniform_weights_give_hand_numbers():
 
 @pytest.mark.parametrize("chunk", [1, 7, 149, 150])
 def test_logit_chunks_change_neither_values_nor_gradients(chunk):
-    whole, chunked = policy_of(), policy_of(logit_chunk_tokens=chunk)
+    options = dict(temperature=0.7, min_response_tokens=3, end_token_id=2)  # nowhere sampled, so that nothing is infinite
+    whole, chunked = policy_of(**options), policy_of(**options, logit_chunk_tokens=chunk)
     a, b = whole(BATCH), chunked(BATCH)
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     a.square().sum().backward(), b.square().sum().backward()

@@ -177,6 +177,17 @@ def test_the_value_models_update_of_two_ranks_is_that_of_one(shares: list[list[i
         assert its_metrics["value/tokens"] == metrics["value/tokens"]
 
 
+def test_mini_batches_of_tokens_are_as_many_as_all_ranks_tokens_ask_for() -> None:
+    tokens = [[5, 5], [10, 10, 10]]
+
+    def num_mini_batches(parallel: Threads) -> int:
+        config = PolicyConfig(mini_batch_tokens=10)
+        learner = Learner("policy", copy.deepcopy(MODELS[0]), config, parallel)
+        return len(learner.plan(tokens[parallel.rank], tokens[parallel.rank], np.random.default_rng(parallel.rank)))
+
+    assert on_ranks(2, num_mini_batches) == [4, 4]  # 40 tokens
+
+
 def test_a_batch_without_rows_is_weightless_and_leaves_a_gradient_of_zero_on_every_parameter() -> None:
     policy, value = make_policy_and_value()
     (policy(TokenBatch([], [])).sum() + value(TokenBatch([], []))[0].sum()).backward()

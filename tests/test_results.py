@@ -166,3 +166,21 @@ def test_what_a_constant_prefix_costs_in_learning():
         f"{t} {found[t]['difference']:.3f} ({found[t]['verdict']})" for t in ("chain", "fork", "length")
     )
     verdict(aim, found["all"]["verdict"] == "equal")
+
+
+def test_the_mutants():
+    rows, reasons, summary = table("mutants"), table("mutants_reasons"), table("mutants_summary")
+    survivors = {(row["file"], row["digest"], row["number"]) for row in rows if row["verdict"] in ("survived", "unreached")}
+    assert {(row["file"], row["digest"], row["number"]) for row in reasons} == survivors, (
+        "every survivor has a reason, and no other"
+    )
+    assert {row["reason"] for row in reasons} <= {"equivalent", "only a message", "killed elsewhere", "killed later", "real gap"}
+    no_change = sum(row["reason"] in ("equivalent", "only a message") for row in reasons)
+    gaps = sum(row["reason"] == "real gap" for row in reasons)
+    share = 1 - gaps / (len(rows) - no_change)
+    whole = summary[-1]
+    assert whole["room"] == "all"
+    assert (int(whole["tried"]), int(whole["gap"]), float(whole["score"])) == (len(rows), gaps, pytest.approx(share, abs=1e-4))
+    result, aim = line("small changes of the code")
+    assert result == f"{percent(share)} of those that change something; {len(rows)} of {int(whole['mutants']):,} mutants were tried"
+    verdict(aim, share >= 0.95)

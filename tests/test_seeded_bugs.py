@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from seeded_bugs import Bug, assert_killed, cases
 
+from benchmarks import planted
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted.copy(tmp_path_factory.mktemp("planted"))
+
 
 @pytest.mark.parametrize("bug", cases(scale=False))
-def test_the_named_test_kills_the_bug(bug: Bug, tmp_path: Path) -> None:
-    assert_killed(bug, tmp_path)
+def test_the_named_test_kills_the_bug(bug: Bug, copy: Path) -> None:
+    assert_killed(bug, copy)

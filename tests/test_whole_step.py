@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracle_stage import WALL_CLOCK, Outcome, make_config, real_stage, same_outcome, toy_stage
 
+from tppo_ref.loop.learner import Learner
 from tppo_ref.runs.config import METHODS, Config
 from tppo_ref.runs.glossary import GLOSSARY
 from tppo_ref.runs.parsing import field_paths
@@ -244,6 +245,7 @@ def test_a_field_changes_what_a_run_comes_to_on_the_trainer_and_on_the_oracle(pa
     ("policy/clipped_share", SMALL_STEPS | {"policy.clip_low": 0.01, "policy.clip_high": 0.01}),
     ("policy/dual_clipped_share", SMALL_STEPS | {"policy.dual_clip": 1.02, "policy.epochs": 2, "policy.lr": 0.1}),
     ("policy/weight_clipped_share", OLDER_TOKENS | {"policy.importance": "masked", "policy.importance_cap": 1.1}),
+    ("policy/weight_clipped_share", {"policy.ewma_decay": 0.5, "policy.importance_cap": 1.1}),
     ("policy/staleness", OLDER_TOKENS), ("policy/lag_updates", OLDER_TOKENS), ("policy/lm_loss", {}), ("response/capped_share", {}),
     ("value/clipped_share", CUT_OFF | {"value.clip_low": 0.01, "value.clip_high": 0.01}),
     ("value/held", {"value.batch_responses": 3}), ("ledger/excluded_tail", {}), ("ledger/excluded_warmup", CRITIC_ALONE),
@@ -253,6 +255,26 @@ def test_the_cases_above_reach_what_they_are_about(metric, changes):
     """A clip that never binds, a tail that is never excluded: agreement on these would say nothing."""
     found = [metrics[metric] for metrics in played(tuple(sorted(changes.items(), key=str))).metrics]
     assert max(x for x in found if not math.isnan(x)) > 0
+
+
+def test_every_step_epoch_and_model_deals_its_rows_anew(monkeypatch):
+    """The oracle takes the mini-batches as they come; that they are drawn each time, and again the same in the same run, is seen here."""
+    draws, plan = [], Learner.plan
+
+    def watched(learner, trained_tokens, fed_tokens, rng):
+        draws[-1].append(rng.bit_generator.state["state"]["state"])
+        return plan(learner, trained_tokens, fed_tokens, rng)
+
+    monkeypatch.setattr(Learner, "plan", watched)
+    for seed in (0, 0, 1):
+        draws.append([])
+        stage = toy_stage(make_config(SMALL | {"policy.epochs": 2, "value.epochs": 2, "run.seed": seed}))
+        for _ in range(3):
+            stage.step()
+    first, again, other = draws
+    assert len({*first}) == len(first) == 3 * 2 * 2  # steps, epochs, models
+    assert again == first
+    assert not {*other} & {*first}
 
 
 # --------------------------------------------------------------------------------------------------------------------- metrics
