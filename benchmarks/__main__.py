@@ -7,6 +7,9 @@ python -m benchmarks.scale_overhead   with vLLM: own share of a cpu-tiny step, m
 python -m benchmarks.sync             with vLLM: weight sync against a copy
 python -m benchmarks.verdicts FOLDER  scale's verifier on the examples of math-verify's source archive
 python -m benchmarks.versions         the stated ranges of Python, torch and transformers, tried
+python -m benchmarks.plans            no speed of ours: what the planner recommends for the shipped configs
+python -m benchmarks.admission        no speed of ours: an engine that never preempts, by the clock
+python -m benchmarks.vllm_full_cache  with vLLM: engine steps per window when its cache is full, counted
 python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, five seeds
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task

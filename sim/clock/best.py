@@ -132,9 +132,13 @@ def _wrapped(lines: list[str]) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, WIDTH)]
 
 
+MARKS = ("Marks of the values, as in docs/config.md: [S] the paper's 32B run, [P] its authors' port, [V] and [2] other sources, "
+         "[I] inferred, [O] ours. Nobody here has tried them on such devices.")  # fmt: skip
+
+
 def text(config: PlanConfig, found: Answer) -> str:
     """The config with its predictions as its head: YAML."""
-    head = [*_wrapped([f"Made by `{command(config)}`."]), *report(config, found)]
+    head = [*_wrapped([f"Made by `{command(config)}`."]), *report(config, found), *_wrapped([MARKS])]
     return "".join(f"# {line}".rstrip() + "\n" for line in head) + as_yaml(fields_of(found.question, found.recommended))
 
 
