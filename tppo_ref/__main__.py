@@ -46,11 +46,10 @@ def _train(config: Config) -> None:
         print(f"checkpoint: {run_train(config)}")
     except KeyboardInterrupt:
         kept = complete_checkpoints(Path(config.run.out) / "checkpoints")
+        told = f"stopped before the first checkpoint: {config.run.out} holds nothing to go on from"
         if kept:
-            print(f"stopped: {kept[-1]} holds everything; go on with: tppo resume {config.run.out}", file=sys.stderr)
-        else:
-            print(f"stopped before the first checkpoint: {config.run.out} holds nothing to go on from", file=sys.stderr)
-        raise
+            told = f"stopped: {kept[-1]} holds everything; go on with: tppo resume {config.run.out}"
+        raise KeyboardInterrupt(told) from None
 
 
 def compare(config: Config, given: set[str]) -> None:

@@ -49,7 +49,9 @@ class Masters:
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor]) -> None:
-        """Masters that were saved, and the model's weights with them. LookupError for one that is missing."""
+        """Masters that were saved, and the model's weights with them. LookupError for one that is missing, ValueError for another shape."""
         for name, tensor in self.tensors.items():
+            if saved[name].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {list(saved[name].shape)}, not {list(tensor.shape)}")
             tensor.copy_(saved[name])
         self.round()

@@ -35,9 +35,9 @@ def build(config: Config) -> Parts:
     torch.set_num_threads(config.run.threads)
     record = dataclasses.asdict(config)
     out = writable_folder(config.run.out, "run.out")
-    checkpointer = LocalCheckpointer(out / "checkpoints", record, keep=config.run.checkpoints_kept)
-    resume_from = resume_point(checkpointer, config, resume=config.run.resume, fixed=FIXED_ON_RESUME)
     task = make_task(config)
+    checkpointer = LocalCheckpointer(out / "checkpoints", record, task, keep=config.run.checkpoints_kept)
+    resume_from = resume_point(checkpointer, config, resume=config.run.resume, fixed=FIXED_ON_RESUME)
     if resume_from is None:
         check_sources(config, task)
         base = base_model(config, task)

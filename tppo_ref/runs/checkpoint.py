@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step-00000120` with both models (save_pretrained), optimisers, and the Trainer's state: in-flight and
 held-back responses with their log-probabilities, versions and stored values, the sample stream's position, the counters. It is
-written beside and renamed, and its manifest is written last: a half-written one is never picked up. Loading runs no code:
-safetensors, JSON and `torch.load(weights_only=True)`.
+written beside and renamed, and its manifest is written last: a half-written one is never picked up. An old one is renamed before
+it is removed: a half-removed one is not, either. Loading runs no code: safetensors, JSON and `torch.load(weights_only=True)`; and
+it believes no state that breaks a law of the run (state_laws.py).
 
 The loop draws its random numbers from (seed, step) and from (seed, prompt, sample, position), so there is no generator whose state
 could be lost; torch's global one is stored for whoever extends the loop.
@@ -22,28 +23,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from tppo_ref import __version__
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import NonFiniteError, UserError
+from tppo_ref.rollout.models import in_value_head
+from tppo_ref.runs.state_laws import broken_law
+from tppo_ref.tasks import Task
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the folder; 1, without a number, was written before the Trainer's state had a place of its own
+FORMAT = 3  # of the folder; 2 did not know its prompts, 1 had no number and the Trainer's state no place of its own
 REMEDY = "remove this folder to go on from the one before"
 
 
 class LocalCheckpointer:
     """Writes and reads checkpoints of a run in one process, and keeps the newest `keep`."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, keep: int):
+    def __init__(self, folder: Path, config: Mapping[str, Any], task: Task, *, keep: int):
         self.folder, self.config, self.keep = folder, config, keep
+        self.prompts, self.tokenizer = prompts_digest(task), task.tokenizer
 
     def complete(self) -> list[Path]:
         return complete_checkpoints(self.folder)
 
-    def saved_config(self, checkpoint: Path) -> dict[str, Any]:
-        return read_state(checkpoint)["config"]
+    def saved(self, checkpoint: Path) -> dict[str, Any]:
+        return read_state(checkpoint)
 
     def poll(self) -> None:
         """Nothing goes on in the background."""
@@ -66,8 +72,7 @@ class LocalCheckpointer:
         try:
             clear_for(beside)
             self._write(trainer, beside)
-            shutil.rmtree(final, ignore_errors=True)  # without a manifest: somebody's half-written one
-            os.rename(beside, final)
+            put_in_place(beside, final)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors say "disk full" in their own ways
             shutil.rmtree(beside, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
@@ -80,6 +85,7 @@ class LocalCheckpointer:
         learners = (trainer.policy_learner, trainer.value_learner)
         for learner in learners:
             learner.module.save_pretrained(folder / learner.name)
+        save_tokenizer(self.tokenizer, folder / "policy")
         if trainer.ewma is not None:
             # Named parameters hold a tied weight once; safetensors refuses tensors that share memory.
             save_file({name: p.detach().clone() for name, p in trainer.ewma.masters.tensors.items()}, folder / "ewma.safetensors")
@@ -88,7 +94,8 @@ class LocalCheckpointer:
                 save_file(apart, folder / f"{learner.name}-masters.safetensors")
         optimisers = {learner.name: learner.optimiser.state_dict() for learner in learners}
         torch.save(optimisers, folder / "optimisers.pt")
-        (folder / "state.json").write_text(json.dumps({"config": self.config, "trainer": trainer.state_dict()}))
+        state = {"config": self.config, "prompts": self.prompts, "trainer": trainer.state_dict()}
+        (folder / "state.json").write_text(json.dumps(state))
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         write_manifest(folder, {"sha256": {str(path.relative_to(folder)): file_digest(path) for path in files}})
         for path in files:
@@ -98,10 +105,14 @@ class LocalCheckpointer:
     def load(self, trainer: Trainer, checkpoint: Path) -> None:
         """Bring a trainer that was built from the same config, with models from `checkpoint`, to the state that was saved there."""
         state = read_state(checkpoint)
+        refuse_swapped(checkpoint)
+        if law := broken_law([state["trainer"]], trainer, step=step_of(checkpoint), whole=True):
+            raise UserError(f"checkpoint {checkpoint}: got a state.json in which {law}; expected what was written; {REMEDY}")
         try:
             optimisers = torch.load(checkpoint / "optimisers.pt", weights_only=True)
             for learner in (trainer.policy_learner, trainer.value_learner):
                 learner.optimiser.load_state_dict(optimisers[learner.name])
+                refuse_other_shapes(learner.optimiser, learner.name)
                 if learner.masters.apart:
                     learner.masters.load(load_file(checkpoint / f"{learner.name}-masters.safetensors"))
             if trainer.ewma is not None:
@@ -132,33 +143,97 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 def clear_for(beside: Path) -> None:
     """An empty folder `beside` to write a checkpoint in; what a kill left of earlier ones goes."""
     beside.parent.mkdir(parents=True, exist_ok=True)
-    for stale in beside.parent.glob(".unfinished-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    sweep(beside.parent)
     beside.mkdir()
 
 
+def sweep(folder: Path) -> None:
+    """What a kill left half-written or half-removed goes."""
+    for stale in (*folder.glob(".unfinished-*"), *folder.glob(".removed-*")):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def put_in_place(beside: Path, final: Path) -> None:
+    """A whole checkpoint under its own name, where a power failure finds it, too."""
+    shutil.rmtree(final, ignore_errors=True)  # without a manifest: somebody's half-written one
+    os.rename(beside, final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove_all_but(folder: Path, keep: int) -> None:
-    """Only the newest `keep` complete checkpoints stay."""
+    """Only the newest `keep` complete checkpoints stay. A kill in between leaves a name that `sweep` knows."""
     for old in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        removed = folder / f".removed-{old.name}"
+        try:
+            os.rename(old, removed)
+        except OSError:  # what cannot be removed stays, and stays good
+            continue
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer beside its model, where the task has one: the folder is then all that an evaluation needs."""
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+
+
+def prompts_digest(task: Task) -> dict[str, str]:
+    """SHA-256 of the prompts of each split as the models read them, their answers included: a file may change under its name."""
+    found = {}
+    for split in ("train", "test"):
+        digest = hashlib.sha256()
+        for prompt in task.prompts(split):
+            digest.update(repr((prompt.id, tuple(prompt.token_ids), prompt.answer)).encode())
+        found[split] = digest.hexdigest()
+    return found
+
+
+def refuse_swapped(folder: Path) -> None:
+    """UserError where policy/ holds a value model's weights, or value/ a policy's: each would load, the head at random."""
+    for role in ("policy", "value"):
+        names: set[str] = set()
+        for file in (folder / role).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
+        if any(map(in_value_head, names)) != (role == "value"):
+            other = "value model" if role == "policy" else "policy"
+            raise UserError(f"checkpoint {folder}: got a {other}'s weights in {role}/; expected what was written; {REMEDY}")
+
+
+def refuse_other_shapes(optimiser: torch.optim.Optimizer, name: str) -> None:
+    """ValueError where an optimiser's state is that of other parameters: torch compares their number alone."""
+    for parameter, state in optimiser.state.items():
+        for key, tensor in state.items():
+            if key != "step" and isinstance(tensor, torch.Tensor) and tensor.shape != parameter.shape:
+                raise ValueError(f"{key} of the {name}'s optimiser has shape {list(tensor.shape)}, not {list(parameter.shape)}")
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """The last file of a checkpoint: with it, the folder is one."""
     with (folder / MANIFEST).open("w") as file:
-        json.dump({"format": FORMAT, **content}, file, indent=1)
+        json.dump({"format": FORMAT, "version": __version__, **content}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. UserError where it cannot be read or is of another format; a missing file is an OSError."""
+    """A checkpoint's manifest. UserError where it is of another format; one that cannot be read is an OSError or a ValueError."""
     manifest = json.loads((folder / MANIFEST).read_text())
     if not isinstance(manifest, dict) or not manifest:
         raise ValueError(f"{MANIFEST} holds no manifest")
     if (number := manifest.get("format", 1)) != FORMAT:
-        raise UserError(f"checkpoint {folder}: got format {number}; expected {FORMAT}; go on with the version of tppo-ref that "
-                        f"wrote it, or start anew in another run.out")  # fmt: skip
+        wrote = f"tppo-ref {manifest['version']}, which" if "version" in manifest else "the version of tppo-ref that"
+        raise UserError(f"checkpoint {folder}: got format {number}; expected {FORMAT}; go on with {wrote} wrote it, or start anew "
+                        f"in another run.out")  # fmt: skip
     return manifest
 
 
@@ -168,7 +243,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name, digest in read_manifest(folder)["sha256"].items():
             refuse_changed(folder, name, digest)
         state = json.loads((folder / "state.json").read_text())
-        missing = [key for key in ("config", "trainer") if not isinstance(state.get(key), dict)]
+        missing = [key for key in ("config", "prompts", "trainer") if not isinstance(state.get(key), dict)]
         if missing:
             raise UserError(
                 f"checkpoint {folder}: got a state.json without {', '.join(missing)}; expected what was written; {REMEDY}"

@@ -28,6 +28,7 @@ from tppo_ref.runs.inputs import inputs_of
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.plans import difference, plan_runs
 from tppo_ref.runs.references import FILE, leave_out_bad_references
+from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.value_cache import cached_value
 from tppo_ref.runs.versions import versions
@@ -135,12 +136,10 @@ BARS = "▁▂▃▄▅▆▇█"
 def _curve(folder: str) -> str:
     """A run's name and its accuracy so far, evaluation by evaluation, as a line of small bars."""
     try:
-        records = [
-            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines() if '"eval/accuracy"' in line
-        ]
-    except (OSError, json.JSONDecodeError):  # not yet there, or a write in progress
+        records = read_metrics(Path(folder) / "metrics.jsonl")
+    except (OSError, UserError):  # not yet there, or damaged: the report will say so
         records = []
-    curve = [record["eval/accuracy"] for record in records][-16:]
+    curve = [record["eval/accuracy"] for record in records if "eval/accuracy" in record][-16:]
     bars = "".join(BARS[min(int(accuracy * len(BARS)), len(BARS) - 1)] for accuracy in curve)
     return f"{Path(folder).name} {bars} {curve[-1]:.2f}" if curve else Path(folder).name
 
@@ -175,7 +174,7 @@ def _progress(run: Config) -> float:
     for line in reversed(lines):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # cut off by a write in progress
+            return float(record["time/train_s"] if run.run.train_seconds else record["step"])
+        except (ValueError, LookupError, TypeError):  # cut off by a write in progress
             continue
-        return record["time/train_s"] if run.run.train_seconds else record["step"]
     return 0.0

@@ -17,6 +17,7 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.docs_pages import field_help
 from tppo_ref.runs.parsing import field_paths, get_field
+from tppo_ref.runs.repair import read_config
 
 GROUP = "tppo.commands"
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -100,9 +101,11 @@ def fields_of(name: str, argv: Sequence[str]) -> list[str]:
             raise UserError(f"{name}: got no folder; expected the folder of a run, as in: tppo {name} runs/train")
         folder, *rest = arguments
         config = Path(folder) / "config.json"
+        if name == "resume":
+            config = read_config(Path(folder))
         if not config.is_file():
             raise UserError(f"{name}: got {folder}, which holds no config.json; expected the folder of a run; give its run.out")
-        if '"algo"' in config.read_text():
+        if b'"algo"' in config.read_bytes():
             raise UserError(f"{name}: got {folder}, a run of scale/; expected one of this machine's; give it to: tppo launch "
                             f"{'report' if name == 'report' else ''} --config {config}".replace("  ", " "))  # fmt: skip
         fields = ["--config", str(config), "--run.out", folder]

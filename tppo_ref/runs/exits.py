@@ -6,21 +6,23 @@ import sys
 from collections.abc import Callable
 
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.stop import sigterm_stops
 
 MISTAKE, STOPPED = 2, 130
 
 
 def exit_code(command: Callable[[], int | None], tell: Callable[[str], None] | None = None) -> int:
-    """Run `command`; its exit code (None: 0), 2 for a user's mistake, 130 for Ctrl-C, each told in one line.
+    """Run `command`; its exit code (None: 0), 2 for a user's mistake, 130 for Ctrl-C and SIGTERM, each told in one line.
 
     tell   what is done with that line; None: it goes to stderr
     """
     try:
-        return command() or 0
+        with sigterm_stops():
+            return command() or 0
     except UserError as error:
         code, line = MISTAKE, f"error: {error}"
-    except KeyboardInterrupt:
-        code, line = STOPPED, "stopped"
+    except KeyboardInterrupt as stop:
+        code, line = STOPPED, str(stop) or "stopped"
     (tell or say)(line)
     return code
 

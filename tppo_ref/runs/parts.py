@@ -28,8 +28,11 @@ class Checkpointer(Protocol):
     def complete(self) -> list[Path]:
         """Checkpoints that can be gone on from, oldest first."""
 
-    def saved_config(self, checkpoint: Path) -> dict[str, Any]:
-        """The config that a checkpoint was made with. UserError, in one line, where the checkpoint is not as it was written."""
+    prompts: Mapping[str, str]
+    """Digest of the prompts of each split; `save` keeps it."""
+
+    def saved(self, checkpoint: Path) -> dict[str, Any]:
+        """The `config` and the digests of the `prompts` that a checkpoint was made with. UserError where it is not as written."""
 
     def save(self, trainer: Trainer) -> Path:
         """Write the state after the last step, or begin to; the path that it has, or will have."""

@@ -12,6 +12,7 @@ from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
 from tppo_ref.runs.inputs import digest_of, prompts_of
+from tppo_ref.runs.run_folder import write_json, writing
 from tppo_ref.tasks import Task
 from tppo_ref.tasks.jsonl import JsonlTask
 from tppo_ref.tasks.references import failing_references
@@ -48,7 +49,8 @@ def leave_out_bad_references(
             everyones = [row for rows in parallel.gather_objects(mine) for row in rows]
             found[name] = sorted(everyones, key=lambda row: row["prompt"])
         if parallel.rank == 0:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            with writing(out):
+                write_json(file, found)
             _tell(found, len(task.prompts("test")), file)
     task.leave_out({row["prompt"] for row in found["left_out"]})
 

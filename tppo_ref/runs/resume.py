@@ -1,4 +1,4 @@
-"""Where a run goes on: a run is never overwritten, and never continued under another config."""
+"""Where a run goes on: a run is never overwritten, and never continued under another config or on other prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
+from tppo_ref.runs.checkpoint import step_of
 from tppo_ref.runs.parsing import get_field
 from tppo_ref.runs.parts import Checkpointer
 
@@ -26,24 +27,33 @@ def resume_point(checkpointer: Checkpointer, config: Any, *, resume: bool, fixed
     if not found:
         raise UserError(f"{section}run.resume: got true; expected a complete checkpoint in {checkpointer.folder}, there is none; "
                         f"leave it out to start anew")  # fmt: skip
-    saved = checkpointer.saved_config(found[-1])
+    saved = checkpointer.saved(found[-1])
     for path in fixed:
-        before, now = _lookup(saved, path), get_field(config, path)
+        now = get_field(config, path)
+        try:
+            before = _lookup(saved["config"], path)
+        except LookupError:
+            remedy = "go on with the version of tppo-ref that wrote it, or start anew in another run.out"
+            raise UserError(refusal(f"checkpoint {found[-1]}", f"a config without {path}", "every field of this version",
+                                    remedy)) from None  # fmt: skip
         if before != now:
             raise UserError(
                 f"{path}: got {now}; expected {before}, as in checkpoint {found[-1].name}; give the same value to go on"
             )
+    for split, digest in checkpointer.prompts.items():
+        if saved["prompts"].get(split) != digest:
+            field = "task.path" if split == "train" else "task.eval_path"
+            raise UserError(refusal(f"{section}{field}", f"other {split} prompts than checkpoint {found[-1].name} was trained with",
+                                    "the same content, read by the same tokenizer", "give them to go on, or start anew in another "
+                                    "run.out"))  # fmt: skip
     return found[-1]
 
 
-def step_of(checkpoint: Path) -> int:
-    """The training step after which a checkpoint was written."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def _lookup(saved: Mapping[str, Any], path: str) -> Any:
-    """A dotted field of a saved config; None where that has no such field."""
+    """A dotted field of a saved config. LookupError where that has no such field."""
     thing: Any = saved
     for name in path.split("."):
-        thing = thing.get(name) if isinstance(thing, Mapping) else None
+        if not isinstance(thing, Mapping):
+            raise LookupError(path)
+        thing = thing[name]
     return thing

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tppo_ref.rollout.batcher import Batcher
 from tppo_ref.rollout.decode_load import DecodeStep, decode_steps
 from tppo_ref.runs.glossary import Metric
+from tppo_ref.runs.repair import tell_what_is_missing
+from tppo_ref.runs.run_folder import refuse_if_gone, write_json, writing
 from tppo_ref.runs.sinks import MetricLog, Table
 from tppo_ref.runs.versions import versions
 
@@ -35,14 +37,29 @@ class RunFiles:
         wandb_project: str = "",
     ):
         self.out, self._timeline_wanted = out, timeline
-        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+        with writing(out):
+            self._open(config, glossary, resume_step, wandb_project)
+
+    def _open(self, config: Mapping[str, Any], glossary: Mapping[str, Metric], resume_step: int | None, wandb_project: str) -> None:
+        out = self.out
+        write_json(out / "config.json", config)
+        write_json(out / "versions.json", versions())
         self.log = MetricLog(out, resume_step=resume_step, wandb_project=wandb_project, glossary=glossary)
         self.responses = Table(out / "responses.csv", RESPONSES, resume_step=resume_step)
         self.timeline = Table(out / "timeline.csv", TIMELINE, resume_step=resume_step)
         self.decode = Table(out / "decode.csv", DECODE, resume_step=resume_step)
         self.eval_decode = Table(out / "eval_decode.csv", DECODE, resume_step=resume_step)
         self._tables = (self.responses, self.timeline, self.decode, self.eval_decode)
+        if resume_step is not None:
+            tell_what_is_missing(out, self.log.kept, self.responses.num_rows, resume_step)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around whatever is written: UserError where the folder is gone, replaced or full."""
+        with writing(self.out):
+            for sink in (self.log, *self._tables):
+                refuse_if_gone(sink.file, sink.path)
+            yield
 
     def write_window(self, step: int, begin_s: float, batcher: Batcher) -> None:
         """The slots and decode steps of this rank's last window, which began at `begin_s` on the training clock."""
@@ -69,6 +86,7 @@ class RunFiles:
             table.flush()
 
     def close(self) -> None:
-        for table in self._tables:
-            table.close()
-        self.log.close()
+        """What a full disk has not taken by now belongs to steps after the last checkpoint, and has been told."""
+        for sink in (*self._tables, self.log):
+            with suppress(OSError):
+                sink.close()

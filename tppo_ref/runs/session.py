@@ -81,9 +81,10 @@ class Session:
         rows = [(step, clock, r.id, r.prompt.id, len(r), r.end.name, r.score) for r in ended]
         everyones = self.parts.parallel.gather_objects(rows)
         if self.files:
-            self.files.responses.write([row for share in everyones for row in share])
-            self.files.write_window(step, begin_s, trainer.batcher)
-            self.files.log.log(step, metrics)
+            with self.files.guarded():
+                self.files.responses.write([row for share in everyones for row in share])
+                self.files.write_window(step, begin_s, trainer.batcher)
+                self.files.log.log(step, metrics)
             for watcher in self.parts.watchers:
                 watcher(step, metrics)
         self.parts.checkpointer.poll()
@@ -96,17 +97,19 @@ class Session:
         evaluator.sampler.engine.load_weights(None, trainer.version)  # the next step changes the weights under its cache
         (trained,) = self.parts.parallel.sum([trainer.ledger.tokens["trained"]])
         if self.files:
-            self.files.write_evaluation(trainer.num_steps, loads)
             clock = {"time/train_s": trainer.train_s, "ledger/trained": trained}
-            self.files.log.log(trainer.num_steps, metrics | clock)
-            if kept := answers[: self.parts.answers_kept]:
-                write_answers(self.out / f"answers-{trainer.num_steps:08d}.jsonl", kept, self.parts.task)
+            with self.files.guarded():
+                self.files.write_evaluation(trainer.num_steps, loads)
+                self.files.log.log(trainer.num_steps, metrics | clock)
+                if kept := answers[: self.parts.answers_kept]:
+                    write_answers(self.out / f"answers-{trainer.num_steps:08d}.jsonl", kept, self.parts.task)
         self.accuracy, self.evaluated_at = metrics["eval/accuracy"], trainer.num_steps
 
     def save(self) -> Path:
         """A checkpoint of the last step."""
         if self.files:
-            self.files.flush()
+            with self.files.guarded():
+                self.files.flush()
         return self.parts.checkpointer.save(self.trainer)
 
     def close(self) -> None:

@@ -9,19 +9,23 @@ import csv
 import json
 import math
 import os
+import socket
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.glossary import GLOSSARY, Metric
+from tppo_ref.runs.repair import take_back
 
 
 class MetricLog:
     """Metrics of a run as JSON lines and TensorBoard events, and on Weights & Biases where asked for; a run that goes on continues.
 
     `metrics.jsonl` holds one object a record: step, then names of the glossary. Lines after `resume_step` (written after the
-    checkpoint from which a run goes on) are taken back.
+    checkpoint from which a run goes on) are taken back; `kept` are those before.
     """
 
     def __init__(
@@ -34,19 +38,13 @@ class MetricLog:
         glossary: Mapping[str, Metric] | None = None,
     ):
         self.path, self._glossary = folder / "metrics.jsonl", glossary or GLOSSARY
+        self.kept: list[dict[str, Any]] = []
         if resume_step is None:
             self.path.unlink(missing_ok=True)
-        elif self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= resume_step]
-            beside = self.path.with_suffix(".new")  # renamed: a kill here must not lose what was there
-            beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(beside, self.path)
-        self._file = self.path.open("a")
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
+        else:
+            self.kept = [_record(line) for line in take_back(self.path, resume_step, lambda line: int(_record(line)["step"]))]
+        self.file = self.path.open("a")
+        self._events = EventFile(folder / "tensorboard", resume_step) if tensorboard else None
         self._wandb = _wandb_run(wandb_project, folder) if wandb_project else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -56,24 +54,53 @@ class MetricLog:
             raise KeyError(f"metrics not in GLOSSARY: {unknown}")
         # NaN is not JSON: an undefined metric (accuracy of a step without an ended response) is null.
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        self.file.flush()
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        if self._writer:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            # One event for all of them: an event each, as add_scalar writes them, is dearer than the rest of the record.
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
-            self._writer._get_file_writer().add_summary(Summary(value=values), step)
+        if self._events:
+            self._events.write(step, finite)
         if self._wandb:
             self._wandb.log({"step": step} | finite)
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer:
-            self._writer.close()
+        self.file.close()
+        if self._events:
+            self._events.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class EventFile:
+    """TensorBoard's event file of a run or its continuation, which takes back the steps after `resume_step`.
+
+    tensorboard's own writer has a thread, whose errors (a full disk) end in a traceback beside ours, and which a kill interrupts
+    minutes behind the run.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._event, self._writer = Event, RecordWriter((folder / name).open("xb"))
+        self._write(file_version="brain.Event:2")
+        if resume_step is not None:
+            self._write(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One event for all of them: an event each is dearer than the rest of the record."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(step=step, summary=Summary(value=values))
+
+    def _write(self, **content: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _wandb_run(project: str, folder: Path) -> Any:
@@ -93,37 +120,54 @@ def _wandb_run(project: str, folder: Path) -> Any:
 
 
 class Table:
-    """A CSV file that grows by rows whose first column is the step; takes back rows after `resume_step`."""
+    """A CSV file that grows by rows whose first column is the step; takes back rows after `resume_step`.
+
+    num_rows   by step, the rows that were kept
+    """
 
     def __init__(self, path: Path, columns: Sequence[str], *, resume_step: int | None = None):
-        rows = []
-        if resume_step is not None and path.exists():
-            with path.open(newline="") as file:
-                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(columns)]  # a kill may tear the last one
-                rows = [row for row in whole if int(row[0]) <= resume_step]
-        beside = path.with_suffix(".new")  # renamed: a kill here must not lose what was there
-        with beside.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-        os.replace(beside, path)
-        self._file = path.open("a", newline="")
-        self._writer = csv.writer(self._file)
+        self.path, self.num_rows = path, Counter[int]()
+
+        def step_of(line: bytes) -> int:
+            (row,) = csv.reader([line.decode("ascii")])
+            if len(row) != len(columns):
+                raise ValueError(f"{len(row)} fields")
+            return int(row[0])
+
+        header = ",".join(columns).encode() + b"\r"
+        if resume_step is None:
+            path.write_bytes(header + b"\n")
+        else:
+            self.num_rows.update(map(step_of, take_back(path, resume_step, step_of, header)))
+        self.file = path.open("a", newline="")
+        self._writer = csv.writer(self.file)
 
     def write(self, rows: Sequence[Sequence[Any]]) -> None:
         self._writer.writerows(rows)
 
     def flush(self) -> None:
-        self._file.flush()
+        self.file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that was cut off by a kill is left out."""
+    """The records of a metrics.jsonl. A last line that was cut off by a kill is left out; UserError for any other that is none."""
+    *lines, _ = path.read_bytes().split(b"\n")
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            records.append(_record(line))
+        except (ValueError, RecursionError):
+            raise UserError(refusal("metrics", f"{path}, of which line {number} is no record", "a JSON object with its step",
+                                    "go on with the run, which moves it aside, or remove the line")) from None  # fmt: skip
     return records
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; ValueError where it is none."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("no record of a step")
+    return record

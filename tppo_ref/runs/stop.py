@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -27,3 +29,16 @@ class PoliteStop:
             raise KeyboardInterrupt
         self.asked = True
         print("\nstopping at the end of this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt, as Ctrl-C is: a command that is asked to end while it starts says so in one line."""
+    if threading.current_thread() is not threading.main_thread():  # only there can it be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,6 +20,11 @@ from tppo_ref.tasks.json_lines import read_lines
 from tppo_ref.tasks.numerals import read_numeral
 
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""What transformers calls a tokenizer that is all in its tokenizer.json."""
+
+
 class ByteTokenizer:
     """Text as UTF-8 bytes, offline and without files: ids 0 to 255 are the bytes, four special tokens follow.
 
@@ -53,6 +58,10 @@ class ByteTokenizer:
             elif not skip_special_tokens:
                 parts.append(special)
         return "".join(parts) + run.decode("utf-8", errors="replace")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Marks a folder, so that `load_tokenizer` gives this tokenizer back."""
+        (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps({"tokenizer_class": type(self).__name__}) + "\n")
 
     def chat_ids(self, text: str) -> list[int]:
         """A user's turn, and the mark that begins the assistant's."""
@@ -98,15 +107,23 @@ def wrap_reference(answer: str) -> str:
 
 
 def load_tokenizer(tokenizer: str) -> Any:
-    """`ByteTokenizer` for "bytes", else the `transformers` tokenizer of a folder. No code of the folder is ever run."""
+    """`ByteTokenizer` for "bytes" and for a folder where one was saved, else the `transformers` tokenizer of a folder.
+
+    No code of the folder is ever run. A tokenizer of a generic class is loaded as that: beside a model's config.json,
+    AutoTokenizer takes it for one of the model's own class, which may cut texts in other places.
+    """
     if tokenizer == "bytes":
         return ByteTokenizer()
     if not Path(tokenizer).is_dir():
         raise UserError(refusal("task.tokenizer", f"{tokenizer!r}, which is no folder", "one written by save_pretrained, or bytes"))
-    from transformers import AutoTokenizer
+    kind = _tokenizer_class(Path(tokenizer))
+    if kind == ByteTokenizer.__name__:
+        return ByteTokenizer()
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    loader = PreTrainedTokenizerFast if kind in GENERIC else AutoTokenizer
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False, local_files_only=True)
+        loaded = loader.from_pretrained(tokenizer, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -115,6 +132,14 @@ def load_tokenizer(tokenizer: str) -> Any:
     if loaded.eos_token_id is None:
         raise UserError(refusal("task.tokenizer", f"{tokenizer!r} without an end token", "one", "set its eos_token"))
     return loaded
+
+
+def _tokenizer_class(folder: Path) -> str:
+    """The class that a folder's tokenizer was saved from; empty where it does not say."""
+    try:
+        return str(json.loads((folder / TOKENIZER_CONFIG).read_bytes())["tokenizer_class"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 class JsonlTask:
