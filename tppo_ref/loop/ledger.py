@@ -51,6 +51,7 @@ class Ledger:
 
     tokens       response tokens by what became of them (OUTCOMES)
     verdicts     responses by the status of their verification
+    valued       ended responses that an independent value batch has taken; the others are held back
     updates_at   by version of the policy's weights, its optimiser steps until then
     """
 
@@ -58,6 +59,7 @@ class Ledger:
         self.parallel = parallel
         self.tokens: Counter[str] = Counter()
         self.verdicts: Counter[str] = Counter()
+        self.valued = 0
         self.updates_at: dict[int, int] = {0: 0}
 
     def enter_scores(self, slices: Sequence[WindowSlice], scores: Mapping[int, tuple[float, str]]) -> None:
@@ -156,12 +158,14 @@ class Ledger:
         return dict(zip(numbers, self.parallel.sum(numbers.values()), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts), "updates_at": list(self.updates_at.items())}
+        books = {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts), "valued": self.valued}
+        return books | {"updates_at": list(self.updates_at.items())}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], books: Sequence[Mapping[str, Any]]) -> None:
         """What ranks saved. books: of `states` those whose counts this rank takes over: its own, all ranks', or none."""
         self.updates_at = {version: n for state in states for version, n in state["updates_at"]}
-        self.tokens, self.verdicts = Counter(), Counter()
+        self.tokens, self.verdicts, self.valued = Counter(), Counter(), 0
         for state in books:
+            self.valued += state["valued"]
             self.tokens.update(state["tokens"])
             self.verdicts.update(state["verdicts"])

@@ -171,6 +171,7 @@ class Trainer:
         """T-PPO's value batch: the responses that ended, all of them or as many full batches as there are."""
         self.held += [s.response for s in self.slices if s.response.ended]
         now, self.held = take_full_batches(self.held, self.config.value.batch_responses, self.parallel)
+        self.ledger.valued += len(now)
         return independent_batch(now, gamma=self.config.advantage.gamma, device=self.device, dtype=self.dtype)
 
     def _plans(self, learner: Learner, responses: Sequence[Response], mask_BT: torch.Tensor) -> list[Plan]:

@@ -33,7 +33,7 @@ def take_back(path: Path, resume_step: int, step_of: Callable[[bytes], int], hea
             continue
         try:
             step = step_of(line)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             damaged.append((number, line))
             continue
         if step <= resume_step:

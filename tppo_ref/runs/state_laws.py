@@ -34,7 +34,7 @@ def broken_law(states: Sequence[Any], trainer: Trainer, *, step: int, whole: boo
             _check_counts(state, trainer, step)
             _check_responses(state, trainer)
         if whole:
-            _check_sums(states)
+            _check_sums(states, independent=trainer.config.value.update == "independent")
     except Broken as broken:
         return str(broken)
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -69,6 +69,7 @@ def _check_counts(state: Mapping[str, Any], trainer: Trainer, step: int) -> None
     for name, known in (("tokens", OUTCOMES), ("verdicts", STATUSES)):
         _law(set(ledger[name]) <= set(known), f"ledger.{name} counts {sorted(set(ledger[name]) - set(known))}")
         _law(all(map(_count, ledger[name].values())), f"a count of ledger.{name} is none")
+    _law(_count(ledger["valued"]), f"ledger.valued is {ledger['valued']!r}")
     updates_at = dict(ledger["updates_at"])
     _law(all(map(_count, (*updates_at, *updates_at.values()))), "a count of ledger.updates_at is none")
     _law(step in updates_at, "ledger.updates_at lacks the last version")
@@ -99,6 +100,7 @@ def _check_responses(state: Mapping[str, Any], trainer: Trainer) -> None:
     for response in held:
         _law(response["end"] != End.RUNNING.name and _finite(response["score"]), f"response {response['id']} is held unscored")
         _law(response["num_settled"] == len(response["token_ids"]), f"response {response['id']} is held and not settled")
+        _law(len(response["values"]) == len(response["token_ids"]), f"response {response['id']} is held without its values")
     ids = [response["id"] for response in (*flying, *held)]
     _law(len(set(ids)) == len(ids), "a response is there twice")
     lengths = {response["id"]: len(response["token_ids"]) for response in flying}
@@ -118,7 +120,8 @@ def _check_response(response: Mapping[str, Any], trainer: Trainer, *, last_versi
     _law(all(_count(token) and token < vocabulary for token in tokens), f"{name} has a token that the model does not know")
     for column in ("logprobs", "versions"):
         _law(len(response[column]) == len(tokens), f"{name} has {len(response[column])} {column} for {len(tokens)} tokens")
-    _law(len(response["values"]) <= len(tokens), f"{name} has more values than tokens")
+    edges = (0, *response["window_starts"][1:], len(tokens))
+    _law(isinstance(response["values"], list) and len(response["values"]) in edges, f"{name} has values for part of a window")
     _law(all(map(_finite, (*response["logprobs"], *response["values"]))), f"{name} has a number that is not finite")
     _law(all(map(_count, response["versions"])), f"{name} has a version that is none")
     _law(max(response["versions"]) < last_version, f"{name} was sampled by a policy to come")
@@ -135,8 +138,11 @@ def _check_response(response: Mapping[str, Any], trainer: Trainer, *, last_versi
         _law((asked, response["sample_index"]) == stream.prompt_of(response["id"]), f"{name} answers another prompt than its own")
 
 
-def _check_sums(states: Sequence[Mapping[str, Any]]) -> None:
-    """No token and no response is lost or there twice, over all ranks. generated = settled + pending; drawn = ended + in flight."""
+def _check_sums(states: Sequence[Mapping[str, Any]], *, independent: bool) -> None:
+    """No token and no response is lost or there twice, over all ranks.
+
+    generated = settled + pending;    drawn = ended + in flight;    with an independent critic, ended = valued + held
+    """
     flying = [response for state in states for response in state["batcher"]["in_flight"]]
     ids = [response["id"] for response in (*flying, *(response for state in states for response in state["held"]))]
     _law(len(set(ids)) == len(ids), "a response is on two ranks")
@@ -148,7 +154,9 @@ def _check_sums(states: Sequence[Mapping[str, Any]]) -> None:
     _law(len({stream["world"] for stream in streams} | {len(streams)}) == 1, "the sample streams are not of one run")
     issued = _issued(streams)
     ended = sum(sum(state["ledger"]["verdicts"].values()) for state in states)
-    _law(issued == ended + len(flying), f"{issued} responses were begun and {ended + len(flying)} are accounted for")
+    _law(issued == ended + len(flying), f"{issued:g} responses were begun and {ended + len(flying)} are accounted for")
+    taken = sum(state["ledger"]["valued"] + len(state["held"]) for state in states)
+    _law(not independent or ended == taken, f"{ended} responses ended and the value model took or holds {taken}")
 
 
 def _issued(streams: Sequence[Mapping[str, Any]]) -> float:

@@ -19,7 +19,6 @@ from tppo_ref.method.records import Prompt
 from tppo_ref.tasks.json_lines import read_lines
 from tppo_ref.tasks.numerals import read_numeral
 
-
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """What transformers calls a tokenizer that is all in its tokenizer.json."""

@@ -1,0 +1,345 @@
+"""Kills of real runs: whatever ends a run, wherever, it goes on bit for bit, and no response is lost or trained twice.
+
+    python -m benchmarks.kills [--kills 1000] [--minutes 25] [--out runs/kills]
+
+A run of 16 tiny steps, with a checkpoint of each, is ended again and again until it is through: by SIGKILL, SIGTERM, SIGSTOP (a
+second run must not get the folder meanwhile; then SIGCONT, and SIGKILL a little later), or a disk that takes no more bytes
+(RLIMIT_FSIZE); at random times, or aimed inside of decoding, update, save, prune and start. Then it is compared with the run that
+nobody ended: checkpoint (weights, optimisers, responses in flight, books), records and responses.
+
+Each attempt is a process of its own, forked from one that has torch imported. The raw rows are in OUT: a second call goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import report
+from tppo_ref.__main__ import resume
+from tppo_ref.loop.learner import Learner
+from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs import build, checkpoint, commands, session
+from tppo_ref.runs.checkpoint import complete_checkpoints
+from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.exits import MISTAKE, STOPPED, exit_code
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.run_folder import own_folder
+from tppo_ref.runs.sinks import read_metrics
+
+STEPS = 16
+TINY = {
+    "task.name": "length", "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2,
+    "rollout.slots": 6, "rollout.window": 8, "rollout.max_response_tokens": 30, "rollout.min_response_tokens": 2,
+    "rollout.samples_per_prompt": 2, "advantage.tail_tokens": 2, "policy.mini_batches": 2, "policy.mini_batch_tokens": 0,
+    "value.mini_batches": 2, "value.mini_batch_tokens": 0, "policy.lr": 2e-3, "policy.lr_warmup_steps": 3, "value.warmup_steps": 1,
+    "run.eval_prompts": 2, "run.eval_every_s": 0.0, "run.checkpoint_every": 1, "run.checkpoints_kept": 2, "run.progress": False,
+    "run.cut_warning": 1.0, "run.steps": STEPS,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tppo": ("tppo", {}),
+    "tppo-defer": ("tppo-defer", {"advantage.tail_tokens": 5}),
+    "held batches": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
+    "tppo-ewma": ("tppo-ewma", {}),
+}
+HOWS = {"SIGKILL": 0.7, "SIGTERM": 0.1, "SIGSTOP": 0.1, "full disk": 0.1}
+WHERES = {"random": 0.25, "start": 0.15, "decode": 0.15, "update": 0.15, "save": 0.15, "prune": 0.15}
+FULL_BYTES = 300  # no file may grow beyond
+TRIES = 400  # of one run, before it counts as stuck
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one attempt is ended. At `where` "random" after `delay_s`, else at the `call`-th call of a function of that place."""
+
+    how: str
+    where: str
+    call: int
+    function: int
+    delay_s: float
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Plan:
+        (how,), (where,) = rng.choices(list(HOWS), list(HOWS.values())), rng.choices(list(WHERES), list(WHERES.values()))
+        call = rng.randint(1, {"decode": 24, "update": 8}.get(where, 2))
+        return cls(how, where, call, rng.randrange(12), rng.uniform(0.0, 1.2))
+
+
+# ------------------------------------------------------------------------------------------------------------------ in the child
+
+
+def places(where: str) -> list[tuple[Any, str]]:
+    """Functions inside of which an attempt is ended: (owner, name)."""
+    return {
+        "start": [(build, "resume_point"), (build, "make_policy"), (build, "make_value"), (build, "TaskScorer"),
+                  (checkpoint.LocalCheckpointer, "load"), (session, "RunFiles"), (commands, "build"), (commands, "Session")],
+        "decode": [(TorchEngine, "step")],
+        "update": [(Learner, "update"), (torch.optim.AdamW, "step"), (session.Trainer, "state_dict")],
+        "save": [(checkpoint, "clear_for"), (checkpoint, "save_tokenizer"), (checkpoint.torch, "save"),
+                 (checkpoint, "write_manifest"),
+                 (checkpoint.os, "fsync"), (checkpoint, "put_in_place"), (checkpoint, "remove_all_but")],
+        "prune": [(checkpoint, "remove_all_but"), (checkpoint.os, "rename"), (checkpoint.shutil, "rmtree")],
+    }[where]  # fmt: skip
+
+
+def strike(how: str) -> None:
+    """End this process, or ask it to end, or take its disk away."""
+    if how == "full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
+    else:
+        os.kill(os.getpid(), signal.Signals[how])
+
+
+def plant(plan: Plan) -> None:
+    """See to it that this process is struck inside of the planned call: before it, or in the middle of a removal, or after it."""
+    options = places(plan.where)
+    owner, name = options[plan.function % len(options)]
+    inner, calls = getattr(owner, name), 0
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        here = calls == plan.call
+        if here and plan.function % 2:
+            if name == "rmtree":  # some of the folder is gone
+                for file in sorted(path for path in Path(args[0]).rglob("*") if path.is_file())[: plan.function]:
+                    file.unlink()
+            strike(plan.how)
+        result = inner(*args, **kwargs)
+        if here and not plan.function % 2:
+            strike(plan.how)
+        return result
+
+    setattr(owner, name, struck)
+
+
+def attempt(config: Config, plan: Plan | None, errors: Path) -> int:
+    """Fork a process that trains `config` under a plan; its id."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        if plan and plan.where != "random":
+            plant(plan)
+        code = exit_code(lambda: resume(config, set()))
+    finally:
+        os._exit(code)
+
+
+# ----------------------------------------------------------------------------------------------------------------- in the parent
+
+
+def config_of(case: str, out: Path, cache: Path) -> Config:
+    """A case's config, which goes on where there is something to go on from."""
+    method, changes = CASES[case]
+    found = bool(complete_checkpoints(out / "checkpoints"))
+    fields = TINY | changes | {"run.out": str(out), "run.cache": str(cache), "run.resume": found}
+    return apply_method(replace_fields(Config(), fields), method, strict=False)
+
+
+def wait(child: int, plan: Plan | None, out: Path, counts: Counter[str]) -> int | None:
+    """See a child to its end, with what its plan asks of the outside; its wait status, None where it stood still."""
+    limit = time.monotonic() + 120
+    at = time.monotonic() + plan.delay_s if plan and plan.where == "random" else None
+    while time.monotonic() < limit:
+        pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if pid and os.WIFSTOPPED(status):
+            counts["second refused" if refused(out) else "second accepted"] += 1
+            os.kill(child, signal.SIGCONT)
+            at, plan = time.monotonic() + 0.1, Plan("SIGKILL", "random", 0, 0, 0.0)
+        elif pid:
+            return status
+        if at is not None and plan is not None and time.monotonic() >= at:
+            at = None
+            if plan.how == "full disk":
+                with contextlib.suppress(ProcessLookupError):
+                    resource.prlimit(child, resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
+            else:
+                os.kill(child, signal.Signals[plan.how])
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def refused(out: Path) -> bool:
+    """Whether a second run is kept away from `out`, of which the first has got hold."""
+    if not (out / "checkpoints").exists():  # struck before it had the folder
+        return True
+    try:
+        with own_folder(str(out)):
+            return False
+    except UserError:
+        return True
+
+
+def judge(plan: Plan | None, status: int | None, said: str) -> str:
+    """What is wrong with how an attempt ended; empty where nothing is."""
+    if status is None:
+        return "stood still"
+    if "Traceback" in said:
+        return "traceback"
+    if os.WIFSIGNALED(status):
+        allowed = {"SIGKILL": (signal.SIGKILL,), "SIGSTOP": (signal.SIGKILL,), "SIGTERM": (signal.SIGTERM,)}
+        return "" if plan and os.WTERMSIG(status) in allowed.get(plan.how, ()) else "killed by another signal"
+    code, lines = os.WEXITSTATUS(status), [line for line in said.splitlines() if line.startswith(("error:", "stopped"))]
+    if plan and code == {"full disk": MISTAKE, "SIGTERM": STOPPED}.get(plan.how):
+        return "" if len(lines) == 1 else "not one line"
+    return "" if code == 0 else f"exit code {code}"
+
+
+def one_run(
+    case: str, seed: int, work: Path, cache: Path, reference: Path, *, most: int = TRIES, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """End a run again and again until it is through, or `most` times; what was done to it, and how it differs from `reference`."""
+    out, errors, rng, counts = work / "run", work / "said.txt", random.Random(f"{case} {seed}"), Counter[str]()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    begin, through, wrong = time.monotonic(), False, []
+    for number in range(most + 1):
+        plan = None if number == most or stop() else Plan.draw(rng)
+        status = wait(attempt(config_of(case, out, cache), plan, errors), plan, out, counts)
+        if fault := judge(plan, status, said := errors.read_text()):
+            wrong.append({"fault": fault, "plan": dataclasses.asdict(plan) if plan else None, "said": said[-2000:]})
+        if status == 0:
+            through = True
+            break
+        if plan:
+            counts.update([plan.how, plan.where, "kills"])
+    found = difference(reference, out) if through else {"stuck": 1}
+    row = {"case": case, "seed": seed, **counts, **found, "wrong": wrong, "seconds": round(time.monotonic() - begin, 1)}
+    if not wrong and not any(found.values()):
+        shutil.rmtree(work)
+    return row
+
+
+CLOCKS = ("rollout/tokens_per_s", "rollout/idle_s", "eval/time_s")
+
+
+def difference(one: Path, two: Path) -> dict[str, int]:
+    """How the run `two` differs from `one`: responses lost and there twice, records, bits of the state, what lies about."""
+    rows, other = responses(one), responses(two)
+    records = [
+        [{k: v for k, v in r.items() if not k.startswith("time/") and k not in CLOCKS} for r in read_metrics(out / "metrics.jsonl")
+         if "rollout/tokens" in r] for out in (one, two)
+    ]  # fmt: skip
+    left = [path for path in (two / "checkpoints").iterdir() if not path.name.startswith("step-")]
+    return {
+        "lost": len(rows.keys() - other.keys()), "twice": sum(len(found) - 1 for found in other.values()),
+        "other responses": sum(rows[id] != other[id] for id in rows.keys() & other.keys()) + len(other.keys() - rows.keys()),
+        "other records": int(records[0] != records[1]), "other state": int(not same_state(one, two)), "left": len(left),
+    }  # fmt: skip
+
+
+def responses(out: Path) -> dict[str, list[list[str]]]:
+    """Rows of responses.csv by response, without the clock."""
+    rows: dict[str, list[list[str]]] = {}
+    for line in (out / "responses.csv").read_text().splitlines()[1:]:
+        step, _, response, *rest = line.split(",")
+        rows.setdefault(response, []).append([step, *rest])
+    return rows
+
+
+def same_state(one: Path, two: Path) -> bool:
+    """Whether the newest checkpoints of two runs are the same bit for bit, but for clock, folders and torch's generator."""
+    a, b = (complete_checkpoints(out / "checkpoints")[-1] for out in (one, two))
+    names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) for folder in (a, b)]
+    if a.name != b.name or names[0] != names[1]:
+        return False
+    if any((a / name).read_bytes() != (b / name).read_bytes() for name in names[0] if name.endswith(".safetensors")):
+        return False
+    states = [json.loads((folder / "state.json").read_text())["trainer"] for folder in (a, b)]
+    for state in states:
+        del state["train_s"], state["torch_rng"]
+    optimisers = [list(leaves(torch.load(folder / "optimisers.pt", weights_only=True))) for folder in (a, b)]
+    pairs = zip(*optimisers, strict=True)
+    return states[0] == states[1] and all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for (k, x), (l, y) in pairs if k == l or not k
+    )
+
+
+def leaves(thing: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dicts and lists hold, by path."""
+    if isinstance(thing, Mapping | list | tuple):
+        items = thing.items() if isinstance(thing, Mapping) else enumerate(thing)
+        for key, part in items:
+            yield from leaves(part, f"{name}/{key}")
+    else:
+        yield name, thing
+
+
+def unbroken(case: str, folder: Path, cache: Path) -> Path:
+    """The run of a case that nobody ends; kept."""
+    if not (folder / "through").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        errors = folder / "said.txt"
+        _, status = os.waitpid(attempt(config_of(case, folder / "run", cache), None, errors), 0)
+        assert status == 0, errors.read_text()
+        (folder / "through").touch()
+    return folder / "run"
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case: kills by how and where, and what was found."""
+    summary = []
+    for case in CASES:
+        own = [row for row in rows if row["case"] == case]
+        if own:
+            names = ("kills", *HOWS, *WHERES, "second refused", "second accepted", "lost", "twice", "other responses",
+                     "other records", "other state", "left", "stuck")  # fmt: skip
+            total = {name.replace(" ", "_"): sum(row.get(name, 0) for row in own) for name in names}
+            faults = sum(len(row["wrong"]) for row in own)
+            seconds = round(sum(row["seconds"] for row in own))
+            summary.append({"case": case, "runs": len(own), **total, "wrong_ends": faults, "seconds": seconds})
+    return summary
+
+
+def warm_up(work: Path, cache: Path) -> None:
+    """Import whatever a run imports, so that no child has to, and make the base model."""
+    torch.set_num_threads(1)
+    commands.train(replace_fields(config_of("tppo-ewma", work / "warm-up", cache), {"run.steps": 1}))
+    shutil.rmtree(work / "warm-up")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=25.0, help="stop there, with fewer kills")
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
+    given = parser.parse_args()
+    deadline, cache, raw = time.monotonic() + 60 * given.minutes, given.out / "cache", given.out / "runs.jsonl"
+    given.out.mkdir(parents=True, exist_ok=True)
+    warm_up(given.out, cache)
+    references = {case: unbroken(case, given.out / f"unbroken-{case.replace(' ', '-')}", cache) for case in CASES}
+    rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
+    while (done := sum(row.get("kills", 0) for row in rows)) < given.kills and time.monotonic() < deadline:
+        case, seed = list(CASES)[len(rows) % len(CASES)], len(rows) // len(CASES)
+        row = one_run(case, seed, given.out / f"run-{len(rows)}", cache, references[case], stop=lambda: time.monotonic() > deadline)
+        rows.append(row)
+        with raw.open("a") as file:
+            print(json.dumps(row), file=file)
+        print(f"{done + row.get('kills', 0)} kills: {row}", flush=True)
+    report("kills", table(rows))
+
+
+if __name__ == "__main__":
+    main()
