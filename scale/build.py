@@ -46,10 +46,11 @@ def build(config: ScaleConfig, world: World) -> Parts:
     algo, record = config.algo, dataclasses.asdict(config)
     torch.set_num_threads(algo.run.threads)
     out = writable_folder(algo.run.out, "algo.run.out")
-    checkpointer = DistributedCheckpointer(out / "checkpoints", world, config)
+    task = make_task(config)
+    checkpointer = DistributedCheckpointer(out / "checkpoints", world, config, task)
     resume = bool(checkpointer.complete()) if config.cluster.requeued else algo.run.resume
     resume_from = resume_point(checkpointer, config, resume=resume, fixed=FIXED_ON_RESUME, section="algo.")
-    task, parallel, schedule = make_task(config), Collective(world), slots_and_windows(config, world)
+    parallel, schedule = Collective(world), slots_and_windows(config, world)
     new = resume_from is None
     with named_in("algo."):
         check_sources(algo, task)

@@ -1,8 +1,9 @@
 """Distributed checkpoints: shards of both models and optimisers, and every response exactly once, on any number of ranks.
 
 A checkpoint is a folder `step-00000120`: `shards/` (torch.distributed.checkpoint: each rank writes its own), `rank-00003.json` per
-rank (its Trainer's state: in-flight and held responses, the sample stream, the ledger), and a manifest, which is written last,
-after every rank is done. A folder without one is not a checkpoint. Shards are written in the background while the next step runs.
+rank (its Trainer's state: in-flight and held responses, the sample stream, the ledger), `tokenizer/` where the task has one, and a
+manifest, which is written last, after every rank is done. A folder without one is not a checkpoint. Shards are written in the
+background while the next step runs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,23 @@ from tppo_ref.runs.checkpoint import (
     clear_for,
     complete_checkpoints,
     file_digest,
+    prompts_digest,
+    put_in_place,
     refuse_changed,
     remove_all_but,
+    save_tokenizer,
+    step_of,
 )
+from tppo_ref.runs.state_laws import broken_law
+from tppo_ref.tasks import Task
 
 
 class DistributedCheckpointer:
     """Writes checkpoints of a run, one at a time, in the background. All ranks call the same methods in the same order."""
 
-    def __init__(self, folder: Path, world: World, config: ScaleConfig):
+    def __init__(self, folder: Path, world: World, config: ScaleConfig, task: Task):
         self.folder, self.world, self.config = folder, world, config
+        self.prompts, self.tokenizer = prompts_digest(task), task.tokenizer
         self._newest: Path | None = None
         timeout = datetime.timedelta(seconds=config.cluster.timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)  # the background write talks on its own group
@@ -52,11 +58,13 @@ class DistributedCheckpointer:
         """As the first rank sees them: a shared disk may not show every rank the same."""
         return self._everyones(complete_checkpoints(self.folder))[0]
 
-    def saved_config(self, checkpoint: Path) -> dict[str, Any]:
+    def saved(self, checkpoint: Path) -> dict[str, Any]:
         """Every file is compared with the manifest by the first rank; what it refuses, all refuse."""
         found: dict[str, Any] | str = ""
         try:
-            found = read_manifest(checkpoint)["config"] if self.world.rank == 0 else ""
+            if self.world.rank == 0:
+                manifest = read_manifest(checkpoint)
+                found = {"config": manifest["config"], "prompts": manifest["prompts"]}
         except UserError as error:
             found = str(error)
         found = self._everyones(found)[0]
@@ -76,6 +84,7 @@ class DistributedCheckpointer:
         try:
             if self.world.rank == 0:
                 clear_for(beside)
+                save_tokenizer(self.tokenizer, beside / "tokenizer")
             self._agree("")
             rank_state = {"trainer": trainer.state_dict()}
             (beside / f"rank-{self.world.rank:05d}.json").write_text(json.dumps(rank_state))
@@ -105,9 +114,8 @@ class DistributedCheckpointer:
         self._agree(failure, final)
         if self.world.rank == 0:
             try:
-                write_manifest(beside, self.config, self.world)
-                shutil.rmtree(final, ignore_errors=True)
-                os.rename(beside, final)
+                write_manifest(beside, self.config, self.world, self.prompts)
+                put_in_place(beside, final)
                 remove_all_but(self.folder, self.config.algo.run.checkpoints_kept)
             except OSError as error:
                 failure = error.strerror or str(error)
@@ -124,6 +132,10 @@ class DistributedCheckpointer:
         first = world.engine * world.tensor_parallel if same else 0  # in-flight responses are long: no rank reads more than it must
         ranks = range(first, first + world.tensor_parallel) if same else range(saved_on["world"])
         states = [json.loads((checkpoint / f"rank-{rank:05d}.json").read_text()) for rank in ranks]
+        whole = len(ranks) == saved_on["world"]
+        found = broken_law([state["trainer"] for state in states], trainer, step=step_of(checkpoint), whole=whole)
+        if law := next(filter(None, self._everyones(found)), ""):  # what one rank refuses, all refuse
+            raise UserError(f"checkpoint {checkpoint}: got ranks' states in which {law}; expected what was written; {REMEDY}")
         shards = model_state(trainer)
         try:
             dcp.load(shards, checkpoint_id=str(checkpoint / "shards"))
@@ -178,14 +190,15 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def write_manifest(folder: Path, config: ScaleConfig, world: World) -> None:
+def write_manifest(folder: Path, config: ScaleConfig, world: World, prompts: dict[str, str]) -> None:
     """Sizes of the shards (hashing terabytes would take longer than writing them), digests of the small files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     local.write_manifest(folder, {
         "config": dataclasses.asdict(config),
+        "prompts": prompts,
         "world": dataclasses.asdict(world),
         "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
-        "sha256": {path.name: file_digest(path) for path in files if path.suffix == ".json"},
+        "sha256": {str(path.relative_to(folder)): file_digest(path) for path in files if path.suffix == ".json"},
     })  # fmt: skip
 
 
@@ -217,8 +230,8 @@ def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:
     set_model_state_dict(value, state["value"]["model"])
 
 
-def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype: torch.dtype) -> None:
-    """A Hugging Face folder that transformers and vLLM load. All ranks take part; rank 0 gathers and writes."""
+def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype: torch.dtype, tokenizer: Any = None) -> None:
+    """A Hugging Face folder that transformers and vLLM load, tokenizer included. All ranks take part; rank 0 gathers and writes."""
     whole = {}
     for name, tensor in gathered(model):  # every rank gathers, one keeps
         if world.rank == 0:
@@ -231,6 +244,7 @@ def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype
             with torch.device("meta"):
                 shell = _plain_class(model.hf)(config)
             shell.save_pretrained(folder, state_dict=whole)
+            save_tokenizer(tokenizer, folder)
         except OSError as error:
             failure = error.strerror or str(error)
     failures: list[Any] = [None] * world.world

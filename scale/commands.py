@@ -68,9 +68,10 @@ def export(config: ScaleConfig, world: World) -> None:
     if not found:
         raise UserError(f"algo.run.out: got {out}; expected the folder of a run with a checkpoint; give one")
     read_manifest(found[-1], digests=False)
-    policy, value = build_policy(config, world, make_task(config), weights=False), build_value(config, world, weights=False)
+    task = make_task(config)
+    policy, value = build_policy(config, world, task, weights=False), build_value(config, world, weights=False)
     load_models(policy, value, found[-1])
     for name, model in (("policy", policy), ("value", value)):
-        export_model(model, out / "export" / name, world, dtype=getattr(torch, config.engine.dtype))
+        export_model(model, out / "export" / name, world, dtype=getattr(torch, config.engine.dtype), tokenizer=task.tokenizer)
     if world.rank == 0:
         print(f"{found[-1].name}: {out / 'export' / 'policy'}, {out / 'export' / 'value'}")

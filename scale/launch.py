@@ -29,31 +29,15 @@ GRACE_S = 20.0  # how long the other ranks may take to leave after one has gone
 
 
 def main(argv: Sequence[str]) -> int:
-    from scale.config import ScaleConfig, check, check_training
     from scale.shutdown import tells_before_the_start
-    from tppo_ref.method.errors import UserError, nearest
-    from tppo_ref.runs.parsing import given_fields, parse
+    from tppo_ref.method.errors import UserError
+    from tppo_ref.runs.stop import sigterm_stops
 
-    arguments = [a for a in argv if a != "--dry-run"]
-    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     try:
-        if command not in COMMANDS:
-            raise UserError(f"command: got {command!r}; expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
-        config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
-        config = check(config, given_fields(arguments))
-        if command == "train":
-            check_training(config)
-        if "--dry-run" in argv:
-            from scale.memory.dryrun import dry_run
-
-            return dry_run(config)
-        if command == "report":
-            from scale.report import report
-
-            return report(config)
-        if "RANK" in os.environ:
-            return work(command, config)
-        return start_workers(argv, config)
+        if "RANK" in os.environ:  # a rank leaves without a word until it trains: who asked it to, says so
+            return _run(argv)
+        with sigterm_stops():
+            return _run(argv)
     except UserError as error:
         if tells_before_the_start():
             print(f"error: {error}", file=sys.stderr)
@@ -61,6 +45,32 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _run(argv: Sequence[str]) -> int:
+    from scale.config import ScaleConfig, check, check_training
+    from tppo_ref.method.errors import UserError, nearest
+    from tppo_ref.runs.parsing import given_fields, parse
+
+    arguments = [a for a in argv if a != "--dry-run"]
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UserError(f"command: got {command!r}; expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+    config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
+    config = check(config, given_fields(arguments))
+    if command == "train":
+        check_training(config)
+    if "--dry-run" in argv:
+        from scale.memory.dryrun import dry_run
+
+        return dry_run(config)
+    if command == "report":
+        from scale.report import report
+
+        return report(config)
+    if "RANK" in os.environ:
+        return work(command, config)
+    return start_workers(argv, config)
 
 
 def start_workers(argv: Sequence[str], config: object) -> int:
@@ -92,7 +102,8 @@ def start_workers(argv: Sequence[str], config: object) -> int:
         nonlocal asked
         for worker in workers:
             if worker.poll() is None:
-                worker.send_signal(signal.SIGKILL if asked else signal.SIGINT)
+                # Not SIGINT: until a rank has a way of its own to stop, it would end in a traceback.
+                worker.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
         asked = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -101,7 +112,10 @@ def start_workers(argv: Sequence[str], config: object) -> int:
         time.sleep(0.1)
     deadline = time.monotonic() + (GRACE_S if not asked else 600.0)
     failed = next(((r, w.returncode) for r, w in enumerate(workers) if w.poll() not in (None, 0)), None)
-    if failed and failed[1] < 0:  # killed from outside: the others wait for it in vain
+    if failed and failed[1] < 0 and asked:  # asked before it trained
+        print("stopped", file=sys.stderr)
+        failed, deadline = (failed[0], 130), time.monotonic() + GRACE_S
+    elif failed and failed[1] < 0:  # killed from outside: the others wait for it in vain
         deadline = 0.0
         name = signal.Signals(-failed[1]).name
         print(f"error: rank {failed[0]} was killed ({name}); {REMEDY}", file=sys.stderr)

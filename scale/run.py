@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from scale.build import build
 from scale.config import ScaleConfig, thresholds
-from scale.distributed import World
+from scale.distributed import Collective, World
 from scale.vllm_engine import VLLMEngine
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel
+from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.runs.session import Session
 from tppo_ref.tasks import Task
 
@@ -33,9 +35,25 @@ def open_session(config: ScaleConfig, world: World) -> Session:
 
 def train(config: ScaleConfig, world: World) -> Path:
     """Run or resume, and leave a checkpoint; the folder of checkpoints."""
-    with closing(open_session(config, world)) as session:
+    with alone(config, world), closing(open_session(config, world)) as session:
         session.train()
         return session.parts.checkpointer.folder
+
+
+@contextmanager
+def alone(config: ScaleConfig, world: World) -> Iterator[None]:
+    """The run's folder is this job's while inside: the first rank holds its lock. What it refuses, all refuse."""
+    with ExitStack() as held:
+        refused = ""
+        if world.rank == 0:
+            try:
+                held.enter_context(own_folder(config.algo.run.out, "algo.run.out"))
+            except UserError as error:
+                refused = str(error)
+        (refused, *_) = Collective(world).gather_objects(refused)
+        if refused:
+            raise UserError(refused)
+        yield
 
 
 def probe(engine: VLLMEngine, policy: PolicyModel, task: Task, config: ScaleConfig) -> None:

@@ -49,7 +49,10 @@ class Masters:
 
     @torch.no_grad()
     def load(self, saved: dict[str, Tensor]) -> None:
-        """Masters that were saved, and the model's weights with them. LookupError for one that is missing, ValueError for another shape."""
+        """Masters that were saved, and the model's weights with them.
+
+        LookupError for one that is missing, ValueError for one of another shape.
+        """
         for name, tensor in self.tensors.items():
             if saved[name].shape != tensor.shape:
                 raise ValueError(f"{name} has shape {list(saved[name].shape)}, not {list(tensor.shape)}")

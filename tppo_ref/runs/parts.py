@@ -24,12 +24,11 @@ class Checkpointer(Protocol):
     """Writes and reads the checkpoints in `folder`. All ranks make the same calls in the same order."""
 
     folder: Path
+    prompts: dict[str, str]
+    """Digest of the prompts of each split; `save` keeps it."""
 
     def complete(self) -> list[Path]:
         """Checkpoints that can be gone on from, oldest first."""
-
-    prompts: Mapping[str, str]
-    """Digest of the prompts of each split; `save` keeps it."""
 
     def saved(self, checkpoint: Path) -> dict[str, Any]:
         """The `config` and the digests of the `prompts` that a checkpoint was made with. UserError where it is not as written."""

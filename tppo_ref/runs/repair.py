@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def take_back(path: Path, resume_step: int, step_of: Callable[[bytes], int], hea
 
 
 def tell_what_is_missing(
-    out: Path, records: list[Mapping[str, Any]], num_rows: Counter[int], resume_step: int, *, name: str = "response/ended"
+    out: Path, records: Sequence[Mapping[str, Any]], num_rows: Counter[int], resume_step: int, *, name: str = "response/ended"
 ) -> None:
     """A word where metrics.jsonl lacks steps, or responses.csv responses, of those up to `resume_step`.
 
