@@ -1,10 +1,14 @@
 """The Trainer's own share of a demo step, the occupancy of the slots, and resident memory over many steps.
 
     python -m benchmarks.overhead [--steps 1000]
+    python -m benchmarks.overhead --memory [--steps 10000] [--minutes 14]
 
 "Own share": everything in a step outside of model forward, backward, gradient clipping, optimiser and decoding, over the step's
 seconds (aim: at most 5 %). Occupancy with immediate refill (aim: at least 98 %). Memory: resident bytes at the end against
 those after a tenth of the steps (aim: flat, within 2 %). The run is the chain task with the demo's settings.
+
+--memory: the second alone, of whole steps of the loop with all that a run writes, on a model and windows that are tiny, so that
+10,000 steps fit in minutes; a checkpoint every 1,000. It stops after --minutes, with fewer steps, and says how many.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,36 @@ def measure(config: Config, steps: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+TINY = {
+    "task.name": "length", "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2,
+    "rollout.slots": 4, "rollout.window": 4, "rollout.max_response_tokens": 12, "advantage.tail_tokens": 2,
+    "policy.mini_batches": 1, "policy.mini_batch_tokens": 0, "value.mini_batches": 1, "value.mini_batch_tokens": 0,
+    "policy.lr": 1e-5, "value.lr": 1e-5, "run.eval_prompts": 2, "run.eval_every_s": 0.0, "run.checkpoint_every": 1000,
+    "run.cut_warning": 1.0,
+}  # fmt: skip
+
+
+def memory_of_the_loop(config: Config, steps: int, minutes: float) -> dict[str, float]:
+    """Resident bytes over many steps of a Session, its files and checkpoints included."""
+    session, process, memory = Session(build(config)), psutil.Process(), list[float]()
+    begin = time.perf_counter()
+    with closing(session):
+        for step in tqdm(range(1, steps + 1), desc="memory", unit="step", mininterval=10):
+            session.step()
+            if step % config.run.checkpoint_every == 0:
+                session.save()
+            memory.append(process.memory_info().rss)
+            if time.perf_counter() - begin > 60 * minutes:
+                break
+    half = memory[len(memory) // 2 :]
+    return {
+        "memory_growth": round(growth(memory), 4), "memory_growth_second_half": round(memory[-1] / half[0] - 1, 4),
+        "aim_memory_growth": 0.02, "rss_mib": round(memory[-1] / 2**20), "highest_mib": round(max(memory) / 2**20),
+        "steps": len(memory), "checkpoints": len(memory) // config.run.checkpoint_every,
+        "ms_per_step": round(1e3 * (time.perf_counter() - begin) / len(memory), 1),
+    }  # fmt: skip
+
+
 def growth(memory: Sequence[float]) -> float:
     """The last of a run's memory readings over the mean of ten after a tenth of them, less 1."""
     early = memory[len(memory) // 10 : len(memory) // 10 + 10]
@@ -109,13 +143,19 @@ def growth(memory: Sequence[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="1,000; with --memory 10,000")
+    parser.add_argument("--memory", action="store_true", help="resident memory alone, of tiny steps of the whole loop")
+    parser.add_argument("--minutes", type=float, default=14.0, help="of --memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
+        if arguments.memory:
+            tiny = replace_fields(Config(), TINY | {"run.out": out, "run.cache": f"{out}/cache"})
+            report("memory", [memory_of_the_loop(tiny, arguments.steps or 10_000, arguments.minutes)])
+            return
         config = apply_method(parse(Config, ["--config", str(DEMO)], prog="overhead"), "tppo", strict=False)
         run = dataclasses.replace(config.run, out=out, progress=True)
         config = replace_fields(dataclasses.replace(config, run=run), {"run.timeline": False})
-        report("overhead", [measure(config, arguments.steps)])
+        report("overhead", [measure(config, arguments.steps or 1000)])
 
 
 if __name__ == "__main__":

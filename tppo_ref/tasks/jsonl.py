@@ -60,6 +60,7 @@ class ByteTokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Marks a folder, so that `load_tokenizer` gives this tokenizer back."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps({"tokenizer_class": type(self).__name__}) + "\n")
 
     def chat_ids(self, text: str) -> list[int]:
