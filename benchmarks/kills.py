@@ -25,13 +25,14 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import report
+from benchmarks.common import RESULTS, report
+from benchmarks.same_run import difference
 from tppo_ref.__main__ import resume
 from tppo_ref.loop.learner import Learner
 from tppo_ref.method.errors import UserError
@@ -43,7 +44,6 @@ from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.exits import MISTAKE, STOPPED, exit_code
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.run_folder import own_folder
-from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.tasks import load_task
 from tppo_ref.tasks.length import verify
 
@@ -238,61 +238,6 @@ def one_run(
     return row
 
 
-CLOCKS = ("rollout/tokens_per_s", "rollout/idle_s", "eval/time_s")
-
-
-def difference(one: Path, two: Path) -> dict[str, int]:
-    """How the run `two` differs from `one`: responses lost and there twice, records, bits of the state, what lies about."""
-    rows, other = responses(one), responses(two)
-    records = [
-        [{k: v for k, v in r.items() if not k.startswith("time/") and k not in CLOCKS} for r in read_metrics(out / "metrics.jsonl")
-         if "rollout/tokens" in r] for out in (one, two)
-    ]  # fmt: skip
-    left = [path for path in (two / "checkpoints").iterdir() if not path.name.startswith("step-")]
-    return {
-        "lost": len(rows.keys() - other.keys()), "twice": sum(len(found) - 1 for found in other.values()),
-        "other responses": sum(rows[id] != other[id] for id in rows.keys() & other.keys()) + len(other.keys() - rows.keys()),
-        "other records": int(records[0] != records[1]), "other state": int(not same_state(one, two)), "left": len(left),
-    }  # fmt: skip
-
-
-def responses(out: Path) -> dict[str, list[list[str]]]:
-    """Rows of responses.csv by response, without the clock."""
-    rows: dict[str, list[list[str]]] = {}
-    for line in (out / "responses.csv").read_text().splitlines()[1:]:
-        step, _, response, *rest = line.split(",")
-        rows.setdefault(response, []).append([step, *rest])
-    return rows
-
-
-def same_state(one: Path, two: Path) -> bool:
-    """Whether the newest checkpoints of two runs are the same bit for bit, but for clock, folders and torch's generator."""
-    a, b = (complete_checkpoints(out / "checkpoints")[-1] for out in (one, two))
-    names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) for folder in (a, b)]
-    if a.name != b.name or names[0] != names[1]:
-        return False
-    if any((a / name).read_bytes() != (b / name).read_bytes() for name in names[0] if name.endswith(".safetensors")):
-        return False
-    states = [json.loads((folder / "state.json").read_text())["trainer"] for folder in (a, b)]
-    for state in states:
-        del state["train_s"], state["torch_rng"]
-    optimisers = [list(leaves(torch.load(folder / "optimisers.pt", weights_only=True))) for folder in (a, b)]
-    pairs = zip(*optimisers, strict=True)
-    return states[0] == states[1] and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for (k, x), (l, y) in pairs if k == l or not k
-    )
-
-
-def leaves(thing: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested dicts and lists hold, by path."""
-    if isinstance(thing, Mapping | list | tuple):
-        items = thing.items() if isinstance(thing, Mapping) else enumerate(thing)
-        for key, part in items:
-            yield from leaves(part, f"{name}/{key}")
-    else:
-        yield name, thing
-
-
 def unbroken(case: str, folder: Path, cache: Path) -> Path:
     """The run of a case that nobody ends; kept."""
     if not (folder / "through").exists():
@@ -355,20 +300,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=25.0, help="stop there, with fewer kills")
     parser.add_argument("--out", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--csv", type=Path, default=RESULTS / "kills.csv")
     given = parser.parse_args()
     deadline, cache, raw = time.monotonic() + 60 * given.minutes, given.out / "cache", given.out / "runs.jsonl"
     given.out.mkdir(parents=True, exist_ok=True)
     warm_up(given.out, cache)
-    references = {case: unbroken(case, given.out / f"unbroken-{case.replace(' ', '-')}", cache) for case in CASES}
+    references = {case: unbroken(case, given.out / f"unbroken-{case.replace(' ', '-')}", cache) for case in given.cases}
     rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
     while (done := sum(row.get("kills", 0) for row in rows)) < given.kills and time.monotonic() < deadline:
-        case, seed = list(CASES)[len(rows) % len(CASES)], len(rows) // len(CASES)
+        case, seed = given.cases[len(rows) % len(given.cases)], len(rows) // len(given.cases)
         row = one_run(case, seed, given.out / f"run-{len(rows)}", cache, references[case], stop=lambda: time.monotonic() > deadline)
         rows.append(row)
         with raw.open("a") as file:
             print(json.dumps(row), file=file)
         print(f"{done + row.get('kills', 0)} kills: {row}", flush=True)
-    report("kills", table(rows))
+    report("kills", table(rows), given.csv)
 
 
 if __name__ == "__main__":

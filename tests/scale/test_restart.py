@@ -27,6 +27,7 @@ from scale_helpers import (
     environment,
     launch,
     make_model,
+    make_problems,
     metrics_of,
     one_error,
     ranks_left,
@@ -34,7 +35,8 @@ from scale_helpers import (
 )
 
 from tppo_ref.rollout.decode_load import DecodeStep
-from tppo_ref.runs.checkpoint import complete_checkpoints
+from tppo_ref.runs.checkpoint import complete_checkpoints, file_digest
+from tppo_ref.runs.run_folder import own_folder
 
 require("math_verify", "the verifier of these runs")
 import psutil  # noqa: E402
@@ -300,6 +302,71 @@ def test_two_ranks_refuse_a_resume_in_one_line(pair, lively, problems):
         launch(*arguments(lively, problems, out, *more, *changed, steps=4), env=with_verifier()), "reward.overlong_buffer", "8"
     )
     assert not ranks_left(out)
+
+
+# --------------------------------------------------------------------------------------------------- whose the folder is
+
+
+@pytest.fixture(scope="module")
+def owned(tmp_path_factory, model):
+    """A step; a resume on other answers under the file's old name, and on those that it had; a run in a folder that is taken; a state
+    that was edited."""
+    out = tmp_path_factory.mktemp("owned")
+    problems, other, same = (make_problems(out / name, seed=seed) for name, seed in (("here", 0), ("other", 1), ("same", 0)))
+
+    def run(name, *more, steps, **asked):
+        return {"arguments": arguments(model, problems, out / name, *EVERY_STEP, *OWN, *more, ranks=1, steps=steps), **asked}
+
+    resume, held = ("--algo.run.resume", "true"), own_folder(str(out / "taken"))
+    with held:
+        ended = in_one_process(out, {
+            "begun": run("run", steps=1),
+            "other prompts": run("run", *resume, steps=2, replace=[str(problems), str(other)]),
+            "same prompts": run("run", *resume, steps=2, replace=[str(problems), str(same)]),
+            "taken": run("taken", steps=1),
+        })  # fmt: skip
+    newest = complete_checkpoints(out / "run" / "checkpoints")[-1]
+    rank, manifest = newest / "rank-00000.json", newest / "manifest.json"
+    edited = json.loads(rank.read_text())
+    edited["trainer"]["batcher"]["in_flight"].pop()
+    rank.write_text(json.dumps(edited))
+    written = json.loads(manifest.read_text())
+    written["bytes"][rank.name], written["sha256"][rank.name] = rank.stat().st_size, file_digest(rank)
+    manifest.write_text(json.dumps(written))
+    return out, ended | in_one_process(out, {"edited": run("run", *resume, steps=3)})
+
+
+def test_other_prompts_under_the_same_name_are_refused_and_the_same_go_on(owned):
+    out, ended = owned
+    assert ended["begun"] == ended["same prompts"] == ""
+    assert re.match(
+        r"algo\.task\.path: got other train prompts than checkpoint step-00000001 .*; expected ", ended["other prompts"]
+    )
+    assert steps_of(out / "run") == [1, 2]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(owned):
+    assert re.match(rf"algo\.run\.out: got \S+, to which process {os.getpid()} is writing; expected ", owned[1]["taken"])
+
+
+def test_a_state_that_lost_a_response_is_refused_even_where_the_manifest_fits(owned):
+    assert re.search(
+        r"step-00000002: got ranks' states in which 8 responses were begun and 7 are accounted for; expected", owned[1]["edited"]
+    )
+
+
+def test_a_job_that_is_asked_to_end_while_it_starts_says_so_in_one_line(tmp_path, model, problems):
+    job = subprocess.Popen([sys.executable, str(ROOT / "scale" / "launch.py"), *arguments(model, problems, tmp_path / "run", *OWN)],
+                           env=with_verifier(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + LIMIT_S
+    while len(psutil.Process(job.pid).children()) < 2:
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.terminate()
+    _, said = job.communicate(timeout=60)
+    assert (job.returncode, said) == (130, "stopped\n")
+    assert not ranks_left(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- how a run ends
