@@ -77,7 +77,7 @@ def newest_state(out: Path) -> Path:
         (lambda out: rewrite(out, lines_of(out)[:-1]), "lost"),
         (lambda out: rewrite(out, [*lines_of(out), lines_of(out)[-1]]), "twice"),
         (lambda out: edit(out / "responses.csv", "LENGTH_CAP", "END_TOKEN"), "other responses"),
-        (lambda out: edit(out / "metrics.jsonl", '"ledger/trained": ', '"ledger/trained": 1'), "other records"),
+        (lambda out: edit(out / "metrics.jsonl", '"policy/tokens": ', '"policy/tokens": 1'), "other records"),
         (turn_a_weight, "other state"),
         (turn_an_optimiser, "other state"),
         (lambda out: edit(newest_state(out), '"num_settled": ', '"num_settled": 1'), "other state"),
