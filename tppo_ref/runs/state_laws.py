@@ -87,7 +87,14 @@ def _check_responses(state: Mapping[str, Any], trainer: Trainer) -> None:
     numbers = (stream["next"], stream["rank"], stream["world"], *stream["backlog"])
     _law(all(map(_count, numbers)), "the sample stream's place is none")
     _law(stream["rank"] < max(1, stream["world"]), "the sample stream's rank is beyond its world")
-    _law(len(set(stream["backlog"])) == len(stream["backlog"]), "a sample waits twice to be issued")
+    _law(
+        type(stream["backlog"]) is list and len(set(stream["backlog"])) == len(stream["backlog"]),
+        "a sample waits twice to be issued",
+    )
+    past = state["past"]
+    _law(type(past) is list and len(past) <= trainer.config.policy.reuse_batches, "more batches are kept than are used again")
+    for response in (response for batch in past for response in batch):
+        _check_response(response, trainer, last_version=state["version"])
     seen = dict(state["ledger"]["updates_at"])
     flying, held = batcher["in_flight"], state["held"]
     for response in (*flying, *held):
