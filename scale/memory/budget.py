@@ -8,7 +8,10 @@ The training passes are traced (fake_pass.py): real modules, real sharding, ever
 weights, its cache and what it reserves are vLLM's, which a laptop cannot ask.
 
 A response is fed whole, its earlier windows included, so that the longest row a pass meets is the longest prompt and the longest
-response. That row, or `micro_batch_tokens` where they are more, is what is traced; a smaller window makes no pass smaller.
+response. That row, or `micro_batch_tokens` where they are more, is what is traced; a smaller window makes no pass smaller. With
+`policy.prefix constant` it does: of what stands before the window only keys and values are kept, 2 x layers x key heads x head
+width numbers a token. Then a micro-batch of rows in their first window, which have no prefix but the prompt, is traced beside it, and the
+larger of the two counts.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 from scale.config import ScaleConfig, check_deal, num_ranks
 from scale.memory.fake_pass import Pass, Shape, terms
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.validation import never_cut
 
 PHASES: dict[str, str] = {
     "sync": "weights go to the engine, which has just woken up",
@@ -111,22 +115,51 @@ def shard_bytes(config: ScaleConfig, shape: Shape, value: bool) -> float:
 
 
 def working(config: ScaleConfig, shape: Shape, phase: str) -> dict[str, float]:
-    """What a pass adds to the states: gathered weights, gradients (offloaded ones are on the host), activations."""
+    """What the largest pass adds to the states: gathered weights, gradients (offloaded ones are on the host), activations."""
     left_out = ("shards", "gradients") if config.sharding.offload else ("shards",)
-    return {name: num_bytes for name, num_bytes in terms(shape, passing(config, phase)).items() if name not in left_out}
+    found = max((terms(shape, each) for each in passes(config, phase)), key=lambda terms: sum(terms.values()))
+    return {name: num_bytes for name, num_bytes in found.items() if name not in left_out}
+
+
+def passes(config: ScaleConfig, phase: str) -> list[Pass]:
+    """Passes of a phase of which one is the largest: of the longest rows, and of rows in their first window where these have more
+    tokens that are differentiated through."""
+    longest = passing(config, phase)
+    if longest.live is None:
+        return [longest]
+    rows = fed_rows(config.algo.task.max_prompt_tokens, longest.live, micro_batch_tokens(config, phase))
+    return [longest, dataclasses.replace(longest, rows=rows)]
 
 
 def passing(config: ScaleConfig, phase: str) -> Pass:
-    """The largest pass of a phase."""
+    """The pass over a phase's longest rows."""
     algo, value = config.algo, phase.startswith("value")
     if phase == "probe":
         rows = ((algo.task.max_prompt_tokens, config.engine.probe_tokens),) * config.engine.probe_prompts
     else:
-        budget = algo.value.micro_batch_tokens if phase == "value_update" else algo.policy.micro_batch_tokens
-        rows = fed_rows(algo.task.max_prompt_tokens, algo.rollout.max_response_tokens, budget)
+        rows = fed_rows(algo.task.max_prompt_tokens, algo.rollout.max_response_tokens, micro_batch_tokens(config, phase))
     sharding = dataclasses.replace(config.sharding, offload=False)  # traced the same, and then left out
     return Pass(value=value, train=phase.endswith("update"), rows=rows, world=num_ranks(config), sharding=sharding,
-                logit_chunk_tokens=0 if value else algo.model.logit_chunk_tokens)  # fmt: skip
+                logit_chunk_tokens=0 if value else algo.model.logit_chunk_tokens, live=live_tokens(config, phase))  # fmt: skip
+
+
+def micro_batch_tokens(config: ScaleConfig, phase: str) -> int:
+    """Tokens fed per pass; a joint value update is made in the policy's micro-batches."""
+    algo = config.algo
+    own = phase == "value_update" and algo.value.update == "independent"
+    return algo.value.micro_batch_tokens if own else algo.policy.micro_batch_tokens
+
+
+def live_tokens(config: ScaleConfig, phase: str) -> int | None:
+    """Most response tokens of a row with a gradient, where its prefix is constant: a window's, those that wait for
+    policy.min_new_tokens, a deferred tail; whole responses where none is cut. None: the phase's prefix is not constant."""
+    algo = config.algo
+    constant = algo.policy.prefix == "constant"
+    if not constant or not (phase in ("logprob", "policy_update") or (phase == "value_update" and algo.value.update == "joint")):
+        return None
+    waiting = max(0, algo.policy.min_new_tokens - 1) + (algo.advantage.tail_tokens if algo.advantage.tail == "defer" else 0)
+    whole = never_cut(algo)
+    return algo.rollout.max_response_tokens if whole else min(algo.rollout.max_response_tokens, algo.rollout.window + waiting)
 
 
 def fed_rows(prompt: int, response: int, budget: int) -> tuple[tuple[int, int], ...]:

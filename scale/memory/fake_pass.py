@@ -54,6 +54,8 @@ class Pass:
 
     value          the value model's, or else the policy's
     rows           (prompt tokens, response tokens) of each row
+    live           response tokens at each row's end that are differentiated through; what stands before them is read without
+                   gradient (policy.prefix constant); None: everything is
     train          with a backward pass; gradients of earlier micro-batches are there already
     """
 
@@ -63,6 +65,7 @@ class Pass:
     world: int
     sharding: ShardingConfig
     logit_chunk_tokens: int = 0
+    live: int | None = None
 
 
 class Shape:
@@ -141,7 +144,8 @@ def trace(config: Any, passing: Pass) -> Counter[str]:
     """Run the pass on fake tensors and read the tracker's peak."""
     kind = ValueModel if passing.value else PolicyModel
     options = {} if passing.value else {"logit_chunk_tokens": passing.logit_chunk_tokens or None}
-    batch = TokenBatch([[0] * prompt for prompt, _ in passing.rows], [[0] * response for _, response in passing.rows])
+    live_from = None if passing.live is None else [max(0, response - passing.live) for _, response in passing.rows]
+    batch = TokenBatch([[0] * prompt for prompt, _ in passing.rows], [[0] * response for _, response in passing.rows], live_from)
     with fake_ranks(passing.world) as mesh, warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")  # FSDP warns of views that ValueModel returns
         with torch.device("cpu"):

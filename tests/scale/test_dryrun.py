@@ -126,6 +126,25 @@ def test_recomputation_saves_memory_and_a_pass_without_gradients_needs_least(sha
     assert forward < recomputed < kept
 
 
+@pytest.mark.parametrize("value", [False, True])
+def test_of_a_constant_prefix_only_keys_and_values_are_kept_and_the_whole_trace_says_so(shape, value):
+    """A prefix token costs its keys and values in each layer; a live one its saved input in each layer, and what one layer needs."""
+    by_prefix = [training(value, rows=((32, response),), live=64) for response in (96, 1120, 2144)]
+    assert terms(shape, by_prefix[0]) == dict(trace(shape.config, by_prefix[0]))
+    peaks = [sum(terms(shape, passing).values()) for passing in by_prefix]
+    numbers = LAYERS * 2 * KV_HEADS * WIDTH // HEADS
+    assert peaks[2] - peaks[1] >= 1024 * numbers * 2, "bfloat16"
+    full = [sum(terms(shape, training(value, rows=((32, response),))).values()) for response in (1120, 2144)]
+    assert peaks[2] - peaks[1] < full[1] - full[0]
+
+
+def test_with_all_of_a_response_live_the_prompt_alone_is_constant(shape):
+    rows = ((4, 512),)
+    whole, live = (terms(shape, training(False, rows=rows, live=n))["activations"] for n in (None, 512))
+    assert live == pytest.approx(whole, rel=0.35)  # masks of the live layout, where the packed one needs none
+    assert live > 2 * terms(shape, training(False, rows=rows, live=64))["activations"]
+
+
 def test_nothing_of_the_fake_ranks_is_left(shape):
     terms(shape, training(False, world=7))
     assert not dist.is_initialized()
@@ -156,6 +175,39 @@ def test_phases_and_terms_are_the_documented_ones(file):
     assert list(found) == list(memory.PHASES)
     assert {term for phase in found.values() for term in phase} <= set(memory.TERMS)
     assert all(b >= 0 and math.isfinite(b) for phase in found.values() for b in phase.values())
+
+
+def test_live_tokens_are_a_window_what_waits_for_it_and_whole_responses_where_none_is_cut(file):
+    def live(phase="policy_update", **fields):
+        return memory.live_tokens(small(file, algo__policy__prefix="constant", **fields), phase)
+
+    assert [live(phase) for phase in ("logprob", "policy_update", "value_forward", "value_update", "probe")] == [
+        32,
+        32,
+        None,
+        None,
+        None,
+    ]
+    assert live("value_update", algo__value__update="joint") == 32
+    assert live(algo__policy__min_new_tokens=21) == 52
+    assert live(algo__advantage__tail="defer", algo__advantage__tail_tokens=5) == 37
+    assert live(algo__rollout__window=96) == live(algo__policy__train_on="ended") == 96
+    assert memory.live_tokens(small(file), "policy_update") is None
+
+
+def test_a_constant_prefix_makes_updates_smaller_where_a_micro_batch_is_one_window(file):
+    fields = {"algo__rollout__max_response_tokens": 992, "algo__policy__micro_batch_tokens": 64}
+    full, constant = (memory.terms_per_phase(small(file, algo__policy__prefix=p, **fields)) for p in ("full", "constant"))
+    assert constant["policy_update"]["activations"] < 0.7 * full["policy_update"]["activations"]
+    assert constant["value_update"] == full["value_update"], "it is trained on whole responses"
+    # With room for many rows in a pass those in their first window, nearly all of it live, are the largest pass.
+    fields["algo__policy__micro_batch_tokens"] = 1024
+    config = small(file, algo__policy__prefix="constant", **fields)
+    longest, fresh = memory.passes(config, "policy_update")
+    assert (longest.rows, fresh.rows) == (((32, 992),), ((32, 32),) * 16)
+    of_shape = memory.shapes(config)[0]
+    expected = {name: x for name, x in terms(of_shape, fresh).items() if name != "shards"}
+    assert memory.working(config, of_shape, "policy_update") == expected
 
 
 def test_the_engine_sleeps_while_the_trainer_works_unless_told_not_to(file):
