@@ -496,3 +496,46 @@ def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_
 def test_an_abbreviated_field_is_refused_not_guessed():
     with pytest.raises(UserError, match=r"--rollout\.windo: no such option; did you mean rollout\.window\?"):
         parse(Config, ["--rollout.windo", "4"], prog="python -m tppo_ref train")
+
+
+# ------------------------------------------------------------------------------------------- a value model of another size
+
+
+def critic(folder: Path, **changes: object) -> Path:
+    shape = dict(model_type="llama", vocab_size=64, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=1,
+                 num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape | changes))
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"vocab_size": 5}, ("model.value", "a vocabulary of 5 tokens", "expected the")),
+    ({"max_position_embeddings": 12}, ("model.value", "made for 12 positions", "rollout.max_response_tokens")),
+])  # fmt: skip
+def test_a_critic_that_cannot_read_what_the_policy_writes_is_refused(changes, words, tmp_path, refuse):
+    file = critic(tmp_path / "critic", **changes)
+    refuse("train", *options(), "--model.value", str(file), words=(str(file), *words))
+
+
+def test_a_critic_with_another_tokenizer_beside_it_is_refused(tmp_path):
+    from types import SimpleNamespace
+
+    import tokenizers
+
+    from tppo_ref.runs.build import check_value, model_config
+
+    file = critic(tmp_path / "critic")
+    ours, theirs = {"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "c": 1, "d": 3}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(theirs, unk_token="a")).save(str(file.parent / "tokenizer.json"))
+    model = model_config("model.value", str(file))
+    task = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: ours), vocab_size=3, max_prompt_tokens=4)
+    config = replace_fields(Config(), {"rollout.max_response_tokens": 60})
+    with pytest.raises(
+        UserError, match=r"model\.value: got .*, whose tokenizer gives 'b' and 1 other tokens another number or none"
+    ):
+        check_value(config, task, model, str(file.parent))
+    ours.update(b=2, c=1)
+    check_value(config, task, model, str(file.parent))  # it knows more tokens than the task: padded vocabularies differ, too
+    with pytest.raises(UserError, match="made for 64 positions; expected a value model for the 65"):
+        check_value(replace_fields(config, {"rollout.max_response_tokens": 61}), task, model, str(file.parent))

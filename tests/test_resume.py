@@ -46,6 +46,24 @@ CASES = {
     "partial-is": ("partial-is", {}),
     "ppo": ("ppo", {}),
     "bfloat16": ("tppo-ewma", {"model.dtype": "bfloat16", "policy.lr": 1e-5}),
+    "critic of another size": (
+        "tppo-once",
+        {
+            "model.value": dict(
+                model_type="llama",
+                vocab_size=32,
+                hidden_size=8,
+                intermediate_size=12,
+                num_hidden_layers=2,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                max_position_embeddings=64,
+                bos_token_id=None,
+                eos_token_id=0,
+                pad_token_id=None,
+            )
+        },
+    ),
     "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
 }
 
@@ -57,6 +75,11 @@ def _cache(tmp_path_factory) -> Path:
 
 def config_of(case: str, out: Path, cache: Path, **run: object) -> Config:
     method, changes = CASES[case]
+    if "model.value" in changes:  # another architecture's config.json: fresh weights under the run's seed
+        file = cache / "critic" / "config.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(changes["model.value"]))
+        changes = changes | {"model.value": str(file)}
     fields = TINY | changes | {"run.out": str(out), "run.cache": str(cache)} | {f"run.{k}": v for k, v in run.items()}
     return apply_method(replace_fields(Config(), fields), method, strict=False)
 

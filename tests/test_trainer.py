@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from helpers import (
 )
 
 import tppo_ref.loop.updates
+from tppo_ref.loop.ledger import PhaseClock
 from tppo_ref.method.errors import NonFiniteError
 from tppo_ref.method.records import End
 from tppo_ref.rollout.packing import TokenBatch
@@ -739,3 +741,29 @@ def test_docs_metrics_is_the_glossary():
     assert glossary_markdown().strip() in path.read_text()
     rows = [line for line in path.read_text().splitlines() if line.startswith("| `")]
     assert len(rows) == len(GLOSSARY)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the clock
+
+
+def test_the_cpu_clock_counts_what_this_process_computes_and_no_waiting():
+    clocks = {kind: PhaseClock(kind) for kind in ("wall", "cpu")}
+    with clocks["wall"]("rollout"), clocks["cpu"]("rollout"):
+        time.sleep(0.2)
+    waited = {kind: clock.seconds["rollout"] for kind, clock in clocks.items()}
+    assert waited["wall"] >= 0.2
+    assert waited["cpu"] < 0.1
+    with clocks["cpu"]("policy"):
+        begin = time.process_time()
+        while time.process_time() - begin < 0.05:
+            pass
+    metrics = clocks["cpu"].metrics()
+    assert metrics["time/policy_s"] >= 0.05
+    phases = sum(metrics[f"time/{name}_s"] for name in ("rollout", "policy", "other"))
+    assert metrics["time/step_s"] == pytest.approx(phases)
+
+
+def test_a_trainers_clock_is_the_one_that_its_config_names():
+    trainer = make_trainer("tppo", run__clock="cpu")
+    plain, trainer.scorer.collect = trainer.scorer.collect, lambda: (time.sleep(0.3), plain())[1]
+    assert trainer.step()["time/verify_s"] < 0.2

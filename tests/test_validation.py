@@ -118,6 +118,7 @@ IMPOSSIBLE_EXAMPLES = {
     "rollout.responses_per_step": {"rollout.refill": "batch", "rollout.responses_per_step": 31},
     "model.hidden_size": {"model.hidden_size": 34},
     "policy.old_logprobs": {"policy.importance": "masked", "policy.old_logprobs": "engine"},
+    "run.clock": {"run.clock": "cpu", "model.device": "auto"},
     "policy.importance": {"policy.importance": "generalised", "policy.ewma_decay": 0.5},
     "policy.reuse_batches": {"policy.reuse_batches": 1},
     "policy.keep_prefix": {"policy.keep_prefix": True},
@@ -276,6 +277,15 @@ def test_per_method_has_the_last_word(methods, per_method, field, value):
     assert get_field(plan_of(config, method), field) == value
 
 
+def test_slots_and_budget_may_be_a_methods_own():
+    own = {"ppo": {"rollout.slots": 64, "run.train_seconds": 90.0}, "tppo": {"run.steps": 7}}
+    config = compared(own, compare__methods=["ppo", "tppo"])
+    check_plans(config)
+    ppo, tppo = (plan_of(config, method) for method in own)
+    assert (ppo.rollout.slots, ppo.run.train_seconds) == (64, 90.0)
+    assert (tppo.rollout.slots, tppo.run.train_seconds, tppo.run.steps) == (Config().rollout.slots, None, 7)
+
+
 @pytest.mark.parametrize(("own", "said"), [
     ({"rollout.windw": 8}, "rollout.windw: no such field; did you mean rollout.window?"),
     ({"policy.lr": "fast"}, "policy.lr: got 'fast'; expected a number"),
@@ -292,7 +302,7 @@ def test_per_method_has_the_last_word(methods, per_method, field, value):
     ({"task.name": "fork"}, "task.name: got fork; expected it the same for all methods"),
     ({"model.value": "x"}, "model.value: got x; expected it the same for all methods"),
     ({"rollout.max_response_tokens": 9}, "rollout.max_response_tokens: got 9; expected it the same for all methods"),
-    ({"rollout.slots": 9}, "rollout.slots: got 9; expected it the same for all methods"),
+    ({"rollout.temperature": 0.5}, "rollout.temperature: got 0.5; expected it the same for all methods"),
     ({"value.pretrain_epochs": 9}, "value.pretrain_epochs: got 9; expected it the same for all methods"),
     ({"compare.jobs": 9}, "compare.jobs: got 9; expected it the same for all methods"),
 ])  # fmt: skip

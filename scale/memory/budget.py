@@ -10,8 +10,8 @@ weights, its cache and what it reserves are vLLM's, which a laptop cannot ask.
 A response is fed whole, its earlier windows included, so that the longest row a pass meets is the longest prompt and the longest
 response. That row, or `micro_batch_tokens` where they are more, is what is traced; a smaller window makes no pass smaller. With
 `policy.prefix constant` it does: of what stands before the window only keys and values are kept, 2 x layers x key heads x head
-width numbers a token. Then a micro-batch of rows in their first window, which have no prefix but the prompt, is traced beside it, and the
-larger of the two counts.
+width numbers a token. Then a micro-batch of rows in their first window, which have no prefix but the prompt, is traced beside it,
+and the larger of the two counts.
 """
 
 from __future__ import annotations
@@ -291,12 +291,13 @@ def check_cuts(config: ScaleConfig, shape: Shape) -> None:
 
 def problems(config: ScaleConfig) -> list[str]:
     """What does not fit, a line each."""
-    device, (policy, _) = config.cluster.device_bytes, shapes(config)
+    device, (policy, value) = config.cluster.device_bytes, shapes(config)
     found = [f"{phase} needs {num_bytes / 1e9:.1f} GB, cluster.device_bytes is {device / 1e9:.1f} GB"
              for phase, num_bytes in bytes_per_phase(config).items() if num_bytes > device]  # fmt: skip
     if (held := kv_tokens(config, policy)) < longest_row(config):
         found.append(f"the engine's cache holds {held:,} tokens, expected at least one sequence of {longest_row(config):,}")
-    if longest_row(config) > policy.max_positions:
-        found.append(f"algo.rollout.max_response_tokens: prompt and response of {longest_row(config):,} tokens, the model was made "
-                     f"for {policy.max_positions:,} positions")  # fmt: skip
+    for model, positions in (("policy", policy.max_positions), ("value model", value.max_positions)):
+        if longest_row(config) > positions:
+            found.append(f"algo.rollout.max_response_tokens: prompt and response of {longest_row(config):,} tokens, the {model} "
+                         f"was made for {positions:,} positions")  # fmt: skip
     return found

@@ -210,6 +210,18 @@ def test_a_constant_prefix_makes_updates_smaller_where_a_micro_batch_is_one_wind
     assert memory.working(config, of_shape, "policy_update") == expected
 
 
+def test_a_critic_of_another_size_is_reckoned_by_its_own_shape(file, tmp_path):
+    critic = model_file(tmp_path, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=100)
+    both, small_value = small(file), small(file, algo__model__value=str(critic))
+    ours, theirs = memory.terms_per_phase(small_value), memory.terms_per_phase(both)
+    assert ours["sync"]["policy_state"] == theirs["sync"]["policy_state"]
+    by_hand = 3 * terms(Shape(critic), training(True, rows=((32, 96),)))["shards"]
+    assert ours["sync"]["value_state"] == by_hand < theirs["sync"]["value_state"]
+    assert ours["value_update"]["activations"] < theirs["value_update"]["activations"]
+    assert ours["policy_update"]["activations"] == theirs["policy_update"]["activations"]
+    assert "prompt and response of 128 tokens, the value model was made for 100 positions" in " ".join(memory.problems(small_value))
+
+
 def test_the_engine_sleeps_while_the_trainer_works_unless_told_not_to(file):
     asleep, awake = (memory.terms_per_phase(small(file, engine__sleep_level=level)) for level in (2, 0))
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
@@ -322,7 +334,7 @@ def test_what_does_not_fit_says_which_phase_and_leaves_with_1(file, capsys, tmp_
 
 def test_a_response_longer_than_the_models_positions_does_not_fit(file):
     found = memory.problems(small(file, algo__rollout__max_response_tokens=4096))
-    assert any("4,128 tokens, the model was made for 4,096 positions" in line for line in found)
+    assert any("4,128 tokens, the policy was made for 4,096 positions" in line for line in found)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the plan

@@ -439,6 +439,30 @@ def test_a_named_method_runs_or_is_refused_in_one_line(tmp_path, model, problems
     assert "Traceback" not in done.stderr
 
 
+def test_a_critic_of_another_size_trains_and_goes_on_from_its_checkpoint(tmp_path, model, problems):
+    """A policy's folder, a quarter of the width: its backbone under a new head, sharded on two ranks, saved, restored, exported."""
+    from transformers import AutoModelForTokenClassification
+
+    small = make_model(
+        tmp_path / "small", tied=True, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+    )
+    more = ("--algo.model.value", str(small), "--algo.run.method", "tppo-once", "--algo.value.warmup_steps", "0")
+    for steps, resume in ((2, "false"), (4, "true")):
+        done = launch(*arguments(model, problems, tmp_path / "out", *more, "--algo.run.resume", resume, steps=steps))
+        assert done.returncode == 0, done.stderr[-2000:]
+    rows = metrics_of(tmp_path / "out")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert any((row["value/grad_norm"] or 0) > 0 for row in rows[2:])
+    done = launch("export", *arguments(model, problems, tmp_path / "out", *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    exported = AutoModelForTokenClassification.from_pretrained(tmp_path / "out" / "export" / "value")
+    assert exported.config.hidden_size == 32
+    odd = make_model(tmp_path / "odd", tied=True, vocab=100, end=1, hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
+    done = launch(*arguments(model, problems, tmp_path / "refused", "--algo.model.value", str(odd)))
+    assert done.returncode == 2
+    assert "algo.model.value: got" in one_error(done)
+
+
 # --------------------------------------------------------------------------------------------------- vLLM: groups of ranks
 
 

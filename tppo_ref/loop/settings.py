@@ -139,10 +139,13 @@ class ValueConfig:
 
 
 class Seeded(Protocol):
-    """The part of a run's settings that the loop draws from."""
+    """The part of a run's settings that the loop reads: what it draws from, and the clock of its phases."""
 
     @property
     def seed(self) -> int: ...
+
+    @property
+    def clock(self) -> Literal["wall", "cpu"]: ...
 
 
 class Settings(Protocol):

@@ -97,7 +97,7 @@ class Trainer:
         """One window and the updates on it, in the README's eight lines. In the first `value.warmup_steps` steps the value model is
         trained alone: the policy has no mini-batch, and the books count its tokens as lost [P]."""
         self.num_steps += 1
-        config, clock = self.config, PhaseClock()
+        config, clock = self.config, PhaseClock(self.config.run.clock)
         warming_up = self.num_steps <= config.value.warmup_steps
         with clock("rollout"):  # 1
             self.slices = self.batcher.window(self.engine, version=self.version, on_end=self.scorer.submit)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from tppo_ref.loop.parallel import SingleProcess
@@ -151,7 +153,10 @@ def check_sources(config: Config, task: Task) -> None:
     """Refuse models that are given and do not fit the task, by their config.json, before anything takes long."""
     for field, source in (("model.policy", config.model.policy), ("model.value", config.model.value)):
         if source is not None:
-            check_vocabulary(field, model_config(field, source, config.model.trust_remote_code), task, source)
+            model = model_config(field, source, config.model.trust_remote_code)
+            check_vocabulary(field, model, task, source)
+            if field == "model.value":
+                check_value(config, task, model, source)
 
 
 def model_config(field: str, source: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -181,6 +186,22 @@ def check_vocabulary(field: str, model: PretrainedConfig, task: Task, source: st
         )
 
 
+def check_value(config: Config, task: Task, model: PretrainedConfig, source: str) -> None:
+    """UserError where a value model, of whatever size and architecture, cannot read what the policy writes: the tokenizer beside it
+    gives a token another number, or it has fewer positions than the longest prompt and response need."""
+    beside = Path(source) / "tokenizer.json"
+    if beside.is_file() and hasattr(task.tokenizer, "get_vocab"):
+        own = Tokenizer.from_file(str(beside)).get_vocab()
+        if other := sorted(token for token, number in task.tokenizer.get_vocab().items() if own.get(token) != number):
+            got = f"{source}, whose tokenizer gives {other[0]!r} and {len(other) - 1} other tokens another number or none"
+            raise UserError(refusal("model.value", got, "a value model that was made for the task's tokenizer"))
+    longest = task.max_prompt_tokens + config.rollout.max_response_tokens
+    room = getattr(model, "max_position_embeddings", None) or longest
+    if room < longest:
+        expected = f"a value model for the {longest} of the longest prompt and response (rollout.max_response_tokens)"
+        raise UserError(refusal("model.value", f"{source}, made for {room} positions", expected))
+
+
 def make_value(config: Config, task: Task, source: str) -> ValueModel:
     """The value model from `source`: a value model's folder, or a policy's, whose backbone gets a new head."""
     value = load_value_model(
@@ -188,6 +209,7 @@ def make_value(config: Config, task: Task, source: str) -> ValueModel:
         trust_remote_code=config.model.trust_remote_code,
     )  # fmt: skip
     check_vocabulary("model.value", value.hf.config, task, source)
+    check_value(config, task, value.hf.config, source)
     return value
 
 

@@ -100,6 +100,8 @@ class RunConfig:
     """Steps between checkpoints; 0 = only at the end. [O]"""
     checkpoints_kept: Count = 2
     """Older ones are removed. [O]"""
+    clock: Literal["wall", "cpu"] = "wall"
+    """The training clock: wall-clock seconds, or this process's CPU seconds, which other work on the machine hardly changes. [O]"""
     eval_every_s: NotNegative = 5.0
     """Training-clock seconds between evaluations; 0 = only at start and end. [O]"""
     eval_prompts: Count = 256

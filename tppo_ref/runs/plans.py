@@ -1,7 +1,7 @@
 """The runs of a comparison as configs, all of them checked before anything is made: one per method and seed.
 
 `compare.per_method` has the last word over what a named method fixes. It cannot change what all runs share: the task, the base and
-the value model, slots, what is evaluated, how long a run trains.
+the value model, what is evaluated. Slots and budget (run.train_seconds or run.steps) may be a method's own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from tppo_ref.runs.parsing import get_field, replace_fields, typed
 from tppo_ref.runs.validation import CANCELLED, Cancelled, cancelled_fields, check, check_training, refuse_cancelled
 
 SHARED = (
-    "task.", "model.", "run.", "compare.", "value.pretrain_", "rollout.slots", "rollout.max_response_tokens",
-    "rollout.min_response_tokens", "rollout.temperature",
+    "task.", "model.", "run.", "compare.", "value.pretrain_", "rollout.max_response_tokens", "rollout.min_response_tokens",
+    "rollout.temperature",
 )  # fmt: skip
 """Beginnings of fields that are the same in all runs, or the comparison would be of something else."""
+
+OWN = ("run.train_seconds", "run.steps")
+"""Exceptions: each method may have a budget of its own, as it may have its own best number of slots."""
 
 CANCELLED_COMPARE = (
     Cancelled("run.method", lambda c: True, "compare.methods names the methods"),
@@ -49,7 +52,7 @@ def plan_of(config: Config, method: str) -> Config:
     own = config.compare.per_method.get(method, {})
     try:
         for field in own:
-            if field.startswith(SHARED):
+            if field.startswith(SHARED) and field not in OWN:
                 raise UserError(refusal(field, str(own[field]), "it the same for all methods", "give it outside of per_method"))
         plan = typed(replace_fields(plan, own))
         check(plan)

@@ -66,6 +66,8 @@ IMPOSSIBLE = (
             "none, truncated or masked with policy.ewma_decay {policy.ewma_decay}, which has a clip of its own"),
     Refusal("policy.reuse_batches", lambda c: c.policy.reuse_batches > 0 and not never_cut(c),
             "0 where rows are cut: only whole responses are trained on again", "give --run.method geppo"),
+    Refusal("run.clock", lambda c: c.run.clock == "cpu" and c.model.device != "cpu",
+            "wall with model.device {model.device}, whose work this process's CPU seconds do not count"),
     Refusal("policy.keep_prefix",
             lambda c: c.policy.keep_prefix and (c.policy.prefix, c.policy.old_logprobs) != ("constant", "recompute"),
             "false, or policy.prefix constant with policy.old_logprobs recompute, which fills it"),
