@@ -91,7 +91,7 @@ def tune(method: str, shared: Mapping[str, Any], out: Path, seconds: float) -> F
     return areas[max(best, key=lambda i: float(np.mean(areas[i][0])))][1]
 
 
-def small_critic(task: str, out: Path) -> str:
+def small_critic(task: str, out: Path, cache: str = "runs/cache") -> str:
     """A value model of a quarter of the base's width and a layer, pre-trained as the usual one is."""
     folder = out / "critic"
     if not (folder / "value").exists():
@@ -99,7 +99,7 @@ def small_critic(task: str, out: Path) -> str:
         config = replace_fields(Config(), {"task.name": task})
         shape = tiny_policy_config(make_task(config), num_layers=1, width=config.model.hidden_size // 4, num_heads=1)
         shape.to_json_file(folder / "config.json", use_diff=False)
-        fields = {"task.name": task, "model.value": folder / "config.json", "run.out": folder}
+        fields = {"task.name": task, "model.value": folder / "config.json", "run.out": folder, "run.cache": cache}
         command = [sys.executable, "-m", "tppo_ref", "pretrain-value", *(f"--{name}={value}" for name, value in fields.items())]
         subprocess.run(command, check=True)
     return str(folder / "value")

@@ -1,0 +1,148 @@
+"""What each lever of training once is worth: CPU seconds per token on a laptop, beside the clock's prediction and the price.
+
+    python -m benchmarks.levers [--rounds 24] [--task chain]
+
+One run per lever, T-PPO with its defaults and that lever, all in one process and stepped in turn, so that whatever else the machine
+does touches all alike; seconds are this process's CPU seconds, one thread. The first rounds are not counted. A gain is T-PPO's
+seconds per generated token over the lever's, round by round: geometric mean and 95 % Student-t interval of logarithms.
+
+Keeps results/levers.csv, a row per lever, and writes docs/levers.md, whose other columns are of throughput_methods.csv (the cluster
+clock: setup R1, over T-PPO as published) and of prefix_learning.csv. `--rounds 0` only writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from benchmarks import prefix_learning
+from benchmarks.ablations import SHARED, prepare, quiet, read_whole
+from benchmarks.common import RESULTS, report
+from benchmarks.fair_headline import small_critic
+from tppo_ref.runs.build import build
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
+
+PAGE = Path(__file__).parents[1] / "docs" / "levers.md"
+CONSTANT, ENGINE, FILLED = {"policy.prefix": "constant"}, {"policy.old_logprobs": "engine"}, {"policy.min_new_tokens": 64}
+SMALL = {"model.value": "small"}
+LEVERS: dict[str, tuple[str, dict[str, Any]]] = {  # the clock's name -> what it is, the fields that switch it on
+    "tppo": ("T-PPO, as published", {}),
+    "tppo+a": ("a: prefix read without gradient", CONSTANT),
+    "tppo+b": ("b: and its keys and values kept for the update", CONSTANT | {"policy.keep_prefix": True}),
+    "tppo+c": ("c: the engine's log-probabilities", ENGINE),
+    "tppo+f": ("f: a cut response trains once it has a window of untrained tokens", FILLED),
+    "tppo/small": ("a critic of a quarter of the width, or of the parameters (clock)", SMALL),
+    "tppo-once": ("a and c: `tppo-once`", CONSTANT | ENGINE),
+    "tppo+cf/small": ("c, f and the small critic", ENGINE | FILLED | SMALL),
+}
+PHASES = ("rollout", "forward", "policy", "value")
+WARM_ROUNDS = 4
+NOT = "not measured"
+
+
+def measure(task: str, rounds: int, cache: str) -> list[dict[str, Any]]:
+    """A row per lever."""
+    shared = {"run.cache": cache, "run.clock": "cpu", **SHARED}
+    fields = prepare(task, shared)[0]
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in LEVERS}
+    with contextlib.ExitStack() as stack:
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        small = small_critic(task, Path(cache) / "small", cache)
+        sessions = {}
+        for name, (_, own) in LEVERS.items():
+            own = {key: small if x == "small" else x for key, x in own.items()}
+            config = replace_fields(Config(), {**fields, **own, "run.out": str(out / name.replace("/", "-"))})
+            sessions[name] = stack.enter_context(contextlib.closing(Session(build(config))))
+        for number in range(WARM_ROUNDS + rounds):
+            for name, session in sessions.items():
+                metrics = session.trainer.step()
+                if number >= WARM_ROUNDS:
+                    tokens = metrics["rollout/tokens"]
+                    seconds[name].append({p: metrics[f"time/{p}_s"] / tokens for p in (*PHASES, "step")})
+    base = np.array([row["step"] for row in seconds["tppo"]])
+    return [
+        {"lever": name, "task": task, "rounds": rounds, "us_per_token": round(1e6 * float(np.mean([r["step"] for r in rows])), 1)}
+        | {f"{p}_us": round(1e6 * float(np.mean([r[p] for r in rows])), 1) for p in PHASES}
+        | {key: round(x, 4) for key, x in gain(base / np.array([r["step"] for r in rows])).items()}
+        for name, rows in seconds.items()
+    ]  # fmt: skip
+
+
+def gain(ratios: np.ndarray) -> dict[str, float]:
+    logs = np.log(ratios)
+    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return {key: math.exp(logs.mean() + x) for key, x in (("gain", 0.0), ("low", -half), ("high", half))}
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def page() -> str:
+    """docs/levers.md, from the committed tables."""
+    laptop = {r["lever"]: r for r in rows_of("levers")}
+    clock = {r["system"]: float(r["gain_same_critic"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
+    own_best = {r["system"]: float(r["gain"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
+    learning = {r["task"]: r for r in prefix_learning.table(read_whole(prefix_learning.PATH)[0]) if r["score"] == "area"}
+    prefix = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of area, {verdict}, {n} seeds".format(**learning["all"])
+    price = {"tppo": "0, the reference", "tppo+a": prefix, "tppo+b": f"{NOT}; at least that of a",
+             "tppo-once": f"{NOT}; that of a, if c costs nothing"}  # fmt: skip
+    lines = []
+    for name, (what, _) in LEVERS.items():
+        mine = laptop[name]
+        here = "1" if name == "tppo" else "{:.2f}x [{:.2f}, {:.2f}]".format(*(float(mine[k]) for k in ("gain", "low", "high")))
+        there = f"{own_best[name] / own_best['tppo']:.2f}x" if name in clock else "not predicted"
+        lines.append(f"| {what} | {here} | {NOT} | {there} | {price.get(name, NOT)} |")
+    row = laptop["tppo"]
+    return TEXT.format(table="\n".join(lines), task=row["task"], rounds=row["rounds"], date=row["date"], machine=row["machine"])
+
+
+TEXT = """# What each lever of training once is worth, and what it costs
+
+Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
+
+| lever | laptop measured | vLLM measured | clock predicted | price in learning |
+| --- | --- | --- | --- | --- |
+| *command* | `python -m benchmarks.levers` | none yet | `python -m sim throughput` | `python -m benchmarks.prefix_learning` |
+{table}
+
+- **Laptop**: CPU seconds of one thread per generated token, the {task} task with windows of 64, all levers stepped in turn in one
+  process, {rounds} rounds ({machine}, {date}). Geometric mean and 95 % t-interval over rounds.
+- **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
+  best.
+- **Price**: the area under the learning curve at equal generated tokens, three tasks; see
+  [the plan](../benchmarks/prestated/2026-11-21-constant-prefix.md) and [what is dropped](../benchmarks/results/dropped_gradient.png).
+- Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
+  short beside fixed costs: gains on large models are not these.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--task", default="chain")
+    parser.add_argument("--cache", default="runs/cache")
+    arguments = parser.parse_args(argv)
+    quiet()
+    if arguments.rounds:
+        report("levers", measure(arguments.task, arguments.rounds, arguments.cache))
+    PAGE.write_text(page())
+    print(page())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
