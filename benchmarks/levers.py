@@ -124,7 +124,7 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
 - **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
   best.
 - **Price**: the area under the learning curve at equal generated tokens, three tasks; see
-  [the plan](../benchmarks/prestated/2026-11-21-constant-prefix.md) and [what is dropped](../benchmarks/results/dropped_gradient.png).
+  [plan](../benchmarks/prestated/2026-11-21-constant-prefix.md) and [what is dropped](../benchmarks/results/dropped_gradient.png).
 - Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
   short beside fixed costs: gains on large models are not these.
 """

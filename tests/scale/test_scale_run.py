@@ -459,8 +459,7 @@ def test_a_critic_of_another_size_trains_and_goes_on_from_its_checkpoint(tmp_pat
     assert exported.config.hidden_size == 32
     odd = make_model(tmp_path / "odd", tied=True, vocab=100, end=1, hidden_size=32, num_attention_heads=1, num_key_value_heads=1)
     done = launch(*arguments(model, problems, tmp_path / "refused", "--algo.model.value", str(odd)))
-    assert done.returncode == 2
-    assert "algo.model.value: got" in one_error(done)
+    one_error(done, "algo.model.value: got", "a vocabulary of 100 tokens")
 
 
 # --------------------------------------------------------------------------------------------------- vLLM: groups of ranks
