@@ -13,7 +13,7 @@ python -m benchmarks.vllm_full_cache  with vLLM: engine steps per window when it
 python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, five seeds
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task
-python -m benchmarks.fair_headline    PPO with every lever and at its best against T-PPO and tppo-once, CPU or wall clock, twelve seeds
+python -m benchmarks.fair_headline    PPO with every lever and at its best against T-PPO, on the CPU or the wall clock, twelve seeds
 python -m benchmarks.dropped_gradient the policy gradient with and without the way through the prefix
 python -m benchmarks.prefix_learning  what a constant prefix costs in learning, at equal tokens
 python -m benchmarks.levers           CPU seconds per token of each lever, and docs/levers.md

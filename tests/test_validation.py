@@ -296,8 +296,6 @@ def test_slots_and_budget_may_be_a_methods_own():
     ({"rollout.window": 64}, "rollout.window: got 64; expected it left out: with rollout.refill batch a window closes when"),
     ({"value.epochs": 1}, "value.epochs: got 1; expected it left out: with value.update joint"),
     ({"run.seed": 3}, "run.seed: got 3; expected it the same for all methods; give it outside of per_method"),
-    ({"run.train_seconds": 9.0}, "run.train_seconds: got 9.0; expected it the same for all methods"),
-    ({"run.steps": 9}, "run.steps: got 9; expected it the same for all methods"),
     ({"run.eval_prompts": 9}, "run.eval_prompts: got 9; expected it the same for all methods"),
     ({"task.name": "fork"}, "task.name: got fork; expected it the same for all methods"),
     ({"model.value": "x"}, "model.value: got x; expected it the same for all methods"),
