@@ -1,6 +1,6 @@
 """What each lever of training once is worth: CPU seconds per token on a laptop, beside the clock's prediction and the price.
 
-    python -m benchmarks.levers [--rounds 24] [--task chain]
+    python -m benchmarks.levers [--rounds 8] [--task chain]
 
 One run per lever, T-PPO with its defaults and that lever, all in one process and stepped in turn, so that whatever else the machine
 does touches all alike; seconds are this process's CPU seconds, one thread. The first rounds are not counted. A gain is T-PPO's
@@ -48,7 +48,7 @@ LEVERS: dict[str, tuple[str, dict[str, Any]]] = {  # the clock's name -> what it
     "tppo+cf/small": ("c, f and the small critic", ENGINE | FILLED | SMALL),
 }
 PHASES = ("rollout", "forward", "policy", "value")
-WARM_ROUNDS = 4
+WARM_ROUNDS = 2
 NOT = "not measured"
 
 
@@ -132,7 +132,7 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--task", default="chain")
     parser.add_argument("--cache", default="runs/cache")
     arguments = parser.parse_args(argv)
