@@ -51,7 +51,7 @@ CASES = {
         {
             "model.value": dict(
                 model_type="llama",
-                vocab_size=32,
+                vocab_size=64,
                 hidden_size=8,
                 intermediate_size=12,
                 num_hidden_layers=2,
