@@ -190,7 +190,7 @@ def check_value(config: Config, task: Task, model: PretrainedConfig, source: str
     """UserError where a value model, of whatever size and architecture, cannot read what the policy writes: the tokenizer beside it
     gives a token another number, or it has fewer positions than the longest prompt and response need."""
     beside = Path(source) / "tokenizer.json"
-    if beside.is_file() and hasattr(task.tokenizer, "get_vocab"):
+    if beside.is_file() and task.tokenizer is not None and hasattr(task.tokenizer, "get_vocab"):
         own = Tokenizer.from_file(str(beside)).get_vocab()
         if other := sorted(token for token, number in task.tokenizer.get_vocab().items() if own.get(token) != number):
             got = f"{source}, whose tokenizer gives {other[0]!r} and {len(other) - 1} other tokens another number or none"
