@@ -102,6 +102,34 @@ def test_the_clocks_own_cost():
     verdict(aim, max(seconds[:2]) <= 10 and seconds[2] <= 20)
 
 
+def test_kills_lose_nothing_and_repeat_nothing():
+    rows = table("kills")
+    total = {name: sum(int(row[name]) for row in rows) for name in rows[0] if row_is_a_count(rows[0][name])}
+    differences = sum(total[name] for name in ("other_responses", "other_records", "other_state", "left", "stuck"))
+    result, aim = line("kills of real runs")
+    assert result == (f"{total['kills']:,} kills of {total['runs']} runs: {total['lost']} responses lost, {total['twice']} trained "
+                      f"twice, {differences} differences, {total['wrong_ends']} tracebacks or second lines")  # fmt: skip
+    wrong = differences + total["lost"] + total["twice"] + total["wrong_ends"] + total["second_accepted"]
+    verdict(aim, total["kills"] >= 1000 and not wrong)
+    result, _ = line("the same: how, and inside of what")
+    hows = [f"{name} {total[name.replace(' ', '_')]}" for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk")]
+    wheres = [f"{name} {total[name]}" for name in ("start", "decode", "update", "save", "prune")]
+    assert result == f"{', '.join(hows)}; {', '.join(wheres)}, at random {total['random']}"
+    assert {row["case"] for row in rows} == {"tppo", "tppo-defer", "held batches", "tppo-ewma"}
+
+
+def row_is_a_count(text):
+    return text.isdigit()
+
+
+def test_the_memory_of_the_loop():
+    (row,) = table("memory")
+    result, aim = line("resident memory over whole tiny steps")
+    growth, second = (100 * float(row[name]) for name in ("memory_growth", "memory_growth_second_half"))
+    assert result == f"{growth:+.1f} % over {int(row['steps']):,} steps ({second:+.1f} % over their second half)"
+    verdict(aim, growth <= 2 and int(row["steps"]) >= 10_000)
+
+
 def test_the_32b_shape():
     (row,) = table("at_32b")
     result, aim = line("at the 32B shape")
