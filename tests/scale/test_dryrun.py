@@ -365,13 +365,13 @@ def test_seconds_come_from_the_plan_and_so_does_what_differs(file, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "is not what `python -m sim plan --json` writes"),
-        ("[]", "is not what `python -m sim plan --json` writes"),
-        ('{"error": "no such model"}', "got no such model"),
-        (plan_text(seconds=[]), "nothing fitted in this plan"),
-        (plan_text(seconds=[{"window": 64}]), "has windows 64, expected 32"),
-        (plan_text(inputs={}), "is not what `python -m sim plan --json` writes"),
-        (None, "cannot read"),
+        ("{", "expected what `python -m sim plan --json` writes"),
+        ("[]", "expected what `python -m sim plan --json` writes"),
+        ('{"error": "no such model"}', "with no such model; expected schema"),
+        (plan_text(seconds=[]), "a plan in which nothing fitted"),
+        (plan_text(seconds=[{"window": 64}]), "with windows 64; expected 32"),
+        (plan_text(inputs={}), "expected what `python -m sim plan --json` writes"),
+        (None, "expected a file that can be read"),
     ],
 )
 def test_a_plan_that_cannot_be_used_is_one_line(file, tmp_path, text, expected):
