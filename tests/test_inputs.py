@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import one_thread  # noqa: F401  (a fixture)
 
+from tppo_ref.loop.settings import RolloutConfig
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs import value_cache
 from tppo_ref.runs.build import make_task
@@ -96,12 +97,22 @@ def test_a_critic_is_not_used_again_after_what_it_was_made_of_changed_under_its_
 
 
 @pytest.mark.parametrize(("field", "value", "same"), [
-    ("rollout.slots", 8, False), ("rollout.samples_per_prompt", 2, False), ("rollout.temperature", 0.5, False), ("value.lr", 0.1, False),
-    ("advantage.gamma", 0.5, False), ("run.seed", 1, False), ("model.dtype", "bfloat16", False),
-    ("rollout.window", 8, True), ("policy.lr", 0.1, True), ("run.steps", 7, True), ("compare.seeds", 9, True),
+    ("value.lr", 0.1, False), ("advantage.gamma", 0.5, False), ("run.seed", 1, False), ("model.dtype", "bfloat16", False),
+    ("policy.lr", 0.1, True), ("run.steps", 7, True), ("compare.seeds", 9, True),
 ])  # fmt: skip
 def test_a_critic_is_used_again_where_nothing_that_pre_training_reads_is_other(config, name_of, field, value, same):
     assert (name_of(config) == name_of(replace_fields(config, {field: value}))) == same
+
+
+OTHER_ROLLOUT = {"slots": 8, "max_response_tokens": 6, "min_response_tokens": 2, "samples_per_prompt": 2, "temperature": 0.5,
+                 "window": 8, "refill": "step", "responses_per_step": 9}  # fmt: skip
+SHAPES_NO_RESPONSE = {"window", "refill", "responses_per_step"}  # pre-training samples whole responses, in one window
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RolloutConfig)])
+def test_every_field_of_the_rollout_that_shapes_a_response_makes_another_critic(config, name_of, field):
+    other = replace_fields(config, {f"rollout.{field}": OTHER_ROLLOUT[field]})
+    assert (name_of(config) == name_of(other)) == (field in SHAPES_NO_RESPONSE)
 
 
 def test_a_comparison_asks_each_reference_once_and_keeps_no_run_of_another_verifier(config, tmp_path):

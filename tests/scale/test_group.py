@@ -55,6 +55,18 @@ def test_ranks_that_share_an_engine_split_what_one_would_have_returned(plan, par
         assert all(b.segments == alone.segments for b in group)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("engines", [1, 2, 3, 4])
+def test_the_samples_that_an_engine_draws_go_to_its_ranks_in_turn(engines, parts):
+    """Also where the number of engines and that of ranks per engine share a factor: no rank stands idle beside one that does all."""
+    plan = Plan(lengths=(3,), slots=2, window=3, cap=3)
+    for engine in range(engines):
+        group = group_of(plan, parts, rank=engine, world=engines)
+        drawn = [group[0].batcher.stream.draw() for _ in range(4 * parts)]
+        owners = [[part for part, batcher in enumerate(group) if batcher.owns(sample)] for sample in drawn]
+        assert owners == [[turn % parts] for turn in range(4 * parts)]
+
+
 @pytest.mark.parametrize(
     ("saved", "restored"), [((1, 2), (1, 2)), ((2, 2), (2, 2)), ((1, 2), (2, 1)), ((2, 1), (1, 2)), ((2, 2), (1, 3))]
 )
