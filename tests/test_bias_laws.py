@@ -255,6 +255,18 @@ def test_no_estimator_is_left_out_by_chance(rule):
         check_against_the_listing(case, dataclasses.replace(rule, lam=0.0 if rule.lam_alpha else 0.8), 3, 2, step)
 
 
+def test_rollouts_that_estimators_share_give_each_what_rollouts_of_its_own_give():
+    """An enumeration is kept: it serves the same windows, tail and rows again, and no others."""
+    mdp, policy_NA, _ = instances.random(seed=11, num_states=3, num_tokens=2, max_tokens=6, p_end=0.2)
+    older_NA = older_policy(mdp, policy_NA, 0.7)
+    critic_N = np.random.default_rng(0).normal(size=mdp.num_nodes)
+    shared = Rollouts(mdp, policy_NA, older_NA)
+    for rule, (window, offset) in itertools.product(RULES, [(2, 2), (3, 3), (3, 1)]):
+        ours, own = (conditional_moments(r, critic_N, rule, window, offset) for r in (shared, Rollouts(mdp, policy_NA, older_NA)))
+        for field in dataclasses.fields(own):
+            np.testing.assert_array_equal(getattr(ours, field.name), getattr(own, field.name), err_msg=f"{rule} {window} {offset}")
+
+
 def check_against_the_listing(case: Case, rule: Estimator, window: int, offset: int, step: float) -> None:
     behaviour = older_policy(case.mdp, case.policy_NA, step) if step else None
     rollouts, listing = Rollouts(case.mdp, case.policy_NA, behaviour), case.listing
