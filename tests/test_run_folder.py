@@ -160,6 +160,13 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(run_folder, cache
     assert main(["train", "--config", str(file)]) == 0
 
 
+def test_a_second_comparison_in_a_folder_is_refused(tmp_path, capsys):
+    """It would remove the checkpoints of the first one's runs, to start them anew."""
+    with own_folder(str(tmp_path)):
+        assert main(["compare", "--run.out", str(tmp_path)]) == 2
+    assert re.fullmatch(r"error: run\.out: got \S+, to which process \d+ is writing; expected .*\n", capsys.readouterr().err)
+
+
 def test_a_kill_releases_the_folder(tmp_path):
     ready, told = os.pipe()
     if not (child := os.fork()):

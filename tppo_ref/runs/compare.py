@@ -28,17 +28,24 @@ from tppo_ref.runs.inputs import inputs_of
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.plans import difference, plan_runs
 from tppo_ref.runs.references import FILE, leave_out_bad_references
+from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.runs.sinks import read_metrics
-from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.value_cache import cached_value
 from tppo_ref.runs.versions import versions
 
 
 def compare(config: Config) -> Path:
-    """Run what is not there yet, then write the report; returns its folder (run.out). The plans have been checked."""
+    """Run what is not there yet, then write the report; returns its folder (run.out). The plans have been checked.
+
+    The folder is this comparison's alone while it runs: to start a run anew it removes what an earlier one left.
+    """
+    with own_folder(config.run.out) as out:
+        return _compare(config, out)
+
+
+def _compare(config: Config, out: Path) -> Path:
     from tppo_ref.runs.report import write_report
 
-    out = writable_folder(config.run.out, "run.out")
     shared, inputs = prepare(config, out)
     runs = plan_runs(shared, out)
     for run in runs:
