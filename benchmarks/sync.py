@@ -46,8 +46,8 @@ def main() -> None:
     world = start(device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
-        engine = VLLMEngine(folder, world=world, slots=4, max_context_tokens=128, end_token_id=1)
-        policy = load_sharded(PolicyModel, Path(folder), world, ShardingConfig(), end_token_id=1)
+        engine = VLLMEngine(folder, world=world, slots=4, max_context_tokens=128, end_token_ids=(1,))
+        policy = load_sharded(PolicyModel, Path(folder), world, ShardingConfig(), end_token_ids=(1,))
     ready = {name: tensor.clone() for name, tensor in policy.named_tensors()}
     target = {name: torch.empty_like(tensor) for name, tensor in ready.items()}
     num_bytes = sum(tensor.nbytes for tensor in ready.values())

@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
         model.save_pretrained(folder)
-        engine = VLLMEngine(folder, world=world, slots=max(BATCHES), max_context_tokens=256, end_token_id=1,
+        engine = VLLMEngine(folder, world=world, slots=max(BATCHES), max_context_tokens=256, end_token_ids=(1,),
                             min_response_tokens=WARM + arguments.steps)  # fmt: skip
     engine.load_weights(dict(model.state_dict()), 1)
     watch(engine, watches)

@@ -29,7 +29,14 @@ from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.engine import RolloutEngine
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy
 from tppo_ref.rollout.torch_engine import TorchEngine
-from tppo_ref.runs.build import TaskScorer, base_model, check_sources, check_vocabulary, make_schedule
+from tppo_ref.runs.build import (
+    TaskScorer,
+    base_model,
+    check_sources,
+    check_vocabulary,
+    end_token_ids,
+    make_schedule,
+)
 from tppo_ref.runs.evaluate import Evaluator, Sampler
 from tppo_ref.runs.glossary import GLOSSARY
 from tppo_ref.runs.parsing import replace_fields
@@ -118,7 +125,8 @@ def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool
         raise UserError("algo.model.policy: got none; expected a model's folder or a config.json; give one")
     policy = load_sharded(
         PolicyModel, model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights,
-        temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens, end_token_id=task.end_token_id,
+        temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens,
+        end_token_ids=end_token_ids(task, model.policy),
         logit_chunk_tokens=model.logit_chunk_tokens or None, sync_dtype=getattr(torch, config.engine.dtype),
     )  # fmt: skip
     assert isinstance(policy, PolicyModel)
@@ -142,13 +150,14 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     context = task.max_prompt_tokens + algo.rollout.max_response_tokens
     source = Path(algo.model.policy or "")
     folder = source.parent if source.suffix == ".json" else source
+    ends = end_token_ids(task, algo.model.policy)
     if engine.kind == "torch":
         if world.tensor_parallel > 1:
             raise UserError(
                 f"engine.tensor_parallel: got {world.tensor_parallel}; expected 1 with engine.kind torch; give 1, or kind vllm"
             )
         copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
-        return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
+        return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_ids=ends,
                            temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip
     heads = AutoConfig.from_pretrained(folder, local_files_only=True).num_attention_heads
     if heads % world.tensor_parallel:
@@ -162,7 +171,7 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     if engine.admission == "whole":
         options.setdefault("max_num_seqs", whole_sequences(config))
     return VLLMEngine(
-        folder, world=world, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id, dtype=engine.dtype,
+        folder, world=world, slots=slots, max_context_tokens=context, end_token_ids=ends, dtype=engine.dtype,
         temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens, seed=algo.run.seed,
         sleep_level=engine.sleep_level, gpu_memory_utilization=engine.gpu_memory_utilization, options=options,
     )  # fmt: skip

@@ -243,6 +243,8 @@ def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype
             config.dtype = dtype
             with torch.device("meta"):
                 shell = _plain_class(model.hf)(config)
+            if isinstance(model, PolicyModel):
+                shell.generation_config = model.hf.generation_config
             shell.save_pretrained(folder, state_dict=whole)
             save_tokenizer(tokenizer, folder)
         except OSError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,15 @@ from torch.utils.checkpoint import checkpoint
 from scale.config import ShardingConfig
 from scale.distributed import World
 from tppo_ref.method.errors import UserError
-from tppo_ref.rollout.models import PolicyModel, ValueModel, as_value_config, in_value_head, load_policy, load_value_model
+from tppo_ref.rollout.models import (
+    PolicyModel,
+    ValueModel,
+    as_value_config,
+    check_against_plain_forward,
+    in_value_head,
+    load_policy,
+    load_value_model,
+)
 
 
 def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
@@ -80,7 +88,7 @@ def load_sharded(
 ) -> PolicyModel | ValueModel:
     """A sharded policy or value model from a Hugging Face folder, each rank reading its own rows; `options` go to the model.
 
-    weights      False leaves the folder's weights unread: a checkpoint brings them
+    weights      False leaves the folder's weights unread: a checkpoint brings them. Else packed and plain forward are compared
     sync_dtype   type in which `named_tensors` hands the weights to an engine; None: float32, as they are
 
     A config.json gives random weights under `seed`, the same on any number of ranks. A policy's folder gives a value model its
@@ -98,7 +106,17 @@ def load_sharded(
     _restore_buffers(model, world.device)
     if weights:
         fill(model, Path(source), seed=seed)
+        inside(model, lambda: check_against_plain_forward(model))
     return model
+
+
+def inside(model: PolicyModel | ValueModel, call: Callable[[], None]) -> None:
+    """`call` in the place of the model's forward pass: there, and only there, every sharded parameter can be computed with."""
+    model.__dict__["forward"] = call
+    try:
+        model()
+    finally:
+        del model.__dict__["forward"]
 
 
 def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **options: Any) -> PolicyModel | ValueModel:
@@ -114,7 +132,10 @@ def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **opti
             f"model.policy: got {source}; expected a config that can be read ({' '.join(str(error).split())[:200]})"
         ) from None
     with torch.device("meta"):
-        return from_config(kind, config, **options)
+        model = from_config(kind, config, **options)
+    if kind is PolicyModel and (Path(source) / "generation_config.json").is_file():  # an export keeps all end tokens
+        model.hf.generation_config = transformers.GenerationConfig.from_pretrained(str(source), local_files_only=True)
+    return model
 
 
 def from_config(kind: type[PolicyModel] | type[ValueModel], config: Any, **options: Any) -> PolicyModel | ValueModel:

@@ -68,7 +68,7 @@ class VLLMEngine:
     folder               holds config.json; weights are never read from it: `load_weights` brings them, and must be called first
     slots                requests that decode at a time
     max_context_tokens   longest prompt plus response; a longer request is a ValueError (vLLM would cut it without a word)
-    temperature, min_response_tokens, end_token_id   the sampling distribution, as in tppo_ref's PolicyModel; log-probabilities are
+    temperature, min_response_tokens, end_token_ids   the sampling distribution, as in tppo_ref's PolicyModel; log-probabilities are
                          of that distribution ("processed"). Filters that renormalise (top-p, top-k) are not offered
     sleep_level          GPU only, from `sleep` to the next `load_weights`. 0: stay; 1: weights to the host; 2: weights dropped
     options              further arguments of vllm.LLM, checked by `check_options`
@@ -81,7 +81,7 @@ class VLLMEngine:
         world: World,
         slots: int,
         max_context_tokens: int,
-        end_token_id: int,
+        end_token_ids: Sequence[int],
         temperature: float = 1.0,
         min_response_tokens: int = 0,
         dtype: str = "float32",
@@ -90,7 +90,7 @@ class VLLMEngine:
         gpu_memory_utilization: float = 0.85,
         options: Mapping[str, Any] | None = None,
     ):
-        self.world, self.end_token_id, self.temperature = world, end_token_id, temperature
+        self.world, self.end_token_ids, self.temperature = world, list(end_token_ids), temperature
         self.min_response_tokens, self.max_context_tokens = min_response_tokens, max_context_tokens
         self.version: int | None = None
         self._on_cpu = world.device == "cpu"
@@ -221,7 +221,7 @@ class VLLMEngine:
         return self._vllm.SamplingParams(
             max_tokens=request.max_new_tokens, temperature=self.temperature, seed=request.seed % 2**63, logprobs=0,
             min_tokens=min(max(0, self.min_response_tokens - request.num_response_tokens), request.max_new_tokens),
-            stop_token_ids=[self.end_token_id], ignore_eos=True, detokenize=False,
+            stop_token_ids=self.end_token_ids, ignore_eos=True, detokenize=False,
             output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
         )  # fmt: skip
 

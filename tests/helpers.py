@@ -48,7 +48,7 @@ def sharpen(module: torch.nn.Module, seed: int = 0, scale: float = 0.15) -> None
 
 
 def make_policy(**options: Any):
-    policy = load_policy(dict(TINY), end_token_id=END_ID, **options)
+    policy = load_policy(dict(TINY), end_token_ids=(END_ID,), **options)
     sharpen(policy.hf)
     return policy
 
@@ -150,7 +150,7 @@ def make_trainer(
     schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                             refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
     stream = SampleStream(make_prompts(), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
-    engine = TorchEngine(policy, slots=rollout.slots, max_context_tokens=rollout.max_response_tokens + 4, end_token_id=END_ID)
+    engine = TorchEngine(policy, slots=rollout.slots, max_context_tokens=rollout.max_response_tokens + 4, end_token_ids=(END_ID,))
     return Trainer(
         config,
         policy=Spy(policy, policy_spy) if policy_spy else policy,

@@ -30,7 +30,7 @@ def _one_thread():
 
 
 def policy_of(kind="qwen2", **options):
-    model = load_policy(CONFIGS[kind], end_token_id=END, **options)
+    model = load_policy(CONFIGS[kind], end_token_ids=(END,), **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.hf.parameters():
@@ -44,7 +44,7 @@ def policy():
 
 
 def engine_of(policy, slots=16, **options):
-    return TorchEngine(policy, slots=slots, max_context_tokens=512, end_token_id=END, **options)
+    return TorchEngine(policy, slots=slots, max_context_tokens=512, end_token_ids=(END,), **options)
 
 
 def request(response_id, prompt, max_new_tokens=20, response=(), run_seed=7, sample_index=0):
@@ -282,13 +282,13 @@ def test_requests_that_cannot_be_served_are_refused(policy):
         engine.submit([request(i, [1], 5) for i in range(3)])
     assert engine.num_running == 0
     with pytest.raises(UserError, match="max_position_embeddings"):
-        TorchEngine(policy, slots=2, max_context_tokens=10**6, end_token_id=END)
-    with pytest.raises(UserError, match="end_token_id = 40"):
-        TorchEngine(policy, slots=2, max_context_tokens=64, end_token_id=40)
+        TorchEngine(policy, slots=2, max_context_tokens=10**6, end_token_ids=(END,))
+    with pytest.raises(UserError, match=r"end_token_ids = \[40\]"):
+        TorchEngine(policy, slots=2, max_context_tokens=64, end_token_ids=(40,))
 
 
 def test_a_row_may_fill_the_context_to_the_last_token(policy):
-    engine = TorchEngine(policy, slots=2, max_context_tokens=200, end_token_id=END, min_response_tokens=1000)
+    engine = TorchEngine(policy, slots=2, max_context_tokens=200, end_token_ids=(END,), min_response_tokens=1000)
     done = run(engine, [request(0, [1] * 130, 70), request(1, [2], 199)])
     assert [len(done[i].token_ids) for i in (0, 1)] == [70, 199]
 

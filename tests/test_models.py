@@ -66,7 +66,7 @@ def plain_logprobs(model, prompt, response):
     for t, token in enumerate(response):
         row = logits[len(prompt) + t - 1].double() / model.temperature
         if t < model.min_response_tokens:
-            row[model.end_token_id] = -torch.inf
+            row[list(model.end_token_ids)] = -torch.inf
         out.append(row[token] - torch.log(torch.exp(row - row.max()).sum()) - row.max())
     return torch.stack(out).float() if out else torch.zeros(0)
 
@@ -97,7 +97,7 @@ def test_values_equal_plain_unpadded_forward(kind):
 
 
 def test_sampling_distribution_has_temperature_and_no_early_end_token():
-    model = policy_of(temperature=0.7, min_response_tokens=2, end_token_id=6)
+    model = policy_of(temperature=0.7, min_response_tokens=2, end_token_ids=(6,))
     prompt, response = [1, 2, 3], [5, 9, 6]
     got = model(TokenBatch([prompt], [response]))[0]
     torch.testing.assert_close(got, plain_logprobs(model, prompt, response), atol=1e-5, rtol=0)
@@ -108,7 +108,7 @@ def test_sampling_distribution_has_temperature_and_no_early_end_token():
 
 
 def test_uniform_weights_give_hand_numbers():
-    model = load_policy(CONFIGS["qwen2"], min_response_tokens=1, end_token_id=0)
+    model = load_policy(CONFIGS["qwen2"], min_response_tokens=1, end_token_ids=(0,))
     with torch.no_grad():
         model.hf.lm_head.weight.zero_()
     got = model(TokenBatch([[1]], [[5, 5]]))

@@ -143,7 +143,7 @@ def in_threads(world: int, work) -> list:
 
 def answers(num: int) -> list:
     policy = make_policy()
-    engine = TorchEngine(policy, slots=num, max_context_tokens=24, end_token_id=END_ID)
+    engine = TorchEngine(policy, slots=num, max_context_tokens=24, end_token_ids=(END_ID,))
     sampler = Sampler(engine=engine, scorer=ToyScorer(), slots=num, max_response_tokens=20)
     return sampler(make_prompts(num), samples_per_prompt=1, seed=0).responses
 
@@ -200,6 +200,6 @@ def test_the_batchers_of_an_engine_draw_what_numbers_draws():
     prompts = make_prompts(5)
     stream = SampleStream(prompts, samples_per_prompt=2, seed=7, limit=10, rank=1, world=2)
     batcher = SuccessiveBatcher(schedule, stream, run_seed=7)
-    engine = TorchEngine(make_policy(), slots=4, max_context_tokens=24, end_token_id=END_ID)
+    engine = TorchEngine(make_policy(), slots=4, max_context_tokens=24, end_token_ids=(END_ID,))
     drawn = sorted((s.response.id, s.response.prompt.id) for s in batcher.window(engine))
     assert drawn == [(r.id, r.prompt.id) for r in Numbers(1, 2)(prompts, samples_per_prompt=2, seed=7).responses]

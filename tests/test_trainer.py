@@ -700,7 +700,7 @@ def logged() -> dict[str, set[str]]:
     for method in METHODS:
         trainer = make_trainer(method)
         names[method] = set().union(*(trainer.step() for _ in range(2)))
-    engine = TorchEngine(trainer.policy_learner.module, slots=4, max_context_tokens=24, end_token_id=END_ID)
+    engine = TorchEngine(trainer.policy_learner.module, slots=4, max_context_tokens=24, end_token_ids=(END_ID,))
     return names | {"evaluation": set(evaluate(engine, 6, 1).metrics)}
 
 
@@ -720,8 +720,8 @@ def test_every_method_logs_the_same_names(logged, method):
 
 def test_an_evaluation_answers_each_prompt_and_sample_whole_and_always_the_same():
     trainer = make_trainer("tppo")
-    engine = TorchEngine(trainer.policy_learner.module, slots=3, max_context_tokens=24, end_token_id=END_ID)
-    other = TorchEngine(trainer.policy_learner.module, slots=7, max_context_tokens=24, end_token_id=END_ID)
+    engine = TorchEngine(trainer.policy_learner.module, slots=3, max_context_tokens=24, end_token_ids=(END_ID,))
+    other = TorchEngine(trainer.policy_learner.module, slots=7, max_context_tokens=24, end_token_ids=(END_ID,))
     prompts = make_prompts(7)
     results = [evaluate(e, 7, 3) for e in (engine, engine, other)]
     metrics, answers, decode_steps = results[0]

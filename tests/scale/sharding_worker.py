@@ -73,7 +73,7 @@ def share(responses, how, rank, world):
 
 
 def fresh(folder, world, config, **options):
-    policy = load_sharded(PolicyModel, folder / "policy", world, config, logit_chunk_tokens=7, end_token_id=1, **options)
+    policy = load_sharded(PolicyModel, folder / "policy", world, config, logit_chunk_tokens=7, end_token_ids=(1,), **options)
     value = load_sharded(ValueModel, folder / "value", world, config)
     return policy, value
 

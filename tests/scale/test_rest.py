@@ -109,7 +109,7 @@ def engine_of(monkeypatch):
         fake = types.SimpleNamespace(LLM=lambda **options: llm, SamplingParams=types.SimpleNamespace, sampling_params=parameters)
         monkeypatch.setitem(sys.modules, "vllm", fake)
         monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
-        engine = VLLMEngine("nowhere", world=World(device="cuda:0"), slots=slots, max_context_tokens=64, end_token_id=END,
+        engine = VLLMEngine("nowhere", world=World(device="cuda:0"), slots=slots, max_context_tokens=64, end_token_ids=(END,),
                             sleep_level=sleep_level)  # fmt: skip
         engine.load_weights(WEIGHTS, 0)
         llm.events.clear()

@@ -75,7 +75,7 @@ def plain(folder):
 
 def unsharded(folder, algo):
     """One step of tppo_ref's Trainer on unsharded models: gradients before the clip, weights after, metrics."""
-    policy = load_policy(str(folder / "policy"), end_token_id=1)
+    policy = load_policy(str(folder / "policy"), end_token_ids=(1,))
     value = load_value_model(str(folder / "value"))
     replay = Replay(recorded_rows())
     trainer = Trainer(algo, policy=policy, value=value, engine=replay, batcher=replay, scorer=replay)

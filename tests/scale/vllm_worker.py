@@ -107,14 +107,14 @@ def main(folder, tied):
     # Few prompts fit into one of vLLM's steps, so that the requests of one submit lag behind each other; in the second process
     # few blocks of cache, so that vLLM preempts some and computes them anew.
     cache = {"max_num_seqs": SLOTS - 1} if tied else {"num_gpu_blocks_override": 14}
-    engine = VLLMEngine(folder, world=world, slots=SLOTS, max_context_tokens=CONTEXT, end_token_id=END,
+    engine = VLLMEngine(folder, world=world, slots=SLOTS, max_context_tokens=CONTEXT, end_token_ids=(END,),
                         options={"max_num_batched_tokens": CONTEXT + 1, **cache}, **options)  # fmt: skip
     from vllm.engine.arg_utils import EngineArgs  # not before the engine has set vLLM's environment
 
     found["options read from the source"] = option_names() == {f.name for f in dataclasses.fields(EngineArgs)}
     found["head dtype"] = str(engine._engine.model_config.head_dtype)
     found["further options"] = engine._engine.vllm_config.scheduler_config.max_num_seqs
-    policy = load_policy(folder, end_token_id=END, **options)
+    policy = load_policy(folder, end_token_ids=(END,), **options)
     request = Request(response_id=0, token_ids=[3] * 40, max_new_tokens=4, seed=1)
     found["submit before load"] = raises(RuntimeError, lambda: engine.submit([request]), "load_weights")
     found["keep nothing"] = raises(RuntimeError, lambda: engine.load_weights(None, 0))

@@ -15,7 +15,7 @@ therefore off; wrap the layers instead, as scale/ does.)
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,30 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.attention import PackedLayout, use_ragged_attention
+from tppo_ref.rollout.head import at_least_float32, float32_logits, sampling_logits
 from tppo_ref.rollout.packing import Packed, TokenBatch, pack
 from tppo_ref.rollout.shapes import check_size, device_named, quiet, read_config, reason
 
 # A logit chunk holds at most this many numbers unless `logit_chunk_tokens` says otherwise: half a gigabyte in float32.
 LOGIT_CHUNK_NUMBERS = 2**27
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 as float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def sampling_logits(logits_NV: Tensor, temperature: float, forbid_end_N: Tensor | None, end_token_id: int | None) -> Tensor:
-    """The logits of the distribution that tokens are drawn from, at least float32 [N, V]; the only place that defines it.
-
-    logits / temperature; where `forbid_end_N` (bool) is True the end token has logit -inf.
-    """
-    logits = at_least_float32(logits_NV)
-    if temperature != 1.0:
-        logits = logits / temperature
-    if forbid_end_N is not None:
-        is_end = torch.arange(logits.shape[-1], device=logits.device) == end_token_id
-        logits = logits.masked_fill(forbid_end_N[:, None] & is_end, -torch.inf)
-    return logits
 
 
 def no_rows(batch: TokenBatch) -> TokenBatch:
@@ -101,8 +83,8 @@ class _Backbone(nn.Module):
 class PolicyModel(_Backbone):
     """A causal language model as the policy: `forward(batch) -> logprob_BT`.
 
-    temperature, min_response_tokens, end_token_id   define the sampling distribution (`sampling_logits`): the end token
-                         is forbidden at response columns < min_response_tokens
+    temperature, min_response_tokens, end_token_ids   define the sampling distribution (`sampling_logits`): end tokens are
+                         forbidden at response columns < min_response_tokens
     logit_chunk_tokens   response tokens whose logits exist at a time; each chunk is computed again in the backward pass
                          unless one chunk covers the batch. None: as many as fit half a gigabyte
     """
@@ -113,20 +95,20 @@ class PolicyModel(_Backbone):
         *,
         temperature: float = 1.0,
         min_response_tokens: int = 0,
-        end_token_id: int | None = None,
+        end_token_ids: Sequence[int] = (),
         logit_chunk_tokens: int | None = None,
     ):
         super().__init__(hf)
         if not temperature > 0:
             raise ValueError(f"temperature = {temperature}; expected > 0")
-        if min_response_tokens > 0 and end_token_id is None:
-            raise ValueError(f"min_response_tokens = {min_response_tokens} needs end_token_id")
-        self.temperature, self.min_response_tokens, self.end_token_id = temperature, min_response_tokens, end_token_id
+        if min_response_tokens > 0 and not end_token_ids:
+            raise ValueError(f"min_response_tokens = {min_response_tokens} needs end_token_ids")
+        self.temperature, self.min_response_tokens, self.end_token_ids = temperature, min_response_tokens, tuple(end_token_ids)
         self.logit_chunk_tokens = logit_chunk_tokens or max(1, LOGIT_CHUNK_NUMBERS // hf.config.vocab_size)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """The language-model head: [N, width] -> [N, V], before temperature."""
-        return self.hf.get_output_embeddings()(hidden_ND)
+        """The language-model head: [N, width] -> [N, V], at least float32, before temperature."""
+        return float32_logits(self.hf.get_output_embeddings(), hidden_ND)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Log-probability of each response token under the sampling distribution, at least float32 [B, T]."""
@@ -148,7 +130,7 @@ class PolicyModel(_Backbone):
 
     def _token_logprobs(self, hidden_MD: Tensor, target_M: Tensor, column_M: Tensor) -> Tensor:
         forbid = column_M < self.min_response_tokens if self.min_response_tokens > 0 else None
-        logits = sampling_logits(self.logits(hidden_MD), self.temperature, forbid, self.end_token_id)
+        logits = sampling_logits(self.logits(hidden_MD), self.temperature, forbid, self.end_token_ids)
         return logits.gather(-1, target_M[:, None])[:, 0] - logits.logsumexp(-1)
 
 
@@ -205,7 +187,7 @@ def load_policy(
     """
     hf = _load("AutoModelForCausalLM", source, seed, dtype, device, trust_remote_code)
     model = PolicyModel(hf, **options)
-    _check_against_plain_forward(model, hf.get_output_embeddings())
+    check_against_plain_forward(model)
     return model
 
 
@@ -218,7 +200,7 @@ def load_value_model(
     """
     hf = _load("AutoModelForTokenClassification", source, seed, dtype, device, trust_remote_code)
     model = ValueModel(hf)
-    _check_against_plain_forward(model, value_head(hf))
+    check_against_plain_forward(model)
     return model
 
 
@@ -262,12 +244,13 @@ def _load(auto_class: str, source: Any, seed: int, dtype: str, device: str, trus
 
 
 @torch.no_grad()
-def _check_against_plain_forward(model: _Backbone, head: nn.Module) -> None:
+def check_against_plain_forward(model: PolicyModel | ValueModel) -> None:
     """UserError unless the packed forward of two short sequences equals transformers' own forward of each.
 
     Catches what no flag announces: attention scores with extra terms, logits scaled or capped after the head.
     """
     hf, lengths = model.hf, (5, 3)
+    head = hf.get_output_embeddings() if isinstance(model, PolicyModel) else value_head(hf)
     kind, name = hf.config.model_type, hf.config._attn_implementation
     ids = [torch.arange(n, device=model.device) % hf.config.vocab_size for n in lengths]
     positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])

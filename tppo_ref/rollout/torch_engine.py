@@ -16,7 +16,8 @@ from torch import Tensor
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.attention import DECODE_CALL_TOKENS, KVCache, PackedLayout, StepLayout, group_by_length
 from tppo_ref.rollout.engine import Decoded, Request
-from tppo_ref.rollout.models import PolicyModel, sampling_logits
+from tppo_ref.rollout.head import sampling_logits
+from tppo_ref.rollout.models import PolicyModel
 
 
 def uniform(seed_n: np.ndarray) -> np.ndarray:
@@ -50,7 +51,7 @@ class TorchEngine:
 
     The engine decodes with `policy`'s own module: after an optimiser step the weights are already here, and
     `load_weights` only forgets the cache. It keeps `slots` rows; `max_context_tokens` bounds prompt plus response.
-    temperature, min_response_tokens and end_token_id define the sampling distribution as in PolicyModel.
+    temperature, min_response_tokens and end_token_ids define the sampling distribution as in PolicyModel.
 
     Row i of the state is row i of the cache. Rows lie in groups of similar length (attention.group_by_length); all grow
     by one token a step, so groups only change when a request comes or goes.
@@ -62,7 +63,7 @@ class TorchEngine:
         *,
         slots: int,
         max_context_tokens: int,
-        end_token_id: int,
+        end_token_ids: Sequence[int],
         temperature: float = 1.0,
         min_response_tokens: int = 0,
     ):
@@ -70,10 +71,11 @@ class TorchEngine:
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and max_context_tokens > longest:
             raise UserError(f"max_context_tokens = {max_context_tokens}; the model's max_position_embeddings is {longest}")
-        if not 0 <= end_token_id < config.vocab_size:
-            raise UserError(f"end_token_id = {end_token_id}; the model's vocabulary has {config.vocab_size} tokens")
+        for token in end_token_ids:
+            if not 0 <= token < config.vocab_size:
+                raise UserError(f"end_token_ids = {list(end_token_ids)}; the model's vocabulary has {config.vocab_size} tokens")
         self.policy, self.slots, self.max_context_tokens = policy, slots, max_context_tokens
-        self.end_token_id, self.temperature, self.min_response_tokens = end_token_id, temperature, min_response_tokens
+        self.end_token_ids, self.temperature, self.min_response_tokens = tuple(end_token_ids), temperature, min_response_tokens
         self.version = 0
         self._cache = KVCache(config.num_hidden_layers, slots, max_context_tokens)
         self._pending: list[Request] = []
@@ -213,7 +215,7 @@ class TorchEngine:
             forbidden = state[RESPONSE] + state[DONE] < self.min_response_tokens
             if forbidden.any():
                 forbid = torch.from_numpy(forbidden).to(device)
-        tokens, logprobs = draw(sampling_logits(logits_nV, self.temperature, forbid, self.end_token_id), u)
+        tokens, logprobs = draw(sampling_logits(logits_nV, self.temperature, forbid, self.end_token_ids), u)
         # A sum is finite exactly where every logit is: one number per row to look at.
         sums = logits_nV.sum(-1, dtype=torch.float32).cpu().numpy()
         if not np.isfinite(sums).all():
@@ -231,7 +233,7 @@ class TorchEngine:
         state[LAST] = tokens
         state[LENGTH] += 1
         state[DONE] += 1
-        ended_by_token = tokens == self.end_token_id
+        ended_by_token = np.isin(tokens, self.end_token_ids)
         finished = ended_by_token | (state[DONE] == state[LIMIT])
         if not finished.any():
             return []

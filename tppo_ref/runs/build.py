@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -142,11 +143,30 @@ def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
     policy = load_policy(
         source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
         trust_remote_code=config.model.trust_remote_code, temperature=config.rollout.temperature,
-        min_response_tokens=config.rollout.min_response_tokens, end_token_id=task.end_token_id,
+        min_response_tokens=config.rollout.min_response_tokens, end_token_ids=end_token_ids(task, source),
         logit_chunk_tokens=config.model.logit_chunk_tokens or None,
     )  # fmt: skip
     check_vocabulary("model.policy", policy.hf.config, task, source)
     return policy
+
+
+def end_token_ids(task: Task, source: str | None) -> tuple[int, ...]:
+    """The tokens that end a response: the task's, and those that the model's own generation_config.json names.
+
+    An instruct model ends its turn with one token (<|im_end|>) and a document with another (<|endoftext|>), and its tokenizer knows
+    only one of them as its end: the other would run on to the cap.
+    """
+    file = Path(source or "") / "generation_config.json"
+    if not source or not file.is_file():
+        return (task.end_token_id,)
+    try:
+        named = json.loads(file.read_text()).get("eos_token_id")
+        further = {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            refusal("model.policy", f"{file}, which cannot be read ({error})", "numbers of its end tokens in it")
+        ) from None
+    return (task.end_token_id, *sorted(further - {task.end_token_id}))
 
 
 def check_sources(config: Config, task: Task) -> None:
@@ -217,7 +237,7 @@ def make_engine(config: Config, task: Task, policy: PolicyModel, slots: int) -> 
     """An engine that decodes with the policy's own weights."""
     context = check_context(config, task, policy.hf.config)
     return TorchEngine(
-        policy, slots=slots, max_context_tokens=context, end_token_id=task.end_token_id,
+        policy, slots=slots, max_context_tokens=context, end_token_ids=policy.end_token_ids,
         temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens,
     )  # fmt: skip
 
