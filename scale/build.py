@@ -22,7 +22,7 @@ from scale.shaping import Shaped
 from scale.sharding import load_sharded
 from scale.shutdown import under_torchrun
 from scale.vllm_engine import VLLMEngine
-from scale.watch import ClusterWatch
+from scale.watch import ClusterWatch, GapLimit
 from tppo_ref.loop.trainer import Scorer
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.slots import SlotSchedule
@@ -75,7 +75,7 @@ def build(config: ScaleConfig, world: World) -> Parts:
                                 seed=algo.run.seed),
         evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
         due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | EVALUATION,
-        watchers=[Watch(algo), ClusterWatch(config, world)],
+        watchers=[Watch(algo), ClusterWatch(config, world)], limits=[GapLimit(config)],
         # Under torchrun SIGTERM means that a rank is gone: shutdown.py ends this one at once.
         stop_signals=(signal.SIGINT,) if under_torchrun() else (signal.SIGINT, signal.SIGTERM),
     )  # fmt: skip

@@ -55,6 +55,8 @@ class EngineConfig:
     """Refuse above this mean of the largest 1 % of gaps; 0 = by dtype: 1e-3 in float32, 0.3 in bfloat16 (unconfirmed). [O]"""
     gap_warning: NotNegative = 0.0
     """Warn when a step's mean gap passes this; 0 = the probe's mean threshold. [O]"""
+    gap_limit: NotNegative = 0.0
+    """End the run when a step's mean gap passes this; 0 = the probe's threshold for the top 1 %. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

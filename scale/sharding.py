@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
@@ -110,6 +110,7 @@ def load_sharded(
     return model
 
 
+@torch.no_grad()
 def inside(model: PolicyModel | ValueModel, call: Callable[[], None]) -> None:
     """`call` in the place of the model's forward pass: there, and only there, every sharded parameter can be computed with."""
     model.__dict__["forward"] = call
@@ -117,6 +118,9 @@ def inside(model: PolicyModel | ValueModel, call: Callable[[], None]) -> None:
         model()
     finally:
         del model.__dict__["forward"]
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # with reshard_after_forward false they would wait, whole, for a backward pass
+                module.reshard()
 
 
 def empty(kind: type[PolicyModel] | type[ValueModel], source: str | Path, **options: Any) -> PolicyModel | ValueModel:

@@ -94,7 +94,7 @@ class VLLMEngine:
         self.min_response_tokens, self.max_context_tokens = min_response_tokens, max_context_tokens
         self.version: int | None = None
         self._on_cpu = world.device == "cpu"
-        self._sleep_level = 0 if self._on_cpu else sleep_level
+        self.sleep_level = 0 if self._on_cpu else sleep_level
         self._asleep = False
         self._running: dict[int, _Running] = {}  # in order of submission
         self._step = 0  # logical decode steps since nothing ran
@@ -158,8 +158,8 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Sleep. Not by itself when nothing runs: in mid-window the batcher refills the slot that just became free."""
-        if self._sleep_level and not self._asleep:
-            self._llm.sleep(level=self._sleep_level)
+        if self.sleep_level and not self._asleep:
+            self._llm.sleep(level=self.sleep_level)
             self._asleep = True
 
     def load_weights(self, named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None, version: int) -> None:
@@ -171,7 +171,7 @@ class VLLMEngine:
         if self._running:
             raise RuntimeError(f"load_weights while {len(self._running)} requests run")
         if named_tensors is None:
-            if self.version is None or (self._asleep and self._sleep_level == 2):
+            if self.version is None or (self._asleep and self.sleep_level == 2):
                 raise RuntimeError("load_weights(None): the engine has no weights to keep; give the tensors")
         else:
             pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors

@@ -7,9 +7,27 @@ from collections.abc import Mapping
 
 from scale.config import ScaleConfig, thresholds
 from scale.distributed import World
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.watch import EVERY
 
 log = logging.getLogger("scale")
+
+
+class GapLimit:
+    """Called with each step's number and metrics, on every rank: all of them leave at the same step. UserError above the limit.
+
+    Weights that a sleep has spoilt, a stale cache or a lost tensor show here, where the tokens that were trained on are compared.
+    """
+
+    def __init__(self, config: ScaleConfig):
+        self.limit = config.engine.gap_limit or thresholds(config)[1]
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        gap = metrics["policy/logprob_gap"]
+        if gap > self.limit:  # not a number where nothing was compared
+            got = f"engine and trainer log-probabilities {gap:.2g} apart on average in step {step}"
+            remedy = "go on from the last checkpoint, with engine.sleep_level 1 or 0 where it happens again"
+            raise UserError(refusal("engine.gap_limit", got, f"at most {self.limit:.2g}", remedy))
 
 
 class ClusterWatch:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
+from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.method.errors import UserError
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
 from tppo_ref.runs.watch import Watch, forewarn
 
 WELL = {
@@ -62,3 +66,20 @@ def test_settings_that_are_legal_and_hardly_meant_are_told_before_the_first_step
         forewarn(replace_fields(Config(), fields))
     told = [record.getMessage() for record in caplog.records]
     assert (not told) if said is None else (len(told) == 1 and told[0].startswith(said))
+
+
+def test_a_limit_ends_the_run_on_every_rank_and_not_on_the_first_alone():
+    """A rank that talks to nobody (no files) leaves by it, too; what the limit is told are the step's number and metrics."""
+    told = []
+
+    def limit(step, metrics):
+        told.append((step, metrics))
+        raise UserError("enough")
+
+    session = Session.__new__(Session)
+    session.files = None
+    session.trainer = SimpleNamespace(step=lambda: {"policy/logprob_gap": 1.0}, train_s=0.0, num_steps=4, slices=[])
+    session.parts = SimpleNamespace(parallel=SingleProcess(), limits=[limit])
+    with pytest.raises(UserError, match="enough"):
+        session.step()
+    assert told == [(4, {"policy/logprob_gap": 1.0})]

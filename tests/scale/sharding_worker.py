@@ -170,6 +170,12 @@ def main(folder, out):
         found["lacking"] = "nothing was raised"
     except UserError as error:
         found["lacking"] = str(error)
+    for name in ("scaled", "broken"):
+        try:
+            load_sharded(PolicyModel, folder / name, world, FULL32)
+            found[name] = "nothing was raised"
+        except UserError as error:
+            found[name] = str(error)
     if world.rank == 0:
         (out / "found.json").write_text(json.dumps(found))
 

@@ -19,7 +19,9 @@ from scale_helpers import TINY_CONFIG, require
 from scale import launch
 from scale.config import ScaleConfig, check
 from scale.distributed import World
-from scale.vllm_engine import Checksum, VLLMEngine, _bits
+from scale.run import probe_through_sleep
+from scale.vllm_engine import Checksum, Gap, VLLMEngine, _bits
+from scale.watch import GapLimit
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
@@ -362,3 +364,71 @@ def test_the_launcher_says_so_in_one_line_and_starts_nobody(capsys, tmp_path):
     assert said.startswith("error: reward.format_penalty: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- the probe after a sleep, and the gap
+
+
+class SleepyEngine:
+    """An engine whose numbers are off once it has slept. It is asked for nothing else."""
+
+    def __init__(self, sleep_level, gap_awake=1e-5, gap_after=1.0):
+        self.sleep_level, self.version, self.world, self.events = sleep_level, 3, World(rank=1), []
+        self.gaps = {False: gap_awake, True: gap_after}
+
+    def probe(self, policy, prompts, new_tokens):
+        gap = self.gaps["sleep" in self.events]
+        self.events.append("probe")
+        return Gap(mean=gap, top_percent=gap, max=gap, num_tokens=128)
+
+    def sleep(self):
+        self.events.append("sleep")
+
+    def load_weights(self, tensors, version):
+        self.events.append(f"load {dict(tensors)} {version}")
+
+
+def probed(engine):
+    task = types.SimpleNamespace(prompts=lambda split: [Prompt(id=0, token_ids=(1, 2), answer="")])
+    policy = types.SimpleNamespace(named_tensors=lambda: {"w": 1})
+    probe_through_sleep(engine, policy, task, ScaleConfig())
+    return engine.events
+
+
+def test_the_engine_is_probed_again_once_it_has_slept_and_taken_its_weights():
+    assert probed(SleepyEngine(2, gap_after=1e-5)) == ["probe", "sleep", "load {'w': 1} 3", "probe"]
+    assert probed(SleepyEngine(0)) == ["probe"]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_weights_that_a_sleep_spoilt_are_refused_before_the_first_step(level):
+    with pytest.raises(UserError, match=rf"after a sleep of level {level} .*; give engine\.sleep_level 1 or 0$"):
+        probed(SleepyEngine(level))
+
+
+def test_a_gap_before_the_sleep_is_told_as_such():
+    with pytest.raises(UserError, match=r"128 tokens \(allowed.*; look at dtype"):
+        probed(SleepyEngine(2, gap_awake=1.0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "gap", "ends"),
+    [
+        ({}, 2e-3, True),
+        ({}, 5e-4, False),
+        ({}, float("nan"), False),
+        ({"engine.gap_limit": 0.01}, 5e-3, False),
+        ({"engine.gap_limit": 0.01}, 0.02, True),
+        ({"engine.dtype": "bfloat16", "sharding.compute_dtype": "bfloat16"}, 0.29, False),
+        ({"engine.dtype": "bfloat16", "sharding.compute_dtype": "bfloat16"}, 0.31, True),
+    ],
+)
+def test_a_gap_above_the_limit_ends_the_run(fields, gap, ends):
+    limit = GapLimit(replace_fields(ScaleConfig(), fields))
+    if not ends:
+        limit(7, {"policy/logprob_gap": gap})
+        return
+    with pytest.raises(
+        UserError, match=rf"^engine\.gap_limit: got engine and trainer log-probabilities {gap:.2g} apart on average in step 7"
+    ):
+        limit(7, {"policy/logprob_gap": gap})

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from scale_helpers import HERE, make_model, run_ranks
 from sharding_worker import CONFIG, CONSTANT, Replay
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.records import End, Prompt, Response
@@ -49,6 +51,13 @@ def folder(tmp_path_factory):
     value = load_value_model(str(made), seed=1)
     value.hf.save_pretrained(folder / "value", max_shard_size="30KB")
     (folder / "rows.json").write_text(json.dumps([r.state_dict() for r in recorded_rows()]))
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=67, hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=3.0, initializer_range=0.5)).save_pretrained(folder / "scaled")
+    policy.hf.model.norm.weight.data[3] = math.nan
+    policy.hf.save_pretrained(folder / "broken")
     shutil.copytree(folder / "policy", folder / "lacking")
     index = json.loads((folder / "lacking/model.safetensors.index.json").read_text())
     del index["weight_map"]["model.norm.weight"]
@@ -200,3 +209,10 @@ def test_random_weights_do_not_depend_on_the_number_of_ranks(results, world):
 def test_a_folder_that_lacks_a_tensor_is_named_with_it(results, world):
     assert "model.norm.weight" in results[world][0]["lacking"]
     assert "lacking" in results[world][0]["lacking"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_folder_whose_plain_forward_says_something_else_is_refused(results, world):
+    """Granite divides its logits behind the head, where the packed forward takes them; and weights that are not numbers."""
+    assert "'granite' is not supported: packed and plain forward differ" in results[world][0]["scaled"]
+    assert "give numbers that are not finite" in results[world][0]["broken"]

@@ -58,6 +58,7 @@ class Parts:
     resume_from   the checkpoint to go on from; None: a run that begins
     due           (training steps, training seconds) -> evaluations that should have been made by then; none at 0
     watchers      called with each step's number and metrics, on the first rank
+    limits        the same on every rank: a UserError there ends the run
     """
 
     config: Config
@@ -78,4 +79,5 @@ class Parts:
     due: Callable[[int, float], int]
     glossary: Mapping[str, Metric] = dataclasses.field(default_factory=lambda: GLOSSARY)
     watchers: Sequence[Callable[[int, Mapping[str, float]], None]] = ()
+    limits: Sequence[Callable[[int, Mapping[str, float]], None]] = ()
     stop_signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)

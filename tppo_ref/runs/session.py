@@ -87,6 +87,8 @@ class Session:
                 self.files.log.log(step, metrics)
             for watcher in self.parts.watchers:
                 watcher(step, metrics)
+        for limit in self.parts.limits:
+            limit(step, metrics)
         self.parts.checkpointer.poll()
         return metrics
 
