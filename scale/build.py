@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import signal
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import accuracy_metrics
 from scale.group import group_of
-from scale.memory.budget import whole_sequences
+from scale.memory.budget import CPU_KV_BYTES, config_file, kv_cache_bytes, read_shape, whole_sequences
 from scale.rewards import GRADE
 from scale.shaping import Shaped
 from scale.sharding import load_sharded
@@ -24,7 +25,7 @@ from scale.shutdown import under_torchrun
 from scale.vllm_engine import VLLMEngine
 from scale.watch import ClusterWatch, GapLimit
 from tppo_ref.loop.trainer import Scorer
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.engine import RolloutEngine
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy
@@ -47,11 +48,14 @@ from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.watch import Watch
 from tppo_ref.tasks import Task, load_task
 
+log = logging.getLogger("scale")
+
 
 def build(config: ScaleConfig, world: World) -> Parts:
     """This rank's parts of a run, from its checkpoint or from its beginning. UserError for what cannot be. All ranks take part."""
     algo, record = config.algo, dataclasses.asdict(config)
     torch.set_num_threads(algo.run.threads)
+    check_device(config, world)
     out = writable_folder(algo.run.out, "algo.run.out")
     task = make_task(config)
     checkpointer = DistributedCheckpointer(out / "checkpoints", world, config, task)
@@ -79,6 +83,18 @@ def build(config: ScaleConfig, world: World) -> Parts:
         # Under torchrun SIGTERM means that a rank is gone: shutdown.py ends this one at once.
         stop_signals=(signal.SIGINT,) if under_torchrun() else (signal.SIGINT, signal.SIGTERM),
     )  # fmt: skip
+
+
+def check_device(config: ScaleConfig, world: World) -> None:
+    """UserError where a GPU has less memory than cluster.device_bytes says, from which cache and dry run are reckoned alike."""
+    if world.device == "cpu":
+        return
+    device, asked = torch.cuda.get_device_properties(world.device), config.cluster.device_bytes
+    if device.total_memory < asked:
+        expected = f"at most what {device.name} has, {device.total_memory:.4g}"
+        raise UserError(refusal("cluster.device_bytes", f"{asked:.4g}", expected, "give that, and dry-run it again"))
+    if device.total_memory > 1.02 * asked and world.rank == 0:
+        log.info("%s has %.4g bytes, cluster.device_bytes is %.4g: the rest stays unused", device.name, device.total_memory, asked)
 
 
 def build_evaluator(config: ScaleConfig, world: World, task: Task, engine: RolloutEngine, scorer: TaskScorer) -> Evaluator:
@@ -163,6 +179,10 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     if heads % world.tensor_parallel:
         raise UserError(f"engine.tensor_parallel: got {world.tensor_parallel}; expected a divisor of the {heads} attention heads "
                         f"of {folder}; give one")  # fmt: skip
+    cache = CPU_KV_BYTES if world.device == "cpu" else kv_cache_bytes(config, read_shape(config_file(str(source))))
+    if cache <= 0:
+        raise UserError(f"engine.gpu_memory_utilization: got {engine.gpu_memory_utilization}; expected room for a cache beside the "
+                        f"engine's weights; raise it, or engine.tensor_parallel")  # fmt: skip
     options = dict(engine.vllm)
     if engine.block_size:
         options["block_size"] = engine.block_size
@@ -173,5 +193,6 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     return VLLMEngine(
         folder, world=world, slots=slots, max_context_tokens=context, end_token_ids=ends, dtype=engine.dtype,
         temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens, seed=algo.run.seed,
-        sleep_level=engine.sleep_level, gpu_memory_utilization=engine.gpu_memory_utilization, options=options,
+        sleep_level=engine.sleep_level, gpu_memory_utilization=engine.gpu_memory_utilization, kv_cache_bytes=int(cache),
+        options=options,
     )  # fmt: skip

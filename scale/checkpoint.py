@@ -145,8 +145,6 @@ class DistributedCheckpointer:
                 set_state_dict(
                     learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"]
                 )
-                if not learner.num_updates:  # never updated: what was saved is the filling
-                    learner.optimiser.state.clear()
             if trainer.ewma is not None:
                 set_model_state_dict(trainer.ewma.module, shards["ewma"])
         except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
@@ -180,11 +178,8 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
     """Sharded states of both models and optimisers (and of PPO-EWMA's average)."""
     state: dict[str, Any] = {}
     for learner in (trainer.policy_learner, trainer.value_learner):
-        fresh = not learner.optimiser.state
         model, optimiser = get_state_dict(learner.module, learner.optimiser)
         state[learner.name] = {"model": model, "optimiser": optimiser}
-        if fresh:  # torch has filled it in by a step of learning rate 0, which AdamW's bias correction would count
-            learner.optimiser.state.clear()
     if trainer.ewma is not None:
         state["ewma"] = get_model_state_dict(trainer.ewma.module)
     return state

@@ -71,6 +71,7 @@ class VLLMEngine:
     temperature, min_response_tokens, end_token_ids   the sampling distribution, as in tppo_ref's PolicyModel; log-probabilities are
                          of that distribution ("processed"). Filters that renormalise (top-p, top-k) are not offered
     sleep_level          GPU only, from `sleep` to the next `load_weights`. 0: stay; 1: weights to the host; 2: weights dropped
+    kv_cache_bytes       of the cache, on this rank; vLLM asks no device how much it might take
     options              further arguments of vllm.LLM, checked by `check_options`
     """
 
@@ -88,6 +89,7 @@ class VLLMEngine:
         seed: int = 0,
         sleep_level: int = 2,
         gpu_memory_utilization: float = 0.85,
+        kv_cache_bytes: int = 2**30,
         options: Mapping[str, Any] | None = None,
     ):
         self.world, self.end_token_ids, self.temperature = world, list(end_token_ids), temperature
@@ -105,16 +107,17 @@ class VLLMEngine:
         device_options: dict[str, Any] = (
             {"block_size": 32, "enable_chunked_prefill": False}
             if self._on_cpu
-            else {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}
+            else {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}  # the latter must be free
         )
-        ours: dict[str, Any] = {"max_num_seqs": slots, "enable_prefix_caching": True, "enforce_eager": self._on_cpu,
-                                "disable_log_stats": True}  # fmt: skip
+        ours: dict[str, Any] = {
+            "max_num_seqs": slots, "enable_prefix_caching": True, "enforce_eager": self._on_cpu, "disable_log_stats": True,
+        }  # fmt: skip
         try:
             self._llm = vllm.LLM(
                 model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype, seed=seed,
                 max_model_len=max_context_tokens + 1, tensor_parallel_size=world.tensor_parallel,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
-                generation_config="vllm",  # a folder's own would add filters that renormalise
+                generation_config="vllm", kv_cache_memory_bytes=kv_cache_bytes,  # a folder's own would add filters that renormalise
                 **(ours | device_options | with_float32_head(options or {})),
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
@@ -283,7 +286,6 @@ def _import_vllm(on_cpu: bool) -> Any:
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # what it says before it reads the line above
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     if on_cpu:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         # Each window's prefill has a size of its own, and oneDNN keeps a kernel for each of the last 1,024: 1.4 MB a window.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:

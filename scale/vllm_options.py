@@ -25,6 +25,7 @@ SPOKEN_FOR = {
     "dtype": "engine.dtype", "seed": "algo.run.seed",
     "max_model_len": "algo.rollout.max_response_tokens and algo.task.max_prompt_tokens",
     "tensor_parallel_size": "engine.tensor_parallel", "gpu_memory_utilization": "engine.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "engine.gpu_memory_utilization and cluster.device_bytes",
     "block_size": "engine.block_size", "max_num_batched_tokens": "engine.max_batched_tokens",
     "enable_sleep_mode": "engine.sleep_level",
 }  # fmt: skip

@@ -15,8 +15,9 @@ from tppo_ref.runs.parsing import parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "scale" / "configs"
 AGREEMENT = 0.15
-DRY_RUN_ALONE = {"batch", "average_state"}
-"""Terms that the plan does not have (UNSEEN["plan"]: the batch itself; PPO-EWMA's average, off in every config)."""
+DRY_RUN_ALONE = {"batch", "average_state", "engine_asleep"}
+"""Terms that the plan does not have (UNSEEN["plan"]: the batch itself; what a sleeping engine keeps, an allowance that is left out of
+the sums below; PPO-EWMA's average, off in every config)."""
 
 
 def planned(config: ScaleConfig) -> dict[str, dict[str, float]]:
@@ -47,7 +48,8 @@ def test_plan_and_dry_run_agree_on_every_phase(name, capsys):
             f"  the plan does not see: {', '.join(UNSEEN['plan'])}; the dry run reckons, and does not trace: {', '.join(UNSEEN['dry_run'])}"
         )
     for phase, terms in plan.items():
-        assert sums[phase] == pytest.approx(sum(dry[phase].values()), rel=AGREEMENT), phase
+        seen = sum(num_bytes for term, num_bytes in dry[phase].items() if term != "engine_asleep")
+        assert sums[phase] == pytest.approx(seen, rel=AGREEMENT), phase
         assert set(dry[phase]) - set(terms) <= DRY_RUN_ALONE, phase
 
 

@@ -49,7 +49,8 @@ TERMS: dict[str, str] = {
     "batch": "the step's tensors of this rank: masks, log-probabilities, values, advantages (an allowance)",
     "engine_weights": "the engine's copy of the policy, split over its ranks",
     "engine_reserve": "the engine's activations, graphs and buffers (an allowance)",
-    "kv_cache": "what is left of engine.gpu_memory_utilization",
+    "engine_asleep": "what a sleeping vLLM keeps: context, graphs, workspace (an allowance)",
+    "kv_cache": "what is left of engine.gpu_memory_utilization; the engine is given exactly this (kv_cache_memory_bytes)",
     "sync_buffer": "the largest tensor, whole in the engine's type, and its place in the engine",
     "runtime": "driver context, communication buffers, fragmentation (an allowance)",
 }
@@ -57,9 +58,10 @@ TERMS: dict[str, str] = {
 
 RUNTIME_BYTES = 2e9  # [I]
 ENGINE_RESERVE_BYTES = 4e9  # [I] inside the engine's share
+ENGINE_ASLEEP_BYTES = 3.5e9  # [I] 3 to 4 GB, read in vLLM's source: graphs and NCCL buffers lie outside of its sleeping pool
 BATCH_BYTES_PER_CELL = 64  # [I] some ten float32 and six bool tensors [rows, response tokens], and EGAE's temporaries
 BLOCK_TOKENS = 32  # vLLM's own choice is 16 on a GPU, 32 here on a CPU: the larger rounds up more
-CPU_KV_BYTES = 2.0**30  # vllm_engine.py's setting on a CPU
+CPU_KV_BYTES = 2.0**30  # a cache of vLLM's on a CPU
 SHIPPED = Path(__file__).parents[1] / "configs" / "models"
 
 
@@ -77,13 +79,15 @@ def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) 
     only   phases wanted: each pass that is not asked for saves a trace
 
     The engine's weights and cache are gone while the trainer works, unless engine.sleep_level is 0 or the device a CPU; what a
-    sleeping engine keeps (graphs, workspace) is not known before a GPU run, and left to `runtime`.
+    sleeping engine keeps (graphs, workspace) is an allowance until a GPU run has said more.
     """
     policy, value = shapes(config)
     check_cuts(config, policy)
     states, engine, cache = resident(config), engine_terms(config, policy), kv_cache_bytes(config, policy)
     decoding = engine | {"kv_cache": max(cache, 0.0)}
-    staying = decoding if stays_awake(config) else {}
+    awake = stays_awake(config)
+    staying = decoding if awake else {}
+    beside = decoding if awake else {"engine_asleep": ENGINE_ASLEEP_BYTES}  # the training passes
     size = number_bytes(config.engine.dtype)
     largest = max(math.prod(tensor) for tensor in policy.tensors)
     split = config.engine.tensor_parallel
@@ -96,7 +100,7 @@ def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) 
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
         if phase in only:
             shape = value if phase.startswith("value") else policy
-            phases[phase] = states | staying | {"batch": batch_bytes(config)} | working(config, shape, phase)
+            phases[phase] = states | beside | {"batch": batch_bytes(config)} | working(config, shape, phase)
     return {phase: {"runtime": RUNTIME_BYTES} | found for phase, found in phases.items() if phase in only}
 
 
@@ -181,7 +185,9 @@ def engine_terms(config: ScaleConfig, shape: Shape) -> dict[str, float]:
 
 
 def kv_cache_bytes(config: ScaleConfig, shape: Shape) -> float:
-    """Keys' and values' room on one rank; negative where the engine's weights and reserve take more than its share."""
+    """Keys' and values' room on one rank, which is also what the engine is given (`build_engine`); negative where the engine's
+    weights and reserve take more than its share.
+    """
     if config.engine.kind == "torch":
         return config.algo.rollout.slots / num_engines(config) * longest_row(config) * kv_bytes_per_token(config, shape)
     if on_cpu(config):
@@ -192,7 +198,9 @@ def kv_cache_bytes(config: ScaleConfig, shape: Shape) -> float:
 def kv_bytes_per_token(config: ScaleConfig, shape: Shape) -> float:
     """On one rank; key heads that are fewer than the ranks of an engine are copied."""
     share = max(1 / config.engine.tensor_parallel, 1 / shape.num_kv_heads)
-    return shape.kv_numbers_per_token * number_bytes(config.engine.dtype) * share
+    kind = str(config.engine.vllm.get("kv_cache_dtype", "auto"))
+    size = 1 if kind.startswith(("fp8", "int8")) else 2 if kind in ("float16", "bfloat16") else number_bytes(config.engine.dtype)
+    return shape.kv_numbers_per_token * size * share
 
 
 def kv_tokens(config: ScaleConfig, shape: Shape) -> int:

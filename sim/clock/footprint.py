@@ -46,6 +46,7 @@ UNSEEN: dict[str, tuple[str, ...]] = {
         "the attention kernel's workspace and masks",
         "the batch itself: token ids, log-probabilities, values",
         "padding of uneven shards",
+        "what a sleeping engine keeps",
     ),
 }
 """Terms that the other does not count: a dry run on fake tensors counts tensors of the training passes only."""

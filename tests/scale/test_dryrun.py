@@ -226,6 +226,8 @@ def test_the_engine_sleeps_while_the_trainer_works_unless_told_not_to(file):
     asleep, awake = (memory.terms_per_phase(small(file, engine__sleep_level=level)) for level in (2, 0))
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
         assert "kv_cache" not in asleep[phase]
+        assert asleep[phase]["engine_asleep"] == memory.ENGINE_ASLEEP_BYTES
+        assert "engine_asleep" not in awake[phase]
         assert awake[phase]["kv_cache"] == asleep["rollout"]["kv_cache"]
     assert asleep["sync"].keys() == awake["sync"].keys() - {"kv_cache"}
 
@@ -246,6 +248,13 @@ def test_whole_admission_takes_as_many_as_the_cache_holds_at_their_longest():
     assert 1 < memory.whole_sequences(config) < 8192 // 16
     few = replace_fields(config, {"algo.rollout.slots": 32, "algo.rollout.samples_per_prompt": 2})
     assert memory.whole_sequences(few) == 2  # no more than the engine's slots
+
+
+@pytest.mark.parametrize(("kind", "share"), [("auto", 1), ("bfloat16", 1), ("fp8", 2), ("fp8_e5m2", 2)])
+def test_a_cache_of_smaller_numbers_holds_more_tokens(file, kind, share):
+    plain, other = small(file), small(file, engine__vllm={"kv_cache_dtype": kind})
+    shape, _ = memory.shapes(plain)
+    assert memory.kv_bytes_per_token(plain, shape) == share * memory.kv_bytes_per_token(other, shape)
 
 
 def test_offloaded_states_are_on_the_host_and_not_on_the_device(file):
@@ -279,6 +288,7 @@ def no_allowances(monkeypatch):
     """A tiny model's bytes would drown in them."""
     monkeypatch.setattr(memory, "RUNTIME_BYTES", 0.0)
     monkeypatch.setattr(memory, "ENGINE_RESERVE_BYTES", 0.0)
+    monkeypatch.setattr(memory, "ENGINE_ASLEEP_BYTES", 0.0)
 
 
 def test_what_fits_says_so_and_leaves_with_0(file, capsys):
@@ -409,7 +419,7 @@ def check_the_guides_table(phases):
     groups = {
         "states": ("policy_state", "value_state"),
         "passes": ("gathered_weights", "gathered_gradients", "gradients", "activations"),
-        "engine": ("engine_weights", "engine_reserve", "kv_cache"),
+        "engine": ("engine_weights", "engine_reserve", "kv_cache", "engine_asleep"),
         "sync buffer": ("sync_buffer", "batch", "runtime"),
         "in all": memory.TERMS,
     }

@@ -7,6 +7,7 @@ sleeps fails at once.
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import types
 
@@ -16,9 +17,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scale_helpers import TINY_CONFIG, require
 
-from scale import launch
+from scale import build, launch
 from scale.config import ScaleConfig, check
 from scale.distributed import World
+from scale.memory import budget as memory
 from scale.run import probe_through_sleep
 from scale.vllm_engine import Checksum, Gap, VLLMEngine, _bits
 from scale.watch import GapLimit
@@ -432,3 +434,40 @@ def test_a_gap_above_the_limit_ends_the_run(fields, gap, ends):
         UserError, match=rf"^engine\.gap_limit: got engine and trainer log-probabilities {gap:.2g} apart on average in step 7"
     ):
         limit(7, {"policy/logprob_gap": gap})
+
+
+# ------------------------------------------------------------------------------------------- one number of bytes for everybody
+
+
+def test_the_engine_is_given_the_cache_that_the_dry_run_reckons(monkeypatch, tmp_path):
+    """A stand-in of the engine: what it is built with is what `kv_cache_bytes` says, from cluster.device_bytes and no device."""
+    shape = dict(model_type="qwen2", vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2)  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    given = {}
+    monkeypatch.setattr(build, "VLLMEngine", lambda folder, **options: given.update(options))
+    config = replace_fields(
+        ScaleConfig(), {"algo.model.policy": str(tmp_path), "algo.model.device": "cuda", "cluster.device_bytes": 10e9}
+    )
+    task = types.SimpleNamespace(end_token_id=2, max_prompt_tokens=16)
+    build.build_engine(config, World(device="cuda:0"), task)
+    assert given["kv_cache_bytes"] == int(memory.kv_cache_bytes(config, memory.shapes(config)[0]))
+    assert 0.85 * 10e9 - memory.ENGINE_RESERVE_BYTES - 1e6 < given["kv_cache_bytes"] < 0.85 * 10e9 - memory.ENGINE_RESERVE_BYTES
+    tight = replace_fields(config, {"cluster.device_bytes": 4e9})
+    with pytest.raises(UserError, match=r"^engine\.gpu_memory_utilization: got 0.85; expected room for a cache"):
+        build.build_engine(tight, World(device="cuda:0"), task)
+
+
+@pytest.mark.parametrize(("has", "refused", "told"), [(85e9, False, True), (80.5e9, False, False), (79e9, True, False)])
+def test_a_device_with_less_memory_than_the_config_says_is_refused(monkeypatch, caplog, has, refused, told):
+    device = types.SimpleNamespace(name="Stand-in", total_memory=int(has))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: device)
+    with caplog.at_level("INFO", logger="scale"):
+        if refused:
+            with pytest.raises(
+                UserError, match=r"^cluster\.device_bytes: got 8e\+10; expected at most what Stand-in has, 7.9e\+10"
+            ):
+                build.check_device(ScaleConfig(), World(device="cuda:0"))
+        else:
+            build.check_device(ScaleConfig(), World(device="cuda:0"))
+    assert ("the rest stays unused" in caplog.text) == told

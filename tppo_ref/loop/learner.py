@@ -28,6 +28,7 @@ class Learner:
         self.num_updates = 0  # optimiser steps
         self.masters = Masters(module)
         self.optimiser = torch.optim.AdamW(self.masters.tensors.values(), lr=self._warm_lr(1), weight_decay=config.weight_decay)
+        allocate_moments(self.optimiser)
         self.grad_norms: list[float] = []
 
     def begin_step(self) -> None:
@@ -105,3 +106,13 @@ class Learner:
         norms = self.grad_norms
         return {f"{self.name}/updates": len(norms), f"{self.name}/lr": self.lr,
                 f"{self.name}/grad_norm": per(sum(norms), len(norms))}  # fmt: skip
+
+
+def allocate_moments(optimiser: torch.optim.AdamW) -> None:
+    """AdamW's state as its first step would make it: zeros. So a run has from its start the memory that it will need, eight bytes a
+    parameter; by themselves the policy's moments appear at its first update, after the value model's warm-up.
+    """
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[parameter] = {"step": torch.tensor(0.0), **moments}
