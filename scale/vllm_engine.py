@@ -103,22 +103,14 @@ class VLLMEngine:
         vllm = _import_vllm(self._on_cpu)
         self._vllm = vllm
         shared_memory = _name_shared_memory_after_this_job() if self._on_cpu and world.tensor_parallel > 1 else ""
-        # On a CPU no prompt in pieces: vLLM then rewinds the seeded generator of a piece's discarded token, which a CPU's cannot.
-        device_options: dict[str, Any] = (
-            {"block_size": 32, "enable_chunked_prefill": False}
-            if self._on_cpu
-            else {"enable_sleep_mode": True, "gpu_memory_utilization": gpu_memory_utilization}  # the latter must be free
-        )
-        ours: dict[str, Any] = {
-            "max_num_seqs": slots, "enable_prefix_caching": True, "enforce_eager": self._on_cpu, "disable_log_stats": True,
-        }  # fmt: skip
         try:
             self._llm = vllm.LLM(
                 model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=dtype, seed=seed,
                 max_model_len=max_context_tokens + 1, tensor_parallel_size=world.tensor_parallel,
                 distributed_executor_backend="external_launcher", logprobs_mode="processed_logprobs",
-                generation_config="vllm", kv_cache_memory_bytes=kv_cache_bytes,  # a folder's own would add filters that renormalise
-                **(ours | device_options | with_float32_head(options or {})),
+                generation_config="vllm",  # a folder's own would add filters that renormalise
+                kv_cache_memory_bytes=kv_cache_bytes,
+                **(_defaults(self._on_cpu, slots, gpu_memory_utilization) | with_float32_head(options or {})),
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             why = " ".join(str(error).partition("[type=")[0].split())[:300]  # behind it stands pydantic's view of the input
@@ -241,6 +233,14 @@ class VLLMEngine:
                 if completion.finish_reason not in ("stop", "length"):
                     raise RuntimeError(f"vLLM ended request {output.request_id} with {completion.finish_reason!r}")
                 running.finished, running.end_token = True, completion.finish_reason == "stop"
+
+
+def _defaults(on_cpu: bool, slots: int, share: float) -> dict[str, Any]:
+    """vLLM's arguments that `options` may change."""
+    ours = {"max_num_seqs": slots, "enable_prefix_caching": True, "enforce_eager": on_cpu, "disable_log_stats": True}
+    if on_cpu:  # no prompt in pieces: vLLM then rewinds the seeded generator of a piece's discarded token, which a CPU's cannot
+        return ours | {"block_size": 32, "enable_chunked_prefill": False}
+    return ours | {"enable_sleep_mode": True, "gpu_memory_utilization": share}  # as much must be free at the start
 
 
 def _receive(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> tuple[int, int, int]:

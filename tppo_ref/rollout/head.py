@@ -33,7 +33,7 @@ class Float32Head(torch.autograd.Function):
         return torch.cat([whole_ND @ block.float().t() for block in weight_VD.split(rows)], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor]:
         hidden_ND, weight_VD = ctx.saved_tensors
         rounded_NV = grad_NV.to(weight_VD.dtype)
         return rounded_NV @ weight_VD, rounded_NV.t() @ hidden_ND
