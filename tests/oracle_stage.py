@@ -483,7 +483,9 @@ def real_stage(config: Config, *, scaling: float | None = None, **shape: Any) ->
 
 
 def sampling_of(config: Config) -> dict[str, Any]:
-    return dict(temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens, end_token_id=END_ID)
+    return dict(
+        temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens, end_token_ids=(END_ID,)
+    )
 
 
 def real_engine(config: Config, policy: PolicyModel, world: int = 1) -> TorchEngine:
