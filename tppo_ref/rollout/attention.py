@@ -6,23 +6,25 @@ keyword argument `ragged`, a layout object, through the model's forward to `ragg
 the ends of sequences whose beginnings are constants) and `StepLayout` (one decode step: prefill of new sequences, then
 one query per running sequence against a `KVCache`).
 
-Everything but attention then runs over exactly the N tokens. Attention works on groups of sequences of similar length,
-and pads inside a group only: a padded token costs arithmetic, another group costs kernel calls (`group_by_length`).
+Everything but attention then runs over exactly the N tokens. On a GPU attention does, too (kernels.varlen); elsewhere it works
+on groups of sequences of similar length, and pads inside a group only: a padded token costs arithmetic, another group costs
+kernel calls (`group_by_length`).
 
 Shape letters: N tokens, H query heads, K key/value heads, G = H / K, D head width, R rows of the cache, L padded length.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tppo_ref.method.errors import UserError
+from tppo_ref.rollout import kernels
 
 NAME = "tppo_ragged"
 
@@ -55,15 +57,9 @@ def _token_rows(x_1HND: Tensor) -> Tensor:
     return x_1HND[0].transpose(0, 1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention, q [n, H, L, D], k and v [n, K, L, D] -> [n, L, H, D]. Right padding needs no mask."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1 and q.device.type == "cuda" and q.dtype == torch.float32:
-        # CUDA's fused kernels take shared key heads in half precision only; repeating beats the unfused [L, L] path.
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        group = 1
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=group > 1)
-    return out.transpose(1, 2)
+def begins(lengths: Any, device: torch.device | str) -> Tensor:
+    """Where each of several sequences, end to end, begins, and where the last one ends: int32, as `kernels.varlen` wants it."""
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
 
 
 class PrefixKeys:
@@ -86,8 +82,17 @@ class PackedLayout:
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", record: PrefixKeys | None = None):
         self.max_length, self.record = max(lengths, default=0), record
+        self.lengths, self.device = lengths, device
+
+    @functools.cached_property
+    def begin(self) -> Tensor:
+        return begins(self.lengths, self.device)
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[int, int, int, int, Tensor | None, Tensor | None]]:
+        """(first token, last token, sequences, longest, tokens to gather, cells to keep) of each group of similar length."""
+        lengths, device, groups = self.lengths, self.device, []
         begin = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.groups = []
         for a, b in group_by_length(lengths, PACKED_CALL_TOKENS):
             longest = max(lengths[a:b])
             gather, keep = None, None
@@ -98,18 +103,22 @@ class PackedLayout:
                 index = np.minimum(begin[a:b, None] + column, begin[a + 1 : b + 1, None] - 1)
                 gather = torch.from_numpy(index.reshape(-1)).to(device)
                 keep = torch.from_numpy(np.flatnonzero(real)).to(device)
-            self.groups.append((int(begin[a]), int(begin[b]), b - a, longest, gather, keep))
+            groups.append((int(begin[a]), int(begin[b]), b - a, longest, gather, keep))
+        return groups
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] -> [N, H, D]."""
         rows = [_token_rows(x) for x in (query, key, value)]
         if self.record is not None:
             self.record.by_layer[layer] = (rows[1].detach(), rows[2].detach())
+        if kernels.takes_varlen(query):
+            return kernels.varlen(*rows, self.begin, self.begin, (self.max_length, self.max_length), scaling)
         outs = []
         for start, stop, num, longest, gather, keep in self.groups:
             parts = [x[start:stop] if gather is None else x.index_select(0, gather) for x in rows]
             q, k, v = (x.unflatten(0, (num, longest)).transpose(1, 2) for x in parts)
-            out = _causal(q, k, v, scaling).flatten(0, 1)
+            # Right padding needs no mask: no real query looks to its right.
+            out = kernels.sdpa(q, k, v, scaling, causal=True).transpose(1, 2).flatten(0, 1)
             outs.append(out if keep is None else out.index_select(0, keep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -127,12 +136,31 @@ class LiveLayout:
         self.prefix, total = prefix, constant + live
         self.max_length = int(total.max(initial=0))
         self.num_constant = int(constant.sum())
-        begin, first = np.cumsum(constant) - constant, np.cumsum(live) - live
-        stop = first + live
+        first = np.cumsum(live) - live
         is_first = np.zeros(int(live.sum()), dtype=bool)
         is_first[first] = True
         self.first_mask = torch.from_numpy(is_first).to(device)[:, None, None]
-        self.groups = []
+        self.constant, self.live, self.device = constant, live, device
+
+    @functools.cached_property
+    def ends(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """For `kernels.varlen`: where queries and keys begin, the order that puts each sequence's constant keys before its live
+        ones, and the longest of both."""
+        total, position = self.constant + self.live, np.concatenate([np.arange(n) for n in self.constant + self.live])
+        row = np.repeat(np.arange(len(total)), total)
+        begin, first = np.cumsum(self.constant) - self.constant, np.cumsum(self.live) - self.live
+        live_key = self.num_constant + first[row] + position - self.constant[row]
+        order = torch.from_numpy(np.where(position < self.constant[row], begin[row] + position, live_key)).to(self.device)
+        longest = (int(self.live.max()), int(total.max()))
+        return begins(self.live, self.device), begins(total, self.device), order, longest
+
+    @functools.cached_property
+    def groups(self) -> list[list[Tensor]]:
+        """(queries, keys, which sees which, cells to keep) of each group of sequences of similar length."""
+        constant, live, device, groups = self.constant, self.live, self.device, list[list[Tensor]]()
+        total = constant + live
+        begin, first = np.cumsum(constant) - constant, np.cumsum(live) - live
+        stop = first + live
         for a, b in group_by_length(total.tolist(), PACKED_CALL_TOKENS):
             own, keys = np.arange(live[a:b].max()), np.arange(total[a:b].max())
             # Padding repeats the sequence's last token; no real query looks at a repeated key.
@@ -141,7 +169,8 @@ class LiveLayout:
             key = np.where(keys < constant[a:b, None], begin[a:b, None] + keys, live_key)
             sees = keys <= constant[a:b, None, None, None] + own[:, None]  # [n, 1, Lq, Lk]
             keep = np.flatnonzero(own < live[a:b, None])
-            self.groups.append([torch.from_numpy(x).to(device) for x in (query, key, sees, keep)])
+            groups.append([torch.from_numpy(x).to(device) for x in (query, key, sees, keep)])
+        return groups
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] of the live tokens -> [N, H, D]."""
@@ -151,11 +180,14 @@ class LiveLayout:
             rows.append(torch.cat([kept[: self.num_constant], torch.where(self.first_mask, live_NKD.detach(), live_NKD)]))
         keys_NKD, values_NKD = rows
         query_NHD, outs = _token_rows(query), []
+        if kernels.takes_varlen(query):
+            queries_begin, keys_begin, order, longest = self.ends
+            in_order = (keys_NKD.index_select(0, order), values_NKD.index_select(0, order))
+            return kernels.varlen(query_NHD, *in_order, queries_begin, keys_begin, longest, scaling)
         for places, sources, sees, keep in self.groups:
             q = query_NHD[places].transpose(1, 2)
             k, v = keys_NKD[sources].transpose(1, 2), values_NKD[sources].transpose(1, 2)
-            grouped = q.shape[1] > k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling, enable_gqa=grouped)
+            out = kernels.sdpa(q, k, v, scaling, mask=sees)
             outs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, keep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -251,7 +283,7 @@ class StepLayout:
         q = _token_rows(query)[p:].unflatten(1, (keys.shape[2], -1))  # [n, K, G, D]
         for a, b, longest, mask in self.groups:
             k, v = keys[a:b, :longest].transpose(1, 2), values[a:b, :longest].transpose(1, 2)
-            outs.append(F.scaled_dot_product_attention(q[a:b], k, v, attn_mask=mask, scale=scaling).flatten(1, 2))
+            outs.append(kernels.sdpa(q[a:b], k, v, scaling, mask=mask).flatten(1, 2))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
