@@ -112,7 +112,8 @@ class PackedLayout:
         if self.record is not None:
             self.record.by_layer[layer] = (rows[1].detach(), rows[2].detach())
         if kernels.takes_varlen(query):
-            return kernels.varlen(*rows, self.begin, self.begin, (self.max_length, self.max_length), scaling)
+            both = self.max_length, self.max_length
+            return kernels.varlen(rows[0], rows[1], rows[2], self.begin, self.begin, both, scaling)
         outs = []
         for start, stop, num, longest, gather, keep in self.groups:
             parts = [x[start:stop] if gather is None else x.index_select(0, gather) for x in rows]

@@ -28,9 +28,11 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 def varlen_attn() -> Callable[..., Any] | None:
     """torch's own, where it takes a scale and a window (causal is the window (-1, 0)); None, with a word, where it does not."""
     try:
-        from torch.nn.attention.varlen import varlen_attn as found
+        import torch.nn.attention.varlen as module
     except ImportError:
         found = None
+    else:
+        found = getattr(module, "varlen_attn", None)
     if found is None or not {"scale", "window_size"} <= set(inspect.signature(found).parameters):
         log.warning("torch %s has no varlen attention with a scale and a window: attention pads groups of similar length instead",
                     torch.__version__)  # fmt: skip
