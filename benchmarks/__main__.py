@@ -3,6 +3,7 @@
 python -m benchmarks                  advantages, batching, overhead
 python -m benchmarks.at_32b           own seconds, padding, waiting at the 32B run's shape
 python -m benchmarks.mutants          no speed: which small changes of the code the tests see, two hours (extra `mutants`)
+python -m benchmarks.gpu              on one bare GPU, ten minutes: egae, attention, training's MFU, PPO against T-PPO, memory
 python -m benchmarks.scale_overhead   with vLLM: own share of a cpu-tiny step, memory
 python -m benchmarks.sync             with vLLM: weight sync against a copy
 python -m benchmarks.verdicts FOLDER  scale's verifier on the examples of math-verify's source archive
