@@ -57,8 +57,10 @@ def measure(arm: str) -> dict[str, Any]:
     world = start(device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder)
-        engine = VLLMEngine(folder, world=world, slots=SLOTS, max_context_tokens=PROMPT + CAP, end_token_id=END, options=ARMS[arm])
-        policy = load_policy(folder, end_token_id=END)
+        engine = VLLMEngine(
+            folder, world=world, slots=SLOTS, max_context_tokens=PROMPT + CAP, end_token_ids=(END,), options=ARMS[arm]
+        )
+        policy = load_policy(folder, end_token_ids=(END,))
     counts = {"steps": 0, "preemptions": 0}
     scheduler, advance = engine._engine.engine_core.engine_core.scheduler, engine._advance
     preempt = scheduler._preempt_request

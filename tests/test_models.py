@@ -117,7 +117,7 @@ def test_uniform_weights_give_hand_numbers():
 
 @pytest.mark.parametrize("chunk", [1, 7, 149, 150])
 def test_logit_chunks_change_neither_values_nor_gradients(chunk):
-    options = dict(temperature=0.7, min_response_tokens=3, end_token_id=2)  # nowhere sampled, so that nothing is infinite
+    options = dict(temperature=0.7, min_response_tokens=3, end_token_ids=(2,))  # nowhere sampled, so that nothing is infinite
     whole, chunked = policy_of(**options), policy_of(**options, logit_chunk_tokens=chunk)
     a, b = whole(BATCH), chunked(BATCH)
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
