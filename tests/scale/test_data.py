@@ -105,10 +105,12 @@ def test_a_hub_split_is_read_from_the_files_of_its_folder(monkeypatch, tmp_path)
     """The client is replaced by a folder as it leaves one."""
     import huggingface_hub
 
-    (tmp_path / "main").mkdir()
+    for folder in ("main", "socratic"):
+        (tmp_path / folder).mkdir()
     write(tmp_path / "main/train-00000.jsonl", ["one", "two"])
     write(tmp_path / "main/train-00001.jsonl", ["three"])
     write(tmp_path / "main/test-00000.jsonl", ["never"])
+    write(tmp_path / "socratic/train-00000.jsonl", ["of another configuration"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
     task = make_task(config_for("some/set:main/train"))
     assert [task.describe(p.token_ids) for p in (*task.prompts("train"), *task.prompts("test"))] == ["one", "two", "three"]
