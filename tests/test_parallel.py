@@ -20,6 +20,7 @@ from tppo_ref.loop.rows import Rows, response_mask
 from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, ValueConfig
 from tppo_ref.loop.updates import update_policy, update_value
 from tppo_ref.loop.value_targets import ValueBatch
+from tppo_ref.method.errors import NonFiniteError
 from tppo_ref.method.records import End, Prompt, Response, WindowSlice
 from tppo_ref.rollout.packing import TokenBatch
 
@@ -215,3 +216,13 @@ def test_one_rank_with_a_number_that_is_not_finite_stops_both() -> None:
 
     messages = on_ranks(2, work)
     assert all("step 7" in message and ("not finite" in message or "nan" in message) for message in messages), messages
+
+
+def test_a_gradient_that_is_not_finite_on_another_rank_alone_is_said_to_be_there() -> None:
+    class AnothersNorm(SingleProcess):
+        def grad_norm(self, module: torch.nn.Module, max_norm: float) -> float:
+            return float("nan")
+
+    learner = Learner("policy", copy.deepcopy(MODELS[0]), PolicyConfig(), AnothersNorm())
+    with pytest.raises(NonFiniteError, match="gradient of a parameter on another rank is not finite"):
+        learner.update([[0]], lambda rows: sum(p.sum() for p in learner.module.parameters()), step=1)
