@@ -82,6 +82,29 @@ def test_the_estimators_and_the_schedules_own_speed():
         verdict(aim, cost <= 2)
 
 
+def test_what_the_planner_recommends_and_what_its_search_costs():
+    cases = [row for row in table("plans") if row["recommended"] == "True"]
+    gains, costs = ([float(row[name]) for row in cases] for name in ("gain", "search_cpu_s"))
+    methods = [row["method"] for row in cases]
+    result, _ = line("`sim plan --best`: recommended over PPO at its best")
+    tppo, partial = (sum(method.startswith(name) for method in methods) for name in ("tppo", "partial"))
+    assert result == (f"{min(gains):.2f}x to {max(gains):.2f}x; T-PPO in {tppo} of {len(cases)}, partial rollouts in {partial}")
+    result, aim = line("the same: CPU seconds of a search")
+    assert result == f"{min(costs):.1f} s to {max(costs):.1f} s"
+    slow = sum(cost > 10 for cost in costs)
+    assert aim == (f"10 s: missed in {slow} of {len(cases)} cases" if slow else "10 s: met")
+
+
+def test_a_full_cache():
+    arms = {row["admission"]: {name: float(row[name]) for name in ("engine_steps", "clock")} for row in table("vllm_full_cache")}
+    result, _ = line("scale/ with vLLM and a small cache")
+    room, whole = arms["room"], arms["whole"]
+    assert result == (
+        f"{room['engine_steps']:.0f} with preemption ({room['clock']:.0f} by the clock), "
+        f"{whole['engine_steps']:.0f} where nothing may preempt ({whole['clock']:.0f})"
+    )
+
+
 def test_the_clocks_misses():
     errors = [int(row["error"].split()[0]) for row in table("literature")]
     within = sum(row["within"] == "True" for row in table("literature"))
