@@ -145,7 +145,11 @@ CRITIC_ALONE = {"value.warmup_steps": 2, "policy.lr_warmup_steps": 5}
 NO_UPDATE_YET = {"value.batch_responses": 50, "value.lr_warmup_steps": 5}
 NOTHING_ENDS_OR_TRAINS = {"policy.train_on": "ended", "rollout.window": 1, "rollout.min_response_tokens": 3}
 
+FEW_NEW_TOKENS = {"policy.min_new_tokens": 5, "rollout.window": 3, "rollout.max_response_tokens": 12,
+                  "rollout.min_response_tokens": 11}  # fmt: skip
 
+
+@example(FEW_NEW_TOKENS)
 @example(JOINT_ANCHOR)
 @example(PARTIAL_PREFIX)
 @example(AVERAGES_PREFIX)
