@@ -5,7 +5,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SCALE  := $(VENV)/.ready-scale
-SOURCES := tppo_ref sim scale tests benchmarks notebooks .ci
+SOURCES := tppo_ref sim scale tests benchmarks notebooks examples .ci
 
 .PHONY: demo test test-scale resolve bench lab lint setup
 demo: $(READY)  ## PPO against T-PPO on a built-in task, about 6 minutes on 2 cores; figures in runs/demo

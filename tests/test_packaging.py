@@ -229,7 +229,14 @@ def test_the_sdist_holds_the_sources_and_no_tests(dist):
     (archive,) = dist.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "tppo_ref/__main__.py", "scale/configs/cpu-tiny.yaml"} <= names
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "tppo_ref/__main__.py",
+        "scale/configs/cpu-tiny.yaml",
+        "examples/own_task.py",
+    } <= names
     assert {name.partition("/")[0] for name in names} & {"tests", "notebooks", "benchmarks", "constraints.txt"} == set()
 
 

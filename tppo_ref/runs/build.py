@@ -85,7 +85,7 @@ class TaskScorer:
     """The task's verifier in its killable processes, as the Trainer's Scorer."""
 
     def __init__(self, task: Task, config: TaskConfig):
-        self.task, self.name = task, config.verifier or task.verifier
+        self.task, self.name = task, task.verifier if config.verifier is None else config.verifier
         self.verifier = Verifier(self.name, config.verifier_timeout_s, config.verifier_workers, config.failure_score)
 
     def submit(self, response: Response) -> None:

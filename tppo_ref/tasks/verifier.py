@@ -58,6 +58,8 @@ class Verifier:
         for name, value in (("timeout_s", timeout_s), ("startup_timeout_s", startup_timeout_s)):
             if not (math.isfinite(value) and value > 0):
                 raise UserError(refusal(f"verifier: {name}", f"{value}", "seconds above 0"))
+        if "\0" in verifier:
+            raise UserError(refusal("verifier", repr(verifier), "module:function"))
         if num_workers < 1:
             raise UserError(refusal("verifier: num_workers", f"{num_workers}", "at least 1"))
         if not math.isfinite(failure_score):
