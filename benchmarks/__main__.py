@@ -13,6 +13,7 @@ python -m benchmarks.admission        no speed of ours: an engine that never pre
 python -m benchmarks.vllm_full_cache  with vLLM: engine steps per window when its cache is full, counted
 python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, five seeds
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
+python -m benchmarks.fuzz             thousands of bad inputs: each one line and exit code 2
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task
 python -m benchmarks.fair_headline    PPO with every lever and at its best against T-PPO, on the CPU or the wall clock, twelve seeds
 python -m benchmarks.dropped_gradient the policy gradient with and without the way through the prefix

@@ -327,3 +327,15 @@ def test_a_file_of_ones_own_lengths_brings_its_own_cap(tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps({"length": int(n)}) for n in np.arange(1, 400, 7)))
     config = PlanConfig(model="Qwen2.5-0.5B", gpus="1xH100", lengths=str(tmp_path / "mine.jsonl"), cap=0, prompts=4, samples=2)
     assert make(config).lengths.cap == 393
+
+
+def test_a_plan_counts_the_windows_that_it_has_tried(monkeypatch):
+    """On a terminal the bar has a step for each window and one for PPO; with --json there is none."""
+    shown = []
+    monkeypatch.setattr(
+        "sim.clock.plan.tqdm", lambda windows, name, **options: shown.append((name, list(windows), options["disable"])) or windows
+    )
+    config = PlanConfig(model="Qwen/Qwen2.5-1.5B", gpus="8xH100", cap=2048, prompts=8, samples=8, window=(512, 1024), replicas=1)
+    make(config)
+    make(dataclasses.replace(config, json=True))
+    assert shown == [("plan", [512, 1024, 2048], None), ("plan", [512, 1024, 2048], True)]

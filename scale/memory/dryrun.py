@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from scale.config import ScaleConfig, own_base_model
 from scale.memory import budget as memory
 from scale.memory.budget import bytes_per_phase, terms_per_phase
@@ -88,12 +90,18 @@ def _dry_run(config: ScaleConfig) -> int:
 
 def judge(config: ScaleConfig) -> Verdict:
     """Everything that the table and the JSON say, but the seconds."""
-    found = memory.problems(config)
-    return Verdict(
-        terms=terms_per_phase(config), problems=found, remedies=changes(config) if found else [],
-        longest_response=longest_response(config), kv_tokens=memory.kv_tokens(config, memory.shapes(config)[0]),
-        host_bytes=memory.host_bytes(config),
-    )  # fmt: skip
+    with tqdm(total=4, desc="dry run", unit="part", delay=1.0, leave=False, disable=None) as bar:
+
+        def part(result: Any) -> Any:
+            bar.update()
+            return result
+
+        found = part(memory.problems(config))
+        return Verdict(
+            terms=part(terms_per_phase(config)), problems=found, remedies=part(changes(config) if found else []),
+            longest_response=part(longest_response(config)), kv_tokens=memory.kv_tokens(config, memory.shapes(config)[0]),
+            host_bytes=memory.host_bytes(config),
+        )  # fmt: skip
 
 
 def report(config: ScaleConfig, verdict: Verdict, seconds: Seconds | None) -> list[str]:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from tqdm import tqdm
+
 from scale.config import ScaleConfig
 from scale.memory.budget import (  # fmt: skip
     bytes_per_phase,
@@ -41,7 +43,8 @@ def changes(config: ScaleConfig) -> list[Change]:
     """Changes that make it fit: of one kind each, else of two, else more machines. The engine's share follows where it must."""
     kinds = list(_kinds(config))
     for number in (0, 1, 2):
-        found = [change for some in itertools.combinations(kinds, number)
+        ways = list(itertools.combinations(kinds, number))
+        found = [change for some in tqdm(ways, "what would make it fit", unit="way", delay=1.0, leave=False, disable=None)
                  if (change := _tried(config, {k: v for kind in some for k, v in kind.items()}))]  # fmt: skip
         if found:
             return found

@@ -16,6 +16,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from tqdm import tqdm
+
 from sim.clock.cluster import Setup
 from sim.clock.cuts import cut_weight
 from sim.clock.distributions import Lengths
@@ -151,7 +153,9 @@ def make(config: PlanConfig) -> Plan:
         some, _ = sampled(whole, config.replicas or few(whole))
         sampling = (f"T-PPO: {some.num_replicas} of {layout.num_replicas} engine replicas simulated, {some.slots:,} of "
                     f"{whole.slots:,} slots; PPO: all")  # fmt: skip
-        ranged = {w: _system(config, whole, w) for w in (*(w for w in windows if w < lengths.cap), lengths.cap)}
+        tried = tqdm([*(w for w in windows if w < lengths.cap), lengths.cap], "plan", unit="window", delay=1.0, leave=False,
+                     disable=config.json or None)  # fmt: skip
+        ranged = {w: _system(config, whole, w) for w in tried}
         choice = choose(config, lengths, {w: s.middle for w, s in ranged.items() if w < lengths.cap or len(ranged) == 1})
     return Plan(config, shape, gpu, layout, budget, lengths, phases, tuple(found), remedies, ranged, choice, sampling)
 
