@@ -79,7 +79,7 @@ def good_run(folder: Path) -> None:
 
 def damage(run: Path, name: str, how: str, place: int) -> None:
     (checkpoint,) = (run / "checkpoints").glob("step-*")
-    path = run / "config.json" if name == "config" else checkpoint / name
+    path = checkpoint / name
     data = path.read_bytes()
     at = place % len(data)
     if how == "removed":
