@@ -84,6 +84,7 @@ def test_numbers_that_are_none_or_astronomical(refused, field, number):
 
 @pytest.mark.parametrize(("fields", "said"), [
     ({"num_hidden_layers": 0}, "num_hidden_layers: got 0; expected an integer from 1 to 1,000"),
+    ({"intermediate_size": 0}, "intermediate_size: got 0; expected an integer from 1"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers: got 1e+09; expected at most 1,000"), ({"vocab_size": 0}, "vocabulary of 0 tokens"),
     ({"vocab_size": 10}, "vocabulary of 10 tokens; expected the 260 of the task's tokenizer; give the model's own tokenizer"),
     ({"hidden_size": 2**24}, "GB of float32; expected at most the"), ({"vocab_size": 10**12}, "a shape of 16,000,000,"), ({"hidden_size": "x"}, "hidden_size"),

@@ -71,9 +71,9 @@ def check_size(auto: Any, config: Any, dtype: torch.dtype, device: torch.device)
     auto   the class of transformers' that would make it; it is laid out on the meta device, which takes no memory
     """
     text = config.get_text_config()
-    for name, most in (("num_hidden_layers", MOST_LAYERS), ("vocab_size", None)):
+    for name, most in (("num_hidden_layers", MOST_LAYERS), ("vocab_size", None), ("intermediate_size", None)):
         number = getattr(text, name, 1)
-        if not isinstance(number, int) or number < 1 or (most and number > most):
+        if isinstance(number, int) and (number < 1 or (most and number > most)):
             raise UserError(
                 refusal(f"model config: {name}", repr(number)[:50], f"an integer from 1{f' to {most:,}' if most else ''}")
             )
