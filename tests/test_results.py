@@ -97,7 +97,7 @@ def test_what_the_planner_recommends_and_what_its_search_costs():
 
 def test_a_full_cache():
     arms = {row["admission"]: {name: float(row[name]) for name in ("engine_steps", "clock")} for row in table("vllm_full_cache")}
-    result, _ = line("scale/ with vLLM and a small cache")
+    result, _ = line("vLLM under a full cache")
     room, whole = arms["room"], arms["whole"]
     assert result == (
         f"{room['engine_steps']:.0f} with preemption ({room['clock']:.0f} by the clock), "
