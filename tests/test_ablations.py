@@ -233,7 +233,7 @@ def test_the_command_says_what_it_did_and_goes_on_where_it_was(planned, tmp_path
 
 
 def test_a_worker_answers_a_job_that_cannot_run_with_the_reason_and_goes_on():
-    broken, out = json.dumps(vars(job(**{"run.cache": "/proc/nowhere"}))), io.StringIO()
+    broken, out = json.dumps(vars(job(**{"run.cache": "/proc/nowhere", "model.value": None}))), io.StringIO()
     ablations.serve([broken, broken], out)
     for line in out.getvalue().splitlines(keepends=True):
         assert line.endswith("\n")
