@@ -25,10 +25,10 @@ class Bounds:
     below: bool = False
 
     def holds(self, number: float) -> bool:
-        """Whether `number` is finite and inside."""
+        """Whether `number` is finite, at most LARGEST in size, and inside."""
         over = number > self.low if self.above else number >= self.low
         under = number < self.high if self.below else number <= self.high
-        return math.isfinite(number) and over and under
+        return abs(number) <= LARGEST and over and under
 
     def __repr__(self) -> str:
         """As in "a number above 0, at most 1"; LARGEST, which only absurd numbers pass, is said of those alone."""
