@@ -95,6 +95,14 @@ def test_what_the_planner_recommends_and_what_its_search_costs():
     assert aim == (f"10 s: missed in {slow} of {len(cases)} cases" if slow else "10 s: met")
 
 
+def test_the_clock_against_reality():
+    within = [row["within"] == "True" for row in table("reality") if row["role"] == "prediction"]
+    result, aim = line("the clock against real runs")
+    assert result.startswith(f"{sum(within)} of {len(within)} predictions within 10 %")
+    assert f"{sum(within)} of {len(within)} predictions are within it" in (FOLDER.parent / "docs" / "throughput.md").read_text()
+    verdict(aim, all(within))
+
+
 def test_a_full_cache():
     arms = {row["admission"]: {name: float(row[name]) for name in ("engine_steps", "clock")} for row in table("vllm_full_cache")}
     result, _ = line("vLLM under a full cache")
