@@ -210,7 +210,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[Row]:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Three panels of cosines: over training, by windows before, by place in the window."""
-    figure = Figure(figsize=(11.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(11.5, 3.9), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     times = [str(q + 1) for q in range(QUARTERS)]
     sides = (
@@ -229,8 +229,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                       label=f"{task}, window {window}")  # fmt: skip
         axes.set_xlabel(name)
         axes.axhline(1, color="#7F7F7F", linewidth=0.6)
-    panels[0].set_ylabel("cosine of full and constant-prefix gradient")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    panels[0].set_ylabel("cosine with the full gradient")
+    figure.suptitle("A gradient that stops at the window's edge points elsewhere, most of all for tokens just behind the edge")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=5)
     figure.savefig(path, dpi=150)
 
 
