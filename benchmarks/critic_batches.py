@@ -101,6 +101,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         primary = world == "all" and name == "area"
         level = 1 - 0.05 / PRIMARY if primary else 0.95
         found = contrast([float(np.mean(ours) - np.mean(theirs)) for ours, theirs in pairs], level)
+        if name in ("setback", "critic_rms"):  # the less of it the better
+            found["verdict"] = {"better": "worse", "worse": "better"}.get(found["verdict"], found["verdict"])
         out.append({"question": QUESTIONS[arm], "arm": arm, "start": start, "world": world, "score": name, "primary": int(primary),
                     "mean": float(np.mean([theirs for _, theirs in pairs]))} | found)  # fmt: skip
     return out

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ablations, cut_rules, early_decision
+from benchmarks import ablations, critic_batches, cut_rules, early_decision
 from benchmarks.common import RESULTS
 from benchmarks.paired import PAIRED, geometric
 from sim.lab import instances
@@ -223,12 +223,27 @@ def headline(key: str, column: str) -> Any:
     return (float(row["value"]), float(row["low"]), float(row["high"])) if column == "ratio" else float(row[column])
 
 
+@functools.cache
+def batch_table() -> tuple[dict[str, Any], ...]:
+    return tuple(critic_batches.table(table("critic_batches")))
+
+
+def batches(key: str, column: str) -> Any:
+    """ "6 zero area": the contrast of a question with a critic that begins so, over all worlds; `difference` with its interval."""
+    question, start, name = key.split()
+    row = next(
+        r for r in batch_table() if (str(r["question"]), r["start"], r["world"], r["score"]) == (question, start, "all", name)
+    )
+    return (row["difference"], row["low"], row["high"]) if column == "difference" else row[column]
+
+
 def throughput(name: str, key: str, column: str) -> float:
     return float(next(r for r in table(f"throughput_{name}") if r["what"] == key)[column])
 
 
 SOURCES: dict[str, Callable[[str, str], Any]] = {
     "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
+    "batches": batches,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ RUNS = [
                        "--estimators egae cut-gae zero-cut egae-exclude egae-defer egae-drop egae-adaptive"]),
     Run("bias-noisy-reward", ["sim bias --instance noisy-reward --window 2 4 --logits state --critic noise:0.3 --seed 1 "
                               "--out out"]),
-    Run("throughput", ["sim throughput --tables conditions lengths systems timeline --out out"]),
+    Run("throughput", ["sim throughput --tables conditions lengths methods timeline --out out"]),
     Run("plan-32b", ["sim plan --model Qwen/Qwen2.5-32B --gpus 64xH800 --lengths dapo-32b --train-step 2000 --json"]),
     Run("plan-7b", ["sim plan --model Qwen/Qwen2.5-7B --gpus 16xH800 --lengths math-14b --refill step --offload --json"]),
     Run("plan-too-large", ["sim plan --model Qwen/Qwen2.5-72B --gpus 8xH800 --json"]),

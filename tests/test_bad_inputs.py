@@ -76,7 +76,9 @@ def test_a_pipe_is_not_waited_for(refused, argv):
     assert "pipe" in refused(*argv)
 
 
-@pytest.mark.parametrize("field", ["rollout.slots", "rollout.window", "run.seed", "policy.lr", "value.clip_low", "policy.dual_clip", "run.steps"])
+@pytest.mark.parametrize(
+    "field", ["rollout.slots", "rollout.window", "run.seed", "policy.lr", "value.clip_low", "policy.dual_clip", "run.steps"]
+)
 @pytest.mark.parametrize("number", ["1e20", "100000000000000000000", "nan", "inf", "-inf", "1e400"])
 def test_numbers_that_are_none_or_astronomical(refused, field, number):
     assert field in refused("train", f"--{field}", number)

@@ -57,6 +57,12 @@ def test_the_table_pairs_seeds_and_marks_four_primary_contrasts():
     assert table([]) == []
 
 
+def test_more_area_is_better_and_more_of_an_error_or_of_a_setback_is_worse():
+    made = [r | {"setback": r["area"], "critic_rms": r["area"]} for r in rows(0.03)]
+    verdicts = {r["score"]: r["verdict"] for r in table(made) if (r["world"], r["arm"], r["start"]) == ("all", "held", "zero")}
+    assert verdicts == {"area": "better", "final": "equal", "setback": "worse", "critic_rms": "worse"}
+
+
 def test_a_run_is_a_row_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(critic_batches, "STEPS", 2)
     monkeypatch.setattr(critic_batches, "WORLDS", {"cliff": WORLDS["cliff"]})

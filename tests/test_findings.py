@@ -53,7 +53,7 @@ def test_every_mark_is_read_and_every_source_is_used():
     assert set(re.findall(r"<!-- begin (\w+) -->", PAGE)) == set(findings.BLOCKS)
 
 
-SETTINGS = {"0", "0.1", "0.3", "0.95", "1", "2", "2.5", "3", "4", "5", "8", "9", "10", "12", "16", "32", "40", "63", "64", "95", "128",
+SETTINGS = {"0", "0.005", "0.1", "0.3", "0.95", "1", "2", "2.5", "3", "4", "5", "6", "8", "9", "10", "12", "16", "32", "40", "63", "64", "95", "128",
             "256", "320", "0.70", "2,048", "8,192", "30,720"}  # fmt: skip
 
 
@@ -119,6 +119,15 @@ def test_sentences_that_no_mark_can_hold():
             findings.exact(key.format(rule), column) for rule in (f"egae-{tail['defer']}", "egae", f"egae-{tail['exclude']}")
         )
         assert defer < none < exclude
+
+
+def test_the_critics_batch_is_what_the_page_says():
+    assert findings.batches("7 zero area", "verdict") == "worse"  # "it depends on what the critic knows"
+    assert findings.batches("7 warm area", "verdict") == "better"
+    for start in ("zero", "warm"):
+        assert findings.batches(f"6 {start} setback", "verdict") == "equal"  # "no sign of instability"
+        assert abs(findings.batches(f"6 {start} area", "difference")[0]) < 0.005  # "a small effect"
+    assert findings.batches("7 zero area", "n") == 64
 
 
 def test_early_decision_is_what_the_page_says():
@@ -244,7 +253,7 @@ def test_every_command_exists_and_parses(command, capsys):
     elif name == "headline":
         assert words in ([], ["--tasks", "chain"])
     else:
-        assert name in ("findings", "early_decision", "cut_rules")
+        assert name in ("findings", "early_decision", "cut_rules", "critic_batches")
         assert words in ([], ["--check"] if name == "findings" else [])
 
 

@@ -350,7 +350,7 @@ def test_ranks_that_cannot_be_cut_into_groups_are_told_though_rank_0_comes_last(
     (late / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n")
     more = arguments(model, problems, tmp_path / "out", "--engine.tensor_parallel", "2", ranks=4)
     line = the_error(torchrun(tmp_path, 3, *more, env={"PYTHONPATH": f"{late}{os.pathsep}{ROOT}"}))
-    for word in ("tensor_parallel", "3 ranks", "groups of 2"):
+    for word in ("tensor_parallel", "3 ranks", "a divisor of the 3 ranks"):
         assert word in line
 
 
