@@ -97,7 +97,7 @@ RUNS = [
     tppo("held-responses", "--value.batch_responses 6"),
     Run("joint", [f"{TRAIN} {CHAIN} {WINDOWS} --value.update joint"]),
     tppo("warm-up", "--value.warmup_steps 4 --policy.lr_warmup_steps 6 --value.lr_warmup_steps 3"),
-    tppo("detached-prefix", "--policy.detach_prefix true", may_go=True),
+    tppo("constant-prefix", "--policy.prefix constant"),
     tppo("engine-logprobs", "--policy.old_logprobs engine --rollout.refill step --rollout.samples_per_prompt 2 "
          "--rollout.temperature 0.8 --rollout.min_response_tokens 3 --model.logit_chunk_tokens 32"),
     Run("length", [f"{TRAIN} {LENGTH} {WINDOWS} {APART} --run.seed 3"]),
