@@ -76,16 +76,22 @@ def run(world: World, method: str, seed: int) -> Row:
     while history[-1].mean_return < TARGET and history[-1].tokens < LIMIT_TOKENS:
         history.append(recorder.record(trainer.step(), set_critic=chosen.oracle))
     (before, last), trained = history[-2:], sum(r.trained_tokens for r in history[1:])
-    share = min(1.0, (TARGET - before.mean_return) / (last.mean_return - before.mean_return)) if last.mean_return >= TARGET else 1.0
     silent = sum(r.no_signal_share * r.trained_tokens for r in history[1:]) / trained
     return {
         **world._asdict(), "method": method, "seed": seed, "target": TARGET, "reached": int(last.mean_return >= TARGET),
-        "tokens": round(before.tokens + share * (last.tokens - before.tokens), 1),
-        "decode_steps": round(before.decode_steps + share * (last.decode_steps - before.decode_steps), 2),
+        "tokens": round(at_target(before, last, "tokens"), 1), "decode_steps": round(at_target(before, last, "decode_steps"), 2),
         "whole_tokens": last.tokens, "whole_decode_steps": last.decode_steps, "steps": last.step,
         "mean_return": round(last.mean_return, 5),
         "no_signal_share": round(silent, 5),
     }  # fmt: skip
+
+
+def at_target(before: Record, last: Record, name: str) -> float:
+    """A count of the records where the return, a straight line between them, is TARGET; that of `last` where it is never there."""
+    counts = getattr(before, name), getattr(last, name)
+    if last.mean_return < TARGET:
+        return float(counts[1])
+    return float(np.interp(TARGET, (before.mean_return, last.mean_return), counts))
 
 
 def read(path: Path) -> list[Row]:

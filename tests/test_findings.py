@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,6 +333,15 @@ def test_the_ratio_is_that_of_geometric_means_and_its_interval_is_welchs():
     half = stats.t.ppf(0.975, 4) * math.sqrt(2 * spread / 3)
     assert (low, high) == pytest.approx((4 * math.exp(-half), 4 * math.exp(half)))
     assert all(math.isnan(x) for x in early_decision.ratio([100], [200])[1:])
+
+
+def test_where_a_run_reaches_the_target_is_interpolated_between_its_last_two_steps():
+    def record(mean_return, tokens):
+        return SimpleNamespace(mean_return=mean_return, tokens=tokens)
+
+    assert early_decision.at_target(record(0.6, 1000), record(0.8, 2000), "tokens") == pytest.approx(1500)
+    assert early_decision.at_target(record(0.65, 1000), record(0.85, 2000), "tokens") == pytest.approx(1250)
+    assert early_decision.at_target(record(0.6, 1000), record(0.69, 2000), "tokens") == 2000
 
 
 def test_the_table_says_who_needs_less_and_nothing_where_a_run_never_arrives():
