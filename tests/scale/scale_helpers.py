@@ -8,9 +8,12 @@ import importlib.util
 import json
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
+from benchmarks import planted
 from tppo_ref.runs.checkpoint import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,24 +127,44 @@ def make_school(folder: Path, problems: Path, num: int = 300, steps: int = 60) -
 
 
 def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: float = LIMIT_S) -> str:
-    """Start `script` as `world` ranks as torchrun would; stdout of rank 0. A rank that fails fails the test, with its stderr."""
+    """Run `script` as `world` ranks as torchrun would; stdout of rank 0. A rank that fails fails the test, with its stderr.
+
+    The ranks are forks of a process that has imported torch and transformers, none of ours: importing costs more than most of them do.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, str(script), *arguments], env=environment(**ranks), cwd=ROOT,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))  # fmt: skip
-    try:
-        results = [p.communicate(timeout=timeout_s) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    failed = [f"rank {r}: {err[-1500:]}" for r, (p, (_, err)) in enumerate(zip(processes, results, strict=True)) if p.returncode]
-    assert not failed, "\n".join(failed)
-    return results[0][0]
+    with tempfile.TemporaryDirectory() as folder:
+        said = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world)]
+        children = []
+        for rank in range(world):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            child = planted.fork_server().Process(target=_rank, args=(script, list(arguments), environment(**ranks), said[rank]))
+            child.start()
+            children.append(child)
+        end = time.monotonic() + timeout_s
+        for child in children:
+            child.join(max(0.0, end - time.monotonic()))
+        codes = [child.exitcode for child in children]
+        for child in children:
+            child.kill()
+            child.join()
+        failed = [f"rank {r}: {said[r][1].read_text()[-1500:]}" for r, code in enumerate(codes) if code]
+        assert not failed, "\n".join(failed)
+        assert None not in codes, f"of ranks {[r for r, code in enumerate(codes) if code is None]} none ended within {timeout_s} s"
+        return said[0][0].read_text()
+
+
+def _rank(script: Path, arguments: list[str], variables: dict[str, str], said: tuple[Path, Path]) -> None:
+    for stream, path in zip((1, 2), said, strict=True):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    sys.argv[:] = [str(script), *arguments]
+    sys.path[:0] = [str(script.parent), str(ROOT)]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def launch(
