@@ -53,6 +53,7 @@ def sets(torch: str) -> dict[str, Requirements]:
         ".": Requirements(("pyproject.toml",), ""),
         ".[scale]": Requirements(("pyproject.toml", "--extra", "scale"), ""),
         "make test": Requirements(tests, torch),
+        "make test-docs": Requirements((*tests, "--extra", "docs"), torch),
         "make test-scale": Requirements((*tests, "tests/scale/requirements.txt"), torch),
     }
 

@@ -63,6 +63,15 @@ def test_every_file_and_method_that_the_readme_names_is_there() -> None:
         assert method in METHODS, method
 
 
+def test_every_page_has_its_place_in_the_site() -> None:
+    nav = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert nav == pages | notebooks | {"notebooks/README.md"}
+    listed = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert listed >= pages, "docs/README.md lists the pages"
+
+
 NAMED_FILE = re.compile(r"(?<![\w./{<-])((?:[\w.-]+/)*\w+\.(?:py|yaml|ipynb))\b(?!\()")
 
 
@@ -71,7 +80,7 @@ NAMED_FILE = re.compile(r"(?<![\w./{<-])((?:[\w.-]+/)*\w+\.(?:py|yaml|ipynb))\b(
                          ids=lambda page: str(page.relative_to(ROOT)))  # fmt: skip
 def test_every_file_that_a_text_names_is_there(page: Path) -> None:
     """By its path from the checkout, from its wing or from where the text stands; a bare name may stand anywhere."""
-    tops = ("tppo_ref", "sim", "scale", "notebooks", "benchmarks", "tests", "examples", ".ci")
+    tops = ("tppo_ref", "sim", "scale", "notebooks", "benchmarks", "tests", "examples", "docs", ".ci")
     there = {str(path.relative_to(ROOT)) for top in tops for path in (ROOT / top).rglob("*") if path.is_file()}
     others = ("my_task.py", "mine.yaml", "configuration.py", "arg_utils.py")  # a user's, transformers', vLLM's
     for name in (found.removeprefix("../") for found in NAMED_FILE.findall(page.read_text())):

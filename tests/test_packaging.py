@@ -114,7 +114,7 @@ def _elsewhere(tmp_path, monkeypatch) -> Path:
     (project / "pyproject.toml").write_text(
         '[project]\nname = "mine"\nversion = "1"\nrequires-python = ">=3.12"\ndependencies = ["torch>=2.11"]\n'
         'classifiers = ["Programming Language :: Python :: 3.12"]\n'
-        '[project.optional-dependencies]\nscale = ["vllm"]\ndev = ["triton"]\n'
+        '[project.optional-dependencies]\nscale = ["vllm"]\ndev = ["triton"]\ndocs = []\n'
     )
     monkeypatch.setenv("UV_DEFAULT_INDEX", index.as_uri())
     monkeypatch.setenv("UV_FIND_LINKS", str(local))
@@ -126,7 +126,7 @@ def _elsewhere(tmp_path, monkeypatch) -> Path:
 def test_a_set_that_the_index_can_serve_resolves_and_is_printed(elsewhere, capsys):
     assert resolve.main(elsewhere) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert lines[0] == "torch==2.13.0 Python 3.12 2 packages: torch 2.13.0, triton 3.7.1"
     assert lines[1] == ". beside torch 2.11 Python 3.12 2 packages: torch 2.11.0, triton 3.6.0"
     assert lines[4] == ".[scale] Python 3.12 3 packages: torch 2.13.0, triton 3.7.1, vllm 0.32.0"
@@ -136,7 +136,11 @@ def test_a_pin_that_only_a_local_wheel_satisfies_is_found(elsewhere, capsys):
     (elsewhere / "constraints.txt").write_text("triton==3.9.0\n")
     assert resolve.main(elsewhere) == 1
     out = capsys.readouterr().out
-    assert re.findall(r"^(.*?) +Python 3.12  DOES NOT RESOLVE", out, re.MULTILINE) == ["make test", "make test-scale"]
+    assert re.findall(r"^(.*?) +Python 3.12  DOES NOT RESOLVE", out, re.MULTILINE) == [
+        "make test",
+        "make test-docs",
+        "make test-scale",
+    ]
     assert "triton==3.9.0" in out
 
 
