@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import serve
+from selenium import webdriver
 
 from sim.lab import instances
 from sim.lab.bias import conditional_moments
@@ -24,29 +23,17 @@ from sim.lab.unrolled import ENDED
 from tppo_ref.method.advantages import egae, gae
 from tppo_ref.method.masks import policy_token_mask, value_token_mask
 
-webdriver = pytest.importorskip("selenium.webdriver")
 WIDGET = Path(__file__).resolve().parents[2] / "docs" / "widget"
 LAWS = (WIDGET / "laws.js").read_text()
 RULES = ("previous", "critic", "zero", "none")
 TOLERANCE = 1e-9
 
 
-@pytest.fixture(scope="module", name="chromium")
-def _chromium() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture(name="page")
-def _page(chromium: Any) -> Any:
+def _page(browser: Any) -> Any:
     """The widget at its start values, 1,000 pixels wide, light."""
-    show(chromium, 1000, 900)
-    return chromium
+    show(browser, 1000, 900)
+    return browser
 
 
 def show(driver: Any, width: int, height: int, *, dark: bool = False) -> None:
@@ -90,21 +77,21 @@ def advantages_of(case: dict[str, Any]) -> np.ndarray:
     return egae(*run, torch.tensor([True]), **rates, cut_value=case["cutValue"], last_value_B=last_B)[0].numpy()
 
 
-def furthest(chromium: Any, source: str = LAWS) -> float:
+def furthest(browser: Any, source: str = LAWS) -> float:
     cases = rows()
-    found = ask(chromium, cases, "c => laws.egae(c.rewards, c.values, c)", source)
+    found = ask(browser, cases, "c => laws.egae(c.rewards, c.values, c)", source)
     return max(float(np.abs(np.array(a) - advantages_of(c)).max()) for a, c in zip(found, cases, strict=True))
 
 
-def test_advantages_are_egaes_on_400_drawn_rows(chromium):
-    assert furthest(chromium) < TOLERANCE
+def test_advantages_are_egaes_on_400_drawn_rows(browser):
+    assert furthest(browser) < TOLERANCE
     assert {case["cutValue"] for case in rows()} == set(RULES)
     assert {0.0, 1.0} <= {case["lam"] for case in rows()}
 
 
-def test_who_trains_is_what_the_masks_say(chromium):
+def test_who_trains_is_what_the_masks_say(browser):
     cases = [{"sampled": n, "cut": cut, "tail": tail} for n in range(1, 12) for cut in (True, False) for tail in range(12)]
-    found = ask(chromium, cases, "c => laws.whoTrains(c.sampled, c.cut, c.tail)")
+    found = ask(browser, cases, "c => laws.whoTrains(c.sampled, c.cut, c.tail)")
     for case, who in zip(cases, found, strict=True):
         row_BT, cut_B = torch.ones(1, case["sampled"], dtype=torch.bool), torch.tensor([case["cut"]])
         assert who["policy"] == policy_token_mask(row_BT, torch.tensor([0]), cut_B, skip_tail=case["tail"])[0].tolist()
@@ -140,13 +127,13 @@ EXACT = """c => { const s = laws.solve(c.nodes, c.gamma);
   return {value: s.value, visits: s.visits, advantage: s.advantage, mean: laws.expected(c.nodes, c.critic, c), bound: laws.bound(c.nodes, c.critic, c)}; }"""
 
 
-def furthest_in_expectation(chromium: Any, num: int, source: str = LAWS) -> dict[str, float]:
+def furthest_in_expectation(browser: Any, num: int, source: str = LAWS) -> dict[str, float]:
     """Largest difference between the page's numbers and the laboratory's, by name."""
     worlds = [(*world, rule) for world in at_random(num) for rule in RULES]
     cases = [{"nodes": as_nodes(r.mdp, r.policy_NA), "critic": c.tolist(), "cut": cut, "gamma": r.mdp.gamma, "lam": lam, "cutValue": rule}
              for r, c, cut, lam, rule in worlds]  # fmt: skip
     largest = dict.fromkeys(("value", "visits", "advantage", "mean", "bound"), 0.0)
-    for (rollouts, critic_N, cut, lam, rule), found in zip(worlds, ask(chromium, cases, EXACT, source), strict=True):
+    for (rollouts, critic_N, cut, lam, rule), found in zip(worlds, ask(browser, cases, EXACT, source), strict=True):
         moments = conditional_moments(rollouts, critic_N, Estimator(cut_value=rule, lam=lam), cut)
         solution, bound = rollouts.solution, np.zeros_like(moments.mean_NA)
         if rule != "none":
@@ -166,26 +153,26 @@ def furthest_in_expectation(chromium: Any, num: int, source: str = LAWS) -> dict
     return largest
 
 
-def test_bias_bound_and_truth_are_sims_on_60_random_mdps_under_every_rule(chromium):
-    found = furthest_in_expectation(chromium, 60)
+def test_bias_bound_and_truth_are_sims_on_60_random_mdps_under_every_rule(browser):
+    found = furthest_in_expectation(browser, 60)
     assert all(difference < TOLERANCE for difference in found.values()), found
 
 
 @pytest.mark.parametrize(("right", "wrong"), [
     ("previous, critic: own", "previous: own, critic: own"), ("gamma * lam * next;", "lam * next;"), ("own, zero: 0", "own, zero: previous"),
 ])  # fmt: skip
-def test_a_slip_in_the_advantages_is_noticed(chromium, right, wrong):
+def test_a_slip_in_the_advantages_is_noticed(browser, right, wrong):
     assert LAWS.count(right) == 1
-    assert furthest(chromium, LAWS.replace(right, wrong)) > 1e-3
+    assert furthest(browser, LAWS.replace(right, wrong)) > 1e-3
 
 
 @pytest.mark.parametrize(("right", "wrong", "name"), [
     ("o.next === null || isCut ? 0", "o.next === null ? 0", "mean"), ("cut - nodes[n].depth - 1", "cut - nodes[n].depth", "bound"),
     ("previous: largestStep", "previous: largestValue", "bound"), ("(gamma * (1 - lam)) / (1 - gamma * lam)", "(1 - lam) / (1 - gamma * lam)", "bound"),
 ])  # fmt: skip
-def test_a_slip_in_the_exact_numbers_is_noticed(chromium, right, wrong, name):
+def test_a_slip_in_the_exact_numbers_is_noticed(browser, right, wrong, name):
     assert LAWS.count(right) == 1
-    assert furthest_in_expectation(chromium, 12, LAWS.replace(right, wrong))[name] > 1e-3
+    assert furthest_in_expectation(browser, 12, LAWS.replace(right, wrong))[name] > 1e-3
 
 
 @pytest.mark.parametrize(("name", "build"), [
@@ -193,10 +180,10 @@ def test_a_slip_in_the_exact_numbers_is_noticed(chromium, right, wrong, name):
     ("calm chain", lambda gamma: instances.calm_chain(length=24, gamma=gamma)),
     ("thinking", lambda gamma: instances.thinking(length=24, gamma=gamma)),
 ])  # fmt: skip
-def test_the_three_worlds_and_the_kinds_of_error_are_sims(chromium, name, build):
+def test_the_three_worlds_and_the_kinds_of_error_are_sims(browser, name, build):
     cases = [{"name": name, "gamma": gamma, "size": size} for gamma in (1.0, 0.9) for size in (-0.4, 0.0, 0.25)]
     found = ask(
-        chromium,
+        browser,
         cases,
         """c => { const nodes = laws.WORLDS[c.name](), s = laws.solve(nodes, c.gamma);
       return {...s, depth: nodes.map(n => n.depth), ...Object.fromEntries(Object.entries(laws.ERRORS).map(([k, f]) => [k, f(nodes, s.value, c.size)]))}; }""",
@@ -301,17 +288,17 @@ def test_a_row_that_ends_at_the_edge_is_not_cut_and_trains_both_models(page):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_is_whole_on_a_telephone_and_on_a_desk_in_both_schemes(chromium, width, dark):
-    show(chromium, width, 844, dark=dark)
-    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
-    assert chromium.execute_script(
+def test_it_is_whole_on_a_telephone_and_on_a_desk_in_both_schemes(browser, width, dark):
+    show(browser, width, 844, dark=dark)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(
         "return [...document.querySelectorAll('figure > svg')].every(s => s.clientHeight > 50 && s.querySelector('title').textContent.length > 20)"
     )
     small = "return [...document.querySelectorAll('.pictures *, .knobs *')].filter(e => e.textContent.trim() && parseFloat(getComputedStyle(e).fontSize) < 11).length"
-    assert chromium.execute_script(small) == 0
-    ink, paper = (brightness(chromium, name) for name in ("color", "backgroundColor"))
+    assert browser.execute_script(small) == 0
+    ink, paper = (brightness(browser, name) for name in ("color", "backgroundColor"))
     assert (paper < 60 < 180 < ink) if dark else (ink < 60 < 180 < paper)
-    assert [line for line in chromium.get_log("browser") if line["level"] == "SEVERE"] == []
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
 
 
 def brightness(driver: Any, name: str) -> float:
@@ -319,18 +306,15 @@ def brightness(driver: Any, name: str) -> float:
     return float(np.mean([float(x) for x in text[4:-1].split(",")[:3]]))
 
 
-def test_inside_a_page_of_the_site_its_scheme_counts(chromium, tmp_path):
+def test_inside_a_page_of_the_site_its_scheme_counts(browser, tmp_path):
     """Material's way of saying it, on the body of the page around."""
     for name in ("index.html", "laws.js", "widget.js", "widget.css"):
         (tmp_path / name).write_text((WIDGET / name).read_text())
     (tmp_path / "around.html").write_text("<body data-md-color-scheme=slate><iframe src=index.html width=900 height=900></iframe>")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    show(chromium, 1000, 900)
-    chromium.get(f"http://127.0.0.1:{server.server_port}/around.html")
-    inside = "return getComputedStyle(document.querySelector('iframe').contentDocument.documentElement).getPropertyValue('--page').trim()"
-    assert chromium.execute_script(inside) == "#16181d"
-    chromium.execute_async_script("document.body.dataset.mdColorScheme = 'default'; setTimeout(arguments[0], 50)")
-    assert chromium.execute_script(inside) == "#ffffff"
-    server.shutdown()
+    for address in serve(tmp_path):
+        show(browser, 1000, 900)
+        browser.get(f"{address}/around.html")
+        inside = "return getComputedStyle(document.querySelector('iframe').contentDocument.documentElement).getPropertyValue('--page').trim()"
+        assert browser.execute_script(inside) == "#16181d"
+        browser.execute_async_script("document.body.dataset.mdColorScheme = 'default'; setTimeout(arguments[0], 50)")
+        assert browser.execute_script(inside) == "#ffffff"
