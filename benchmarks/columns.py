@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from safetensors.numpy import load_file
 
-WALL_CLOCK = re.compile(r"time/.*|.*_per_s|.*/idle_s|eval/time_s|train_s|begin_s|stop_s|seconds")
+WALL_CLOCK = re.compile(r"time/.*|mfu/.*|memory/.*|.*_per_s|.*/idle_s|eval/time_s|train_s|begin_s|stop_s|seconds")
 """Metrics, and columns of a training run's tables, that no two runs have in common."""
 CONDITIONS = ("processor", "instructions", "torch", "numpy", "transformers", "python")
 """What numbers depend on besides the code."""

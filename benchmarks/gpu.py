@@ -11,8 +11,8 @@ are drawn where matplotlib is there, so also later and elsewhere. `--toy` runs a
     training    MFU and peak bytes of packed training in bfloat16 at Qwen2.5's 0.5B and 1.5B shapes; the peak over its prediction
     methods     trained tokens per second of the Trainer, PPO and T-PPO, at response lengths forced to a heavy tail
 
-MFU: (6 P N + 12 L H D S) / (seconds x the device's peak), P the weights that multiply, N the tokens fed, L layers, H heads of
-width D, S pairs of a token and one that it sees. Recomputation in the backward pass is not counted.
+MFU: model FLOPs (tppo_ref.rollout.flops, as a run counts them) / (seconds x the device's peak). Recomputation in the backward pass
+is not counted.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.common import RESULTS, provenance, whole_rows
 from tppo_ref.loop.learner import Learner
 from tppo_ref.loop.parallel import SingleProcess
+from tppo_ref.loop.peaks import peak_flops_per_s
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.advantages import egae
 from tppo_ref.method.records import Prompt
@@ -43,6 +44,7 @@ from tppo_ref.rollout import kernels
 from tppo_ref.rollout.attention import begins
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.engine import Decoded, Request
+from tppo_ref.rollout.flops import flops_of
 from tppo_ref.rollout.models import load_policy, load_value_model
 from tppo_ref.rollout.packing import TokenBatch
 from tppo_ref.rollout.torch_engine import TorchEngine
@@ -50,8 +52,6 @@ from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bfloat16, from the makers' data sheets; of another device no MFU is said."""
 COLUMNS = ("part", "case", "quantity", "unit", "value")
 SHAPES = {
     "toy": dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -129,13 +129,6 @@ def attention_rows(shape: dict[str, Any], lengths: list[int], kind: str) -> list
     return [("forward and backward", "s", seconds(calls[kind], 3))]
 
 
-def training_flops(policy: torch.nn.Module, shape: dict[str, Any], lengths: list[int]) -> float:
-    """Of one forward and backward pass over sequences of these lengths; a tied embedding counts once, as the head."""
-    multiplying = sum(p.numel() for p in policy.parameters() if p.dim() == 2)
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
-    return 6.0 * multiplying * sum(lengths) + 12.0 * shape["num_hidden_layers"] * shape["hidden_size"] * pairs
-
-
 def training_rows(shape: dict[str, Any], tokens: int, cap: int) -> list[Row]:
     """Packed training of one model: MFU, and the peak of memory beside 18 bytes a parameter and what is saved and computed anew."""
     policy = load_policy(dict(shape, model_type="qwen2", max_position_embeddings=cap), dtype="bfloat16", device=DEVICE)
@@ -148,11 +141,13 @@ def training_rows(shape: dict[str, Any], tokens: int, cap: int) -> list[Row]:
         torch.cuda.reset_peak_memory_stats()
     took = seconds(lambda: learner.update([[0]], lambda rows: policy(batch).mean(), step=1), 3)
     fed, num = sum(lengths), sum(p.numel() for p in policy.parameters())
-    flops = training_flops(policy, shape, lengths)
+    counted = flops_of(policy)
+    assert counted is not None
+    flops = counted.of_batch(batch, backward=True)
     rows = [("tokens per second", "tokens/s", fed / took), ("model FLOP per second", "FLOP/s", flops / took)]
     if DEVICE == "cuda":
-        name = torch.cuda.get_device_name()
-        rows += [("MFU", "share", flops / took / peak) for kind, peak in PEAK_FLOPS.items() if kind in name][:1]
+        if peak := peak_flops_per_s(torch.cuda.get_device_name()):
+            rows += [("MFU", "share", flops / took / peak)]
         saved = fed * shape["hidden_size"] * 2 * shape["num_hidden_layers"]
         layer = fed * 2 * (8 * shape["hidden_size"] + 6 * shape["intermediate_size"])
         logits = 2 * 4 * policy.logit_chunk_tokens * shape["vocab_size"]

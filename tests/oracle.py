@@ -201,9 +201,58 @@ class Oracle:
             self.past.append([row.response for row in rows if not row.reused])
         metrics["policy/reused_tokens"] = 0 if warming_up else sum(len(row.trained) for row in rows if row.reused)
         metrics["policy/logprob_gap"] = gap
+        metrics |= self._flops(window, rows, plan)
         metrics["policy/prefix_tokens"] = sum(len(row.response.prompt.token_ids) + row.fed_before for row in rows)
         self.steps += 1
         return metrics
+
+    def _flops(self, window: Window, rows: list[Row], plan: Plan) -> dict[str, float]:
+        """Multiplications and additions of a transformer's matrices and of causal attention, token by token."""
+        found, c = dict.fromkeys(("flops/rollout", "flops/forward", "flops/policy", "flops/value"), 0.0), self.config.policy
+        if not hasattr(self.policy, "hf"):
+            return dict.fromkeys(found, NAN)
+        by_id = {row.response.id: row for row in rows}
+
+        def one_pass(model: Any, response: Response, backward: bool, edge: int | None = None, kept: bool = False) -> float:
+            first, total = (0 if edge is None else len(response.prompt.token_ids) + edge - 1), 0.0
+            for i in range(len(response.prompt.token_ids) + len(response)):
+                if i >= first or not kept:
+                    total += self._token_flops(model, i) * (3 if backward and i >= first else 1)
+            outputs = len(response) - (edge or 0) + (model is self.value)
+            return total + self._head_flops(model) * outputs * (3 if backward else 1)
+
+        for response, begin in window.slices:
+            read = len(response.prompt.token_ids) + len(response) - 1  # nobody reads the last token
+            found["flops/rollout"] += sum(self._token_flops(self.policy, i) for i in range(read))
+            found["flops/rollout"] += self._head_flops(self.policy) * (len(response) - begin)
+        for row in rows:
+            found["flops/forward"] += one_pass(self.value, row.response, False)
+            if row.response.id in plan.recomputed:
+                found["flops/forward"] += one_pass(self.policy, row.response, False)
+        for n, minibatch in enumerate(plan.policy):
+            for row in (by_id[i] for i in minibatch):
+                edge = row.start if c.prefix == "constant" else None
+                kept = c.keep_prefix and n < len(plan.policy) // c.epochs
+                found["flops/policy"] += one_pass(self.policy, row.response, True, edge, kept)
+                if c.ewma_decay > 0:
+                    found["flops/policy"] += one_pass(self.policy, row.response, False, edge)
+        joint = self.config.value.update == "joint"
+        for i in (i for minibatch in plan.value for i in minibatch):
+            edge = by_id[i].start if joint and c.prefix == "constant" else None
+            found["flops/value"] += one_pass(self.value, self.seen[i], True, edge)
+        return found
+
+    @staticmethod
+    def _token_flops(model: Any, place: int) -> float:
+        """Of the token at `place`, 0 the first: it passes the matrices of all layers, and sees itself and all before it."""
+        config = model.hf.config
+        matrices = sum(m.weight.numel() for m in model.hf.base_model.modules() if isinstance(m, torch.nn.Linear))
+        head_width = config.hidden_size // config.num_attention_heads
+        scores_and_mix = 2 * 2 * head_width * (place + 1)
+        return 2 * matrices + config.num_hidden_layers * config.num_attention_heads * scores_and_mix
+
+    def _head_flops(self, model: Any) -> float:
+        return 2 * model.hf.config.hidden_size * (1 if model is self.value else model.hf.config.vocab_size)
 
     def gap(self, rows: list[Row], plan: Plan) -> float:
         """Engine against trainer, over this step's tokens of the rows that were recomputed: all of them, or a sample."""

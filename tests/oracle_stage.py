@@ -33,7 +33,7 @@ TOLERANCE = 1e-9
 TINY = dict(model_type="llama", vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=32, num_labels=1, bos_token_id=None, eos_token_id=END_ID,
             pad_token_id=None)  # fmt: skip
-WALL_CLOCK = ("time/", "rollout/tokens_per_s", "rollout/idle_s")  # measured, so nobody else can say what they are
+WALL_CLOCK = ("time/", "mfu/", "memory/", "rollout/tokens_per_s", "rollout/idle_s")  # measured: nobody else can say what they are
 
 
 # ------------------------------------------------------------------------------------------------- hand-made models and an engine

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tppo_ref.loop.ledger import Ledger, PhaseClock
+from tppo_ref.loop.ledger import Ledger
+from tppo_ref.loop.meters import PhaseClock
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.method.records import End, Prompt, Response, WindowSlice
 

@@ -29,7 +29,7 @@ from helpers import (
 )
 
 import tppo_ref.loop.updates
-from tppo_ref.loop.ledger import PhaseClock
+from tppo_ref.loop.meters import PhaseClock
 from tppo_ref.method.errors import NonFiniteError
 from tppo_ref.method.records import End
 from tppo_ref.rollout.packing import TokenBatch

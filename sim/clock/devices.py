@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tppo_ref.loop.peaks import PEAK_FLOPS_PER_S
+
 MIB = 1 << 20
 
 
@@ -51,8 +53,8 @@ class Accelerator:
 
 
 _HOPPER = Accelerator(
-    name="H100", flops_per_s=989e12, memory_bytes_per_s=3.35e12, memory_bytes=81_559 * MIB, node_link_bytes_per_s=450e9,
-    network_bytes_per_s=50e9, host_link_bytes_per_s=64e9,
+    name="H100", flops_per_s=PEAK_FLOPS_PER_S["H100"], memory_bytes_per_s=3.35e12, memory_bytes=81_559 * MIB,
+    node_link_bytes_per_s=450e9, network_bytes_per_s=50e9, host_link_bytes_per_s=64e9,
     source="FLOP/s, HBM: primary [V]. NVLink 900 GB/s total, PCIe 128 GB/s total: NVIDIA H100 (SXM) data sheet [V]. One 400 Gb/s "
     "adapter per GPU: NVIDIA DGX H100 data sheet [V]. Bytes: nvidia-smi [2].",
 )  # fmt: skip
@@ -69,20 +71,20 @@ ACCELERATORS: dict[str, Accelerator] = {
         source="FLOP/s, HBM: primary [V]. Links as H100: NVIDIA H200 data sheet [V]. Bytes: nvidia-smi [2].",
     ),
     "B200": Accelerator(
-        name="B200", flops_per_s=2250e12, memory_bytes_per_s=7.67e12, memory_bytes=183_359 * MIB, node_link_bytes_per_s=900e9,
-        network_bytes_per_s=50e9, host_link_bytes_per_s=64e9,
+        name="B200", flops_per_s=PEAK_FLOPS_PER_S["B200"], memory_bytes_per_s=7.67e12, memory_bytes=183_359 * MIB,
+        node_link_bytes_per_s=900e9, network_bytes_per_s=50e9, host_link_bytes_per_s=64e9,
         source="HGX, 1,000 W. 2.25 PFLOP/s dense in bf16, 7.67 TB/s (7,680 bits at 3,996 MHz, as the driver says): pytorch/ao pull "
         "request 4002 [V]; NVLink 1.8 TB/s total: HGX B200 as rented out (docs.vultr.com) [2]. Bytes: nvidia-smi (NVIDIA/TensorRT-"
         "LLM issue 10278) [2]. One 400 Gb/s adapter per GPU, PCIe as H100 [I].",
     ),
     "H20": dataclasses.replace(
-        _HOPPER, name="H20", flops_per_s=148e12, memory_bytes_per_s=4.0e12, memory_bytes=97_871 * MIB,
+        _HOPPER, name="H20", flops_per_s=PEAK_FLOPS_PER_S["H20"], memory_bytes_per_s=4.0e12, memory_bytes=97_871 * MIB,
         source="no public data sheet; 148 TFLOP/s, 96 GB at 4.0 TB/s, NVLink 900 GB/s total: press and framework tables agree [2]. "
         "Bytes: nvidia-smi [2]. Network and PCIe as H100 [I].",
     ),
     "A100": Accelerator(
-        name="A100", flops_per_s=312e12, memory_bytes_per_s=2.039e12, memory_bytes=81_920 * MIB, node_link_bytes_per_s=300e9,
-        network_bytes_per_s=25e9, host_link_bytes_per_s=32e9,
+        name="A100", flops_per_s=PEAK_FLOPS_PER_S["A100"], memory_bytes_per_s=2.039e12, memory_bytes=81_920 * MIB,
+        node_link_bytes_per_s=300e9, network_bytes_per_s=25e9, host_link_bytes_per_s=32e9,
         source="80 GB SXM. 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s total, PCIe 64 GB/s total: NVIDIA A100 data sheet [V]. One 200 "
         "Gb/s adapter per GPU: NVIDIA DGX A100 data sheet [V]. Bytes: nvidia-smi [2].",
     ),

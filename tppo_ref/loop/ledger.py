@@ -11,11 +11,9 @@ yet to see.
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
@@ -23,32 +21,6 @@ from tppo_ref.method.records import End, Response, WindowSlice
 from tppo_ref.rollout.batcher import Batcher
 
 OUTCOMES = ("trained", "excluded_tail", "excluded_warmup")
-
-
-class PhaseClock:
-    """Seconds by phase of one step: `with clock("rollout"): ...`.
-
-    kind   wall: seconds that go by; cpu: those in which this process computes. Its threads are added up, its children (verifiers)
-           and devices are not seen, waiting costs nothing
-    """
-
-    def __init__(self, kind: Literal["wall", "cpu"] = "wall") -> None:
-        self.now = time.process_time if kind == "cpu" else time.perf_counter
-        self.begin = self.now()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = self.now()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - begin
-
-    def metrics(self) -> dict[str, float]:
-        step_s = self.now() - self.begin
-        phases = {f"time/{name}_s": seconds for name, seconds in self.seconds.items()}
-        return {"time/step_s": step_s, **phases, "time/other_s": step_s - sum(self.seconds.values())}
 
 
 class Ledger:

@@ -139,13 +139,16 @@ class ValueConfig:
 
 
 class Seeded(Protocol):
-    """The part of a run's settings that the loop reads: what it draws from, and the clock of its phases."""
+    """The part of a run's settings that the loop reads: what it draws from, the clock of its phases, what its devices promise."""
 
     @property
     def seed(self) -> int: ...
 
     @property
     def clock(self) -> Literal["wall", "cpu"]: ...
+
+    @property
+    def peak_tflops(self) -> float: ...
 
 
 class Settings(Protocol):

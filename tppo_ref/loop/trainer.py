@@ -28,7 +28,8 @@ import torch
 from tppo_ref.loop.estimates import Advantages, estimate_advantages
 from tppo_ref.loop.forward import Forward, dtype_of, forward, remember_values
 from tppo_ref.loop.learner import Learner, Plan
-from tppo_ref.loop.ledger import Ledger, PhaseClock
+from tppo_ref.loop.ledger import Ledger
+from tppo_ref.loop.meters import Memory, Meters
 from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import Settings
@@ -60,6 +61,7 @@ class Trainer:
 
     averaged   for policy.ewma_decay: a second copy of the policy, where it cannot be deep-copied (sharded ones)
     observer   sees each step's data, for whoever studies them
+    memory     the device's counters, where they are not CUDA's
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Trainer:
         device: torch.device | str = "cpu",
         averaged: torch.nn.Module | None = None,
         observer: Observer | None = None,
+        memory: Memory | None = None,
     ):
         self.config, self.engine, self.batcher, self.scorer, self.device = config, engine, batcher, scorer, device
         self.parallel: Parallel = parallel or SingleProcess()
@@ -85,6 +88,9 @@ class Trainer:
         self.ewma: Ewma | None = None
         if config.policy.ewma_decay:
             self.ewma = Ewma(averaged if averaged is not None else copy.deepcopy(policy), config.policy.ewma_decay)
+        models = [policy, value, *([self.ewma.module] if self.ewma else [])]
+        self.meters = Meters(models, self.parallel, clock=config.run.clock, device=device, peak=1e12 * config.run.peak_tflops,
+                             memory=memory)  # fmt: skip
         self.ledger = Ledger(self.parallel)
         self.num_steps = 0
         self.version = 0  # of the policy's weights: one more per sync
@@ -97,14 +103,17 @@ class Trainer:
         """One window and the updates on it, in the README's eight lines. In the first `value.warmup_steps` steps the value model is
         trained alone: the policy has no mini-batch, and the books count its tokens as lost [P]."""
         self.num_steps += 1
-        config, clock = self.config, PhaseClock(self.config.run.clock)
+        config, phase = self.config, self.meters
+        phase.begin()
         warming_up = self.num_steps <= config.value.warmup_steps
-        with clock("rollout"):  # 1
-            self.slices = self.batcher.window(self.engine, version=self.version, on_end=self.scorer.submit)
-            self.engine.sleep()
-        with clock("verify"):  # 2
+        with phase("rollout"):  # 1
+            engine = phase.decoding(self.engine)
+            self.slices = self.batcher.window(engine, version=self.version, on_end=self.scorer.submit)
+            engine.sleep()
+            phase.decoded(self.slices)
+        with phase("verify"):  # 2
             self.ledger.enter_scores(self.slices, self.scorer.collect())
-        with clock("forward"):  # 3 and 4
+        with phase("forward"):  # 3 and 4
             rows = self._rows()
             policy_plans = self._plans(self.policy_learner, rows.responses, rows.train_BT)
             before = forward(
@@ -113,12 +122,12 @@ class Trainer:
             )  # fmt: skip
             remember_values(rows, before.values_BT)
             advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout.window, self.parallel)
-        with clock("policy"):  # 5
+        with phase("policy"):  # 5
             metrics |= update_policy(
                 self.policy_learner, rows, before, advantages.scaled_BT, [] if warming_up else policy_plans, step=self.num_steps,
                 ewma=self.ewma,
             )  # fmt: skip
-        with clock("value"):  # 6, and 8
+        with phase("value"):  # 6, and 8
             if config.value.update == "joint":
                 batch = joint_batch(rows, before, advantages, constant_prefix=config.policy.prefix == "constant")
                 value_plans = policy_plans  # the same mini-batches
@@ -126,7 +135,7 @@ class Trainer:
                 batch = self._ended_batch()
                 value_plans = self._plans(self.value_learner, batch.responses, batch.mask_BT)
             metrics |= update_value(self.value_learner, batch, value_plans, step=self.num_steps)
-        with clock("sync"):  # 7
+        with phase("sync"):  # 7
             self.version += 1
             self.ledger.updates_at[self.version] = self.policy_learner.num_updates
             self.engine.load_weights(self.policy_learner.module.named_tensors(), self.version)
@@ -134,8 +143,8 @@ class Trainer:
             self.observer(rows, before, advantages, batch)
         metrics["policy/logprob_gap"] = before.gap
         metrics |= self._settle(rows, batch, warming_up=warming_up)
-        metrics |= self.ledger.window_metrics(self.slices, self.batcher, clock.seconds["rollout"])
-        metrics |= clock.metrics()
+        metrics |= self.ledger.window_metrics(self.slices, self.batcher, phase.clock.seconds["rollout"])
+        metrics |= phase.metrics()
         self.train_s += metrics["time/step_s"]
         return metrics | {"time/train_s": self.train_s}
 

@@ -118,6 +118,10 @@ class RunConfig:
     """Warn when a trained token was sampled more than this many weight versions ago. [O]"""
     wandb_project: str = ""
     """Weights & Biases: log to this project, too; empty = do not. Needs `pip install wandb`. [O]"""
+    peak_tflops: NotNegative = 0.0
+    """Dense TFLOP/s that one device promises, for mfu/; 0 = by its name (tppo_ref/loop/peaks.py), or no MFU. [O]"""
+    profile_steps: str = ""
+    """Steps FIRST:LAST, both included, of which each rank writes a torch profiler trace to out/profile; empty = none. [O]"""
     cut_warning: Unit = 0.9
     """Warn when more than this share of a step's rows is cut or capped. [O]"""
 
@@ -154,7 +158,8 @@ class Config:
 
 FREE_ON_RESUME = (
     "run.out", "run.cache", "run.resume", "run.steps", "run.train_seconds", "run.checkpoint_every", "run.progress",
-    "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "run.wandb_project", "compare.methods", "compare.seeds",
+    "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "run.wandb_project", "run.peak_tflops", "run.profile_steps",
+    "compare.methods", "compare.seeds",
     "compare.jobs", "compare.target", "compare.per_method", "model.policy", "model.value",
 )  # fmt: skip
 """May differ between a checkpoint and the run that goes on from it: they say where and how long, not what is computed."""

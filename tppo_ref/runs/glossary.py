@@ -14,6 +14,30 @@ class Metric(NamedTuple):
     healthy: str
 
 
+MODEL_FLOPS = "2 P n + 4 L H D s + 2 W m"
+MFU = "{} / (seconds of the slowest rank x ranks x peak FLOP/s); null where no peak is known (run.peak_tflops)"
+
+FLOPS = {
+    "flops/rollout": Metric(f"decoding: {MODEL_FLOPS}, what stood before the window read once", "step", "FLOP", "steady"),
+    "flops/forward": Metric(f"values and old log-probabilities: {MODEL_FLOPS}", "step", "FLOP", "steady"),
+    "flops/policy": Metric(f"policy updates: 3 x ({MODEL_FLOPS}), once what is read without gradient", "step", "FLOP", "steady"),
+    "flops/value": Metric(f"value updates: 3 x ({MODEL_FLOPS})", "step", "FLOP", "steady"),
+    "mfu/rollout": Metric(MFU.format("flops/rollout"), "step", "share", "low: memory sets its pace"),
+    "mfu/forward": Metric(MFU.format("flops/forward"), "step", "share", "as mfu/policy"),
+    "mfu/policy": Metric(MFU.format("flops/policy"), "step", "share", "0.3 to 0.6 on GPUs"),
+    "mfu/value": Metric(MFU.format("flops/value"), "step", "share", "as mfu/policy"),
+}
+
+MEMORY = {
+    f"memory/{phase}_{which}": Metric(f"{what}; fullest rank, null on a CPU", f"phase {phase}", "bytes", healthy)
+    for phase in ("rollout", "forward", "policy", "value", "sync")
+    for which, what, healthy in (
+        ("allocated", "most that torch's tensors took (max_memory_allocated)", "as the dry run says"),
+        ("reserved", "most that torch's allocator held (max_memory_reserved)", "little above allocated"),
+        ("used", "of the device at the phase's end, by whomever (mem_get_info)", "below the device's size"),
+    )
+}
+
 GLOSSARY: dict[str, Metric] = {
     "time/train_s": Metric("sum of time/step_s: the training clock", "run", "s", "rises"),
     "time/step_s": Metric("wall-clock of the step, evaluation and checkpoints excluded", "step", "s", "steady"),
@@ -24,6 +48,8 @@ GLOSSARY: dict[str, Metric] = {
     "time/value_s": Metric("value updates", "step", "s", "steady"),
     "time/sync_s": Metric("weights to the engine", "step", "s", "small"),
     "time/other_s": Metric("time/step_s less the phases above", "step", "s", "at most 5 % of time/step_s"),
+    **FLOPS,
+    **MEMORY,
     "rollout/decode_steps": Metric("decode steps of the window", "step", "steps", "T-PPO: the window; PPO: the longest response"),
     "rollout/tokens": Metric("response tokens sampled", "step", "tokens", "steady"),
     "rollout/tokens_per_s": Metric("rollout/tokens / time/rollout_s", "step", "tokens/s", "steady"),
