@@ -228,7 +228,8 @@ class Oracle:
         for row in rows:
             found["flops/forward"] += one_pass(self.value, row.response, False)
             if row.response.id in plan.recomputed:
-                found["flops/forward"] += one_pass(self.policy, row.response, False)
+                edge = row.start if c.prefix == "constant" else None  # what stands before it has no log-probability
+                found["flops/forward"] += one_pass(self.policy, row.response, False, edge)
         for n, minibatch in enumerate(plan.policy):
             for row in (by_id[i] for i in minibatch):
                 edge = row.start if c.prefix == "constant" else None

@@ -134,7 +134,7 @@ class Meters:
         peak: float = 0.0,
         memory: Memory | None = None,
     ):
-        device = torch.device(device)
+        self.device = device = torch.device(device)
         self.parallel, self.clock_kind, self.memory, self.witness = parallel, clock, memory, None
         self.peak = peak or (peak_flops_per_s(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
         if memory is None and device.type == "cuda":

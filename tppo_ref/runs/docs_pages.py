@@ -69,10 +69,10 @@ def metrics_markdown() -> str:
         "# Metrics\n\nMade by `python -m tppo_ref.runs.docs_pages` from tppo_ref/runs/glossary.py. A mean, share or maximum of "
         "nothing (the score of a\nstep in which no response ended, the loss of a step without an update) is NaN, null in "
         "metrics.jsonl; a count of nothing is 0.\n\n"
-        "FLOPs are the model's (tppo_ref/rollout/flops.py), added up over ranks: P weights of the layers' matrices, n tokens fed, L "
-        "layers of H\nheads D wide, s pairs of a token and one that it sees (itself too), W weights of the head, m outputs. With a "
-        "backward pass three times\nthat; a layer that is computed anew in it counts once. MFU is their share of what the devices "
-        "promise, dense in bfloat16, by\ntppo_ref/loop/peaks.py or run.peak_tflops.\n\n"
+        "FLOPs are the model's (tppo_ref/rollout/flops.py), added up over ranks: P weights of the layers' matrices, n tokens fed,\n"
+        "L layers of H heads D wide, s pairs of a token and one that it sees (itself too), W weights of the head, m outputs.\n"
+        "With a backward pass three times that; a layer that is computed anew in it counts once. MFU is their share of what\n"
+        "the devices promise, dense in bfloat16 (tppo_ref/loop/peaks.py, or run.peak_tflops).\n\n"
     )
     return head + glossary_markdown()
 

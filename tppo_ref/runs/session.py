@@ -2,7 +2,8 @@
 
 A run's folder: config.json, versions.json, references.json (prompts whose reference fails against itself), metrics.jsonl,
 tensorboard/, responses.csv (each response that ended), timeline.csv (the decoding slots over time), decode.csv and
-eval_decode.csv (load and seconds of each decode step of the windows, and of the evaluations, whose batch shrinks), checkpoints/.
+eval_decode.csv (load and seconds of each decode step of the windows, and of the evaluations, whose batch shrinks), checkpoints/,
+profile/ (traces of run.profile_steps).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tppo_ref.method.errors import NonFiniteError
 from tppo_ref.runs.checkpoint import complete_checkpoints
 from tppo_ref.runs.evaluate import write_answers
 from tppo_ref.runs.parts import Parts
+from tppo_ref.runs.profiler import Profiler
 from tppo_ref.runs.run_files import RunFiles
 from tppo_ref.runs.stop import PoliteStop
 from tppo_ref.runs.watch import forewarn
@@ -37,6 +39,7 @@ class Session:
         if parts.resume_from is not None:
             parts.checkpointer.load(self.trainer, parts.resume_from)
         parts.engine.load_weights(parts.policy.named_tensors(), self.trainer.version)
+        self.profiler = Profiler(self.out / "profile", self.config.run.profile_steps, self.trainer.meters, parts.parallel.rank)
         self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
         self.files: RunFiles | None = None  # on the first rank, which talks to people
         if parts.parallel.rank == 0:
@@ -75,7 +78,8 @@ class Session:
     def step(self) -> dict[str, float]:
         """One training step, written down."""
         trainer, begin_s = self.trainer, self.trainer.train_s
-        metrics = trainer.step()
+        with self.profiler(trainer.num_steps + 1):
+            metrics = trainer.step()
         step, clock = trainer.num_steps, f"{trainer.train_s:.4f}"
         ended = [s.response for s in trainer.slices if s.response.ended]
         rows = [(step, clock, r.id, r.prompt.id, len(r), r.end.name, r.score) for r in ended]
@@ -115,6 +119,7 @@ class Session:
         return self.parts.checkpointer.save(self.trainer)
 
     def close(self) -> None:
+        self.profiler.close()
         self.parts.scorer.close()
         if self.files:
             self.files.close()

@@ -35,6 +35,21 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             raise UserError(refusal(f"{prefix}{name}", str(value), f"{kind} {bounds}{largest}{null}"))
 
 
+MOST_STEPS = 5
+"""Training steps that a run may trace."""
+
+
+def steps_of(text: str) -> range | None:
+    """The steps that run.profile_steps names, FIRST:LAST with both included; none for "". None where it names none, or too many."""
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if match is None:
+        return None
+    first, last = map(int, match.groups())
+    return range(first, last + 1) if 1 <= first <= last < first + MOST_STEPS else None
+
+
 # -------------------------------------------------------------------------------------------------------------- several fields
 
 
@@ -68,6 +83,8 @@ IMPOSSIBLE = (
             "0 where rows are cut: only whole responses are trained on again", "give --run.method geppo"),
     Refusal("run.clock", lambda c: c.run.clock == "cpu" and c.model.device != "cpu",
             "wall with model.device {model.device}, whose work this process's CPU seconds do not count"),
+    Refusal("run.profile_steps", lambda c: steps_of(c.run.profile_steps) is None,
+            f"FIRST:LAST, as 3:5, the first step being 1, at most {MOST_STEPS} steps; or nothing"),
     Refusal("policy.keep_prefix",
             lambda c: c.policy.keep_prefix and (c.policy.prefix, c.policy.old_logprobs) != ("constant", "recompute"),
             "false, or policy.prefix constant with policy.old_logprobs recompute, which fills it"),
