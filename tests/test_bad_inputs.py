@@ -110,6 +110,7 @@ def test_a_models_config_that_cannot_be_read(refused, content):
     (("--model.num_layers", "1000000000"), "model.num_layers: got 1000000000"), (("--task.path", "p.jsonl"), "task.path: got p.jsonl; expected it left out"),
     (("--rollout.max_response_tokens", "100000000"), "the model's context"), (("--run.out", "a\0b"), "run.out"), (("--model.value", "nowhere"), "model.value"),
     (("--model.device", "meta"), "device"), (("--model.policy", "x" * 5000), "no such file"), (("--task.verifier_timeout_s", "1e300"), "verifier_timeout_s"),
+    (("--run.profile_steps", "5:3"), "run.profile_steps: got 5:3; expected FIRST:LAST, as 3:5"), (("--run.peak_tflops", "-1"), "run.peak_tflops: got -1"),
 ])  # fmt: skip
 def test_what_is_refused_before_a_base_model_is_made(refused, argv, said):
     assert said in refused("train", *argv)
