@@ -121,7 +121,7 @@ class RunConfig:
     peak_tflops: NotNegative = 0.0
     """Dense TFLOP/s that one device promises, for mfu/; 0 = by its name (tppo_ref/loop/peaks.py), or no MFU. [O]"""
     profile_steps: str = ""
-    """Steps FIRST:LAST, both included ("3:5"; in a file with its quotes), that each rank traces into out/profile; empty = none. [O]"""
+    """Steps FIRST:LAST ("3:5", in a file with its quotes) that each rank traces, into out/profile; empty = none. [O]"""
     cut_warning: Unit = 0.9
     """Warn when more than this share of a step's rows is cut or capped. [O]"""
 
