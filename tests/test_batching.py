@@ -236,6 +236,13 @@ def test_F7_segments_of_a_response_sum_to_at_most_the_cap_and_a_continued_one_ge
     assert all(total <= plan.cap for total in spent.values())
 
 
+def test_before_the_first_window_there_is_nothing_to_tell():
+    stream = SampleStream([Prompt(id=0, token_ids=(1,), answer="")], samples_per_prompt=1, seed=0)
+    batcher = SuccessiveBatcher(SlotSchedule(slots=2, window=3, max_response_tokens=4), stream, run_seed=RUN_SEED)
+    assert batcher.segments == batcher.slices == batcher.step_ends_s == []
+    assert (batcher.in_flight, batcher.num_generated_tokens) == ({}, 0)
+
+
 @LAW
 @given(plans())
 @example(Plan(lengths=(10,), window=4, cap=10))

@@ -353,6 +353,14 @@ def test_too_many_stretches_are_refused_before_they_fill_the_memory():
         conditional_moments(Rollouts(mdp, policy_NA, limit=40), np.zeros(6), ESTIMATORS["egae"], 2)
 
 
+def test_as_many_stretches_as_the_limit_are_taken_and_one_more_is_not():
+    mdp, policy_NA, _ = instances.noisy_reward(length=6)
+    num = len(Rollouts(mdp, policy_NA).stretches(2).mask_BT)
+    assert len(Rollouts(mdp, policy_NA, limit=num).stretches(2).mask_BT) == num
+    with pytest.raises(ValueError, match=f"more than {num - 1} stretches"):
+        Rollouts(mdp, policy_NA, limit=num - 1).stretches(2)
+
+
 def test_other_mistakes_are_named(thinking):
     mdp, policy_NA, v = thinking.mdp, thinking.policy_NA, thinking.solution.value_N
     for spec, words in (("nose:0.1", "did you mean noise?"), ("noise", "expected noise:SIZE"), ("noise:x", "expected noise:SIZE"),

@@ -612,6 +612,16 @@ def test_with_gamma_below_one_the_undiscounted_gradient_is_not_the_slope_but_ppo
     close(gradient, s.visits_N[:, None] * policy_NA * s.advantage_NA)
 
 
+@pytest.mark.parametrize("every_token", [False, True])
+def test_rewards_of_random_instances_fill_the_range_from_minus_1_to_1(every_token):
+    mdps = [instances.random(seed=seed, outcomes=3, every_token=every_token)[0] for seed in range(40)]
+    drawn = np.concatenate([mdp.reward_E[mdp.end_E != End.LENGTH_CAP] for mdp in mdps])  # without what the cap adds
+    assert -1 <= drawn.min() < -0.9
+    assert 0.9 < drawn.max() <= 1
+    given = drawn[drawn != 0]
+    assert abs(given.mean()) < 4 * np.sqrt(1 / 3 / len(given))  # of a uniform number on [-1, 1]: mean 0, variance 1/3
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gradient_by_state_is_the_slope_by_shared_logits(seed):
     mdp, _, _ = instances.random(seed=seed, outcomes=2, gamma=1.0 if seed % 2 else 0.8, num_states=4)
