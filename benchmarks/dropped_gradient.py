@@ -37,8 +37,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.ablations import SHARED, TASKS, prepare, quiet
 from benchmarks.common import RESULTS, provenance, whole_rows
+from benchmarks.equal_tokens import SHARED, TASKS, prepare, quiet
 from sim.lab.learning import write_csv
 from tppo_ref.loop.rows import Rows
 from tppo_ref.rollout.models import PolicyModel

@@ -26,8 +26,8 @@ import numpy as np
 from scipy import stats
 
 from benchmarks import prefix_learning
-from benchmarks.ablations import SHARED, prepare, quiet, read_whole
 from benchmarks.common import RESULTS, report
+from benchmarks.equal_tokens import SHARED, prepare, quiet, read_whole
 from benchmarks.fair_headline import small_critic
 from tppo_ref.runs.build import build
 from tppo_ref.runs.config import Config

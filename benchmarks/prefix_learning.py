@@ -3,7 +3,7 @@
     python -m benchmarks.prefix_learning [--seeds 16] [--tasks chain fork length] [--budget 30720]
 
 Arms, scores, contrasts, verdicts and stopping rule: prestated/2026-11-21-constant-prefix.md, written before the first run. Runs,
-marks and scores are those of benchmarks/ablations.py: the budget is in generated tokens, so a busy machine makes it later, not
+marks and scores are those of benchmarks/equal_tokens.py: the budget is in generated tokens, so a busy machine makes it later, not
 different.
 Each run's rows go to results/prefix_learning.csv when it ends; the same command goes on where it was stopped. One thread. Prints a
 contrast per task and score; `--seeds 0` prints what is there.
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.ablations import (
-    ARMS,
+from benchmarks.common import RESULTS
+from benchmarks.critic_batches import contrast
+from benchmarks.equal_tokens import (
     BUDGET,
     KEY,
     NUM_MARKS,
@@ -40,10 +41,9 @@ from benchmarks.ablations import (
     run_one,
     score,
 )
-from benchmarks.common import RESULTS
-from benchmarks.critic_batches import contrast
 
 BASE, ARM = "tppo", "constant-prefix"
+ARMS = {BASE: Arm(), ARM: Arm(fields={"policy.prefix": "constant"})}
 PATH = RESULTS / "prefix_learning.csv"
 
 
@@ -81,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{name}: got {getattr(arguments, name)}; expected an integer of at least {least}")
     torch.set_num_threads(1)
     quiet()
-    ARMS[ARM] = Arm(fields={"policy.prefix": "constant"})  # `benchmarks.ablations` neither runs nor compares it
     there = {tuple(row[name] for name in KEY) for row in keep_whole(arguments.out)}
     keys = list(itertools.product(range(arguments.seeds), arguments.tasks, (BASE, ARM)))
     missing = [(task, arm, seed, arguments.budget) for seed, task, arm in keys if (task, arm, seed, arguments.budget) not in there]
@@ -90,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for done, (task, arm, seed, budget) in enumerate(missing):
             fields, start = prepared[task]
-            append(arguments.out, run_one(Job(task=task, arm=arm, seed=seed, budget_tokens=budget, fields=fields, start=start)))
+            append(
+                arguments.out,
+                run_one(Job(task=task, arm=arm, what=ARMS[arm], seed=seed, budget_tokens=budget, fields=fields, start=start)),
+            )
             print(f"{done + 1} of {len(missing)}: {task} {arm} seed {seed}", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; whole runs are in {arguments.out}, and the same command goes on with the others", file=sys.stderr)

@@ -19,8 +19,9 @@ from helpers import one_thread  # noqa: F401  (a fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import ablations
-from benchmarks.ablations import ARMS, COLUMNS, COMPARISONS, NUM_MARKS, Job, Score
+from benchmarks import ablations, equal_tokens, workers
+from benchmarks.ablations import ARMS, COMPARISONS
+from benchmarks.equal_tokens import COLUMNS, NUM_MARKS, Job, Score
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import field_paths, get_field
@@ -33,6 +34,7 @@ def job(task="chain", arm="tppo", seed=0, **fields) -> Job:
     return Job(
         task=task,
         arm=arm,
+        what=ARMS[arm],
         seed=seed,
         budget_tokens=BUDGET,
         fields={"task.name": task, "model.value": "critic", **fields},
@@ -71,7 +73,7 @@ def test_every_comparison_is_of_arms_that_exist_and_every_arm_is_compared():
 def test_windows_end_at_the_marks_so_that_none_of_them_gets_more_tokens_than_another():
     slots = Config().rollout.slots
     for name in ("tppo", "window-16", "window-32", "window-320"):  # 128 ends at every other one: the rest is interpolated
-        assert ablations.BUDGET / NUM_MARKS % (slots * job(arm=name).config().rollout.window) == 0, name
+        assert equal_tokens.BUDGET / NUM_MARKS % (slots * job(arm=name).config().rollout.window) == 0, name
     assert job(arm="window-320").config().rollout.window == Config().rollout.max_response_tokens
 
 
@@ -114,7 +116,7 @@ def test_whole_runs_are_appended_and_failed_ones_named_with_their_reason(tmp_pat
     arms = ["tppo", "ppo", "zero-cut", "tail-none", "partial-is"]
     failed = ablations.run_all([fake(job(arm=arm)) for arm in arms], path, num_workers, COMMAND)
     assert sorted(failed) == ["chain ppo seed 0: its process ended with code 3", "chain tail-none seed 0: NonFiniteError: step 3"]
-    rows, others = ablations.read_whole(path)
+    rows, others = equal_tokens.read_whole(path)
     assert others == 0
     assert sorted({row["arm"] for row in rows}) == ["partial-is", "tppo", "zero-cut"]
     assert [row for row in rows if row["arm"] == "tppo"] == [pytest.approx(row, nan_ok=True) for row in rows_of(job())]
@@ -122,8 +124,8 @@ def test_whole_runs_are_appended_and_failed_ones_named_with_their_reason(tmp_pat
 
 def test_ctrl_c_keeps_what_is_whole_and_leaves_no_worker_behind(tmp_path, monkeypatch):
     path, started = tmp_path / "ablations.csv", []
-    popen = ablations.subprocess.Popen
-    monkeypatch.setattr(ablations.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    popen = workers.subprocess.Popen
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
 
     def interrupt():
         while not path.exists():
@@ -135,21 +137,21 @@ def test_ctrl_c_keeps_what_is_whole_and_leaves_no_worker_behind(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         ablations.run_all([fake(job()), fake(job(arm="tail-defer"))], path, 1, COMMAND)
     assert [process.wait(timeout=5) for process in started] == [-signal.SIGKILL]
-    assert len(ablations.read_whole(path)[0]) == NUM_MARKS + 1
+    assert len(equal_tokens.read_whole(path)[0]) == NUM_MARKS + 1
 
 
 def test_a_file_cut_off_at_any_byte_keeps_its_whole_runs_and_is_made_whole_again(tmp_path):
     path, runs = tmp_path / "ablations.csv", [rows_of(job(arm=arm)) for arm in ("tppo", "ppo", "zero-cut")]
     for run in runs:
-        ablations.append(path, run)
+        equal_tokens.append(path, run)
     whole = path.read_text()
     ends = [0] + [sum(len(line) + 1 for line in whole.splitlines()[: 1 + (i + 1) * (NUM_MARKS + 1)]) for i in range(3)]
     for size in sorted({*range(len(whole.splitlines()[0]) + 1, len(whole), 9), *ends[1:], *(end - 1 for end in ends[1:])}):
         path.write_text(whole[:size])
-        kept = ablations.keep_whole(path)
+        kept = equal_tokens.keep_whole(path)
         assert len(kept) == (NUM_MARKS + 1) * sum(size >= end for end in ends[1:]), size
         for run in runs[len(kept) // (NUM_MARKS + 1) :]:
-            ablations.append(path, run)
+            equal_tokens.append(path, run)
         assert path.read_text() == whole
 
 
@@ -157,7 +159,7 @@ def test_a_file_with_other_columns_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "ablations.csv"
     path.write_text("task,arm\nchain,tppo\n")
     with pytest.raises(UserError, match="expected the columns task, arm, seed"):
-        ablations.keep_whole(path)
+        equal_tokens.keep_whole(path)
     assert path.read_text() == "task,arm\nchain,tppo\n"
 
 
@@ -234,7 +236,7 @@ def test_the_command_says_what_it_did_and_goes_on_where_it_was(planned, tmp_path
 
 def test_a_worker_answers_a_job_that_cannot_run_with_the_reason_and_goes_on():
     broken, out = json.dumps(vars(job(**{"run.cache": "/proc/nowhere", "model.value": None}))), io.StringIO()
-    ablations.serve([broken, broken], out)
+    workers.serve([broken, broken], out)
     for line in out.getvalue().splitlines(keepends=True):
         assert line.endswith("\n")
         assert "run.cache: got /proc/nowhere; expected" in json.loads(line)["error"]
@@ -273,13 +275,13 @@ def test_a_verdict_needs_two_seeds_and_an_interval_without_zero(differences, exp
 
 def test_the_score_of_a_worked_example():
     # Trapezoids over thirds: (.25 + .5)/2, .5, (.5 + .75)/2, their mean; final: the mean at 2000 and 3000 tokens.
-    assert ablations.score(rows_of(job())) == pytest.approx(Score(area=(0.375 + 0.5 + 0.625) / 3, final=0.625))
+    assert equal_tokens.score(rows_of(job())) == pytest.approx(Score(area=(0.375 + 0.5 + 0.625) / 3, final=0.625))
 
 
 def test_a_run_that_overshoots_its_marks_is_read_at_the_marks():
     # Accuracy is a line in the tokens, wherever it is evaluated: 0 at 0, 0.6 at 3000.
     tokens = (0, 1100, 2600, 3500)
-    overshot = ablations.score(rows_of(job(), [t * 2e-4 for t in tokens], tokens))
+    overshot = equal_tokens.score(rows_of(job(), [t * 2e-4 for t in tokens], tokens))
     assert overshot == pytest.approx(Score(area=0.3, final=0.5))
 
 
@@ -317,11 +319,19 @@ TINY = {
 @pytest.mark.usefixtures("one_thread")
 def test_a_real_run_gives_whole_reproducible_rows_and_refuses_failed_verifications(tmp_path):
     fields, start = ablations.prepare("length", {**TINY, "run.cache": str(tmp_path)})
-    some = Job(task="length", arm="cold-critic-warmup", seed=1, budget_tokens=1500, fields=fields, start=start)
-    rows, again = ablations.run_one(some), ablations.run_one(some)
+    some = Job(
+        task="length",
+        arm="cold-critic-warmup",
+        what=ARMS["cold-critic-warmup"],
+        seed=1,
+        budget_tokens=1500,
+        fields=fields,
+        start=start,
+    )
+    rows, again = equal_tokens.run_one(some), equal_tokens.run_one(some)
     table = tmp_path / "ablations.csv"
-    ablations.append(table, json.loads(json.dumps(rows)))  # as they come from a worker
-    assert ablations.read_whole(table)[1] == 0
+    equal_tokens.append(table, json.loads(json.dumps(rows)))  # as they come from a worker
+    assert equal_tokens.read_whole(table)[1] == 0
     for row in (*rows, *again):
         assert tuple(row) == COLUMNS
         assert row.pop("cpu_s") >= 0
@@ -334,4 +344,4 @@ def test_a_real_run_gives_whole_reproducible_rows_and_refuses_failed_verificatio
     assert rows[2]["trained_tokens"] == 0 < rows[3]["trained_tokens"], "10 steps of 120 tokens warm the critic up"
     broken = Job(**{**vars(some), "fields": {**fields, "task.verifier": "json:loads"}})
     with pytest.raises(RuntimeError, match="verifications failed"):
-        ablations.run_one(broken)
+        equal_tokens.run_one(broken)

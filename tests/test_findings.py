@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks import ablations, early_decision, findings
+from benchmarks import ablations, early_decision, equal_tokens, findings
 from benchmarks.common import RESULTS
 from benchmarks.early_decision import METHODS, World
 from benchmarks.paired import geometric
@@ -205,7 +205,7 @@ def test_holms_verdicts_are_a_part_of_the_plain_ones():
 
 
 def test_the_committed_summary_is_that_of_the_committed_runs():
-    rows, others = ablations.read_whole(findings.RESULTS / "ablations.csv")
+    rows, others = equal_tokens.read_whole(findings.RESULTS / "ablations.csv")
     assert not others
     fresh = ablations.summary(rows, ablations.BUDGET)
     committed = findings.table("ablations_summary")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import findings, prefix_learning
-from benchmarks.ablations import read_whole
 from benchmarks.dropped_gradient import table as dropped_table
+from benchmarks.equal_tokens import read_whole
 from benchmarks.vllm_windows import ratio
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"

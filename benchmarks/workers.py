@@ -1,0 +1,114 @@
+"""Processes that make runs at equal tokens, one after the other; one that dies costs the run it was at.
+
+python -m benchmarks.workers     # a worker: a job a line in, an answer a line out; `run_all` starts them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from benchmarks.equal_tokens import Arm, Job, Row, append, quiet, run_one
+
+WORKER = (sys.executable, "-m", "benchmarks.workers")
+
+
+class Worker(threading.Thread):
+    """A process that is asked for one run after the other; one that dies costs the run it was at, and is replaced."""
+
+    def __init__(self, waiting: queue.SimpleQueue[Job], answers: queue.SimpleQueue[tuple[Job, Row]], command: Sequence[str]):
+        super().__init__(daemon=True)
+        self.waiting, self.answers, self.command = waiting, answers, command
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self.waiting.get_nowait()
+                self.answers.put((job, self.ask(job)))
+        if self.process:
+            self.process.communicate()  # the end of its input ends it
+
+    def ask(self, job: Job) -> Row:
+        """{"rows": [...]}, or {"error": reason}."""
+        if self.process is None:
+            # A session of its own: Ctrl-C reaches this process, which then ends its workers.
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+        process = self.process
+        assert process.stdin
+        assert process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        if line.endswith("\n"):
+            return dict(json.loads(line))
+        self.process = None
+        return {"error": f"its process ended with code {process.wait()}"}
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+
+
+def serve(lines: Iterable[str], protocol: TextIO) -> None:
+    """The worker's side: a job a line in, an answer a line out."""
+    for line in lines:
+        answer: Row
+        try:
+            asked = json.loads(line)
+            answer = {"rows": run_one(Job(**asked | {"what": Arm(*asked["what"])}))}
+        except Exception as error:  # one run's failure is told, and is not the end of the others
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        protocol.write(json.dumps(answer) + "\n")
+        protocol.flush()
+
+
+def run_all(jobs: Sequence[Job], path: Path, num_workers: int, command: Sequence[str] = WORKER) -> list[str]:
+    """Make the runs, append each to `path` when it is whole; returns what went wrong, a line per run that failed."""
+    waiting, answers = queue.SimpleQueue[Job](), queue.SimpleQueue[tuple[Job, Row]]()
+    for job in jobs:
+        waiting.put(job)
+    workers = [Worker(waiting, answers, command) for _ in range(min(num_workers, len(jobs)))]
+    failed = []
+    with tqdm(total=len(jobs), unit="run", smoothing=0.1, disable=not jobs) as bar:
+        try:
+            for worker in workers:
+                worker.start()
+            for _ in jobs:
+                job, answer = answers.get()
+                if "error" in answer:
+                    failed.append(f"{job.task} {job.arm} seed {job.seed}: {answer['error']}")
+                    bar.write(f"failed: {failed[-1]}", file=sys.stderr)
+                else:
+                    append(path, answer["rows"])
+                bar.set_postfix_str(f"last: {job.task} {job.arm} seed {job.seed}; {len(failed)} failed", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            for worker in workers:
+                worker.kill()
+            raise
+    return failed
+
+
+def main() -> None:
+    quiet()
+    with os.fdopen(os.dup(1), "w") as protocol:
+        os.dup2(2, 1)  # whatever else is printed must not break the protocol
+        serve(sys.stdin, protocol)
+
+
+if __name__ == "__main__":
+    main()

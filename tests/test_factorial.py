@@ -1,0 +1,78 @@
+"""benchmarks/factorial.py: what its arms are, and its contrasts by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.equal_tokens import NUM_MARKS, Job
+from benchmarks.factorial import CELLS, CONTRASTS, CRITICS, CUTS, TASKS, WINDOWS, arm, main, name, table
+
+BUDGET = 3000
+
+
+def rows_of(task, cell, seed, accuracy):
+    """A run of that accuracy from beginning to end: its area is the accuracy."""
+    start = {"eval/accuracy": accuracy, "eval/length_mean": 1.0}
+    job = Job(task=task, arm=name(cell), what=arm(cell), seed=seed, budget_tokens=BUDGET, fields={"task.name": task}, start=start)
+    return [job.row(mark, accuracy=accuracy, generated_tokens=BUDGET * mark // NUM_MARKS) for mark in range(NUM_MARKS + 1)]
+
+
+def world(effect, seeds):
+    return [
+        row
+        for seed, cell, task in itertools.product(range(seeds), CELLS, TASKS)
+        for row in rows_of(task, cell, seed, effect(task, cell, seed))
+    ]
+
+
+def test_an_arm_is_the_cut_rule_the_window_and_no_tail():
+    wanted = {"previous": "previous", "critic": "critic", "zero": "zero"}
+    for cut, critic, window in CELLS:
+        job = Job(task="chain", arm="x", what=arm((cut, critic, window)), seed=0, budget_tokens=1, fields={}, start={})
+        config = job.config()
+        assert (config.advantage.cut_value, config.advantage.tail_tokens, config.rollout.window) == (wanted[cut], 0, window)
+    assert len({name(cell) for cell in CELLS}) == len(CELLS) == len(CUTS) * len(CRITICS) * len(WINDOWS)
+
+
+def test_each_contrast_finds_its_own_effect_and_no_other():
+    """Effects put in by hand: 0.08 for "critic" with the strong critic, 0.02 less with the weak one, 0.1 less for zero, 0.04 for the
+    window of 64, 0.06 for the strong critic; a level per seed and task, which no contrast may see."""
+
+    def effect(task, cell, seed):
+        cut, critic, window = cell
+        inner = {"critic": 0.08 if critic == "strong" else -0.02, "zero": -0.1, "previous": 0.0}[cut]
+        return 0.3 + inner + 0.04 * (window == 64) + 0.06 * (critic == "strong") + 0.01 * seed * (2 if task == "fork" else 1)
+
+    found = {r["contrast"]: r["difference"] for r in table(world(effect, 3))}
+    assert list(found) == list(CONTRASTS)
+    assert list(found.values()) == pytest.approx([0.10, -0.02, 0.08, -0.1, -0.04, 0.06], abs=1e-4)
+
+
+def test_intervals_are_students_over_seeds_at_the_shared_level_and_no_verdict_comes_early():
+    jitter = np.random.default_rng(0).normal(0.05, 0.01, 5)
+
+    def effect(task, cell, seed):
+        return 0.5 + (float(jitter[seed]) if cell[0] == "zero" else 0.0)
+
+    row = {r["contrast"]: r for r in table(world(effect, 5))}["zero - previous"]
+    rounded = np.round(0.5 + jitter, 5) - 0.5
+    low, high = stats.t.interval(1 - 0.05 / 6, 4, rounded.mean(), stats.sem(rounded))
+    assert (row["low"], row["high"], row["n"], row["verdict"]) == (pytest.approx(low), pytest.approx(high), 5, "not yet")
+    assert {r["contrast"]: r for r in table(world(effect, 5), wanted=5)}["zero - previous"]["verdict"] == "better"
+
+
+def test_a_seed_that_lacks_a_run_is_left_out():
+    rows = world(lambda task, cell, seed: 0.5, 3)
+    short = [r for r in rows if not (r["seed"] == 1 and r["arm"] == name(CELLS[3]) and r["task"] == "fork")]
+    assert {r["n"] for r in table(short)} == {2}
+
+
+def test_wrong_numbers_are_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--seeds", "-1"])
+    assert stopped.value.code == 2
+    assert "--seeds: got -1; expected an integer of at least 0" in capsys.readouterr().err
