@@ -43,11 +43,13 @@ ROOMS = {  # room -> (files, tests that are traced)
     ),
     "loop": (
         ("tppo_ref/loop/*.py",),
-        ("trainer", "train_once", "microbatches", "parallel", "whole_step", "methods", "restart_state"),
+        ("trainer", "train_once", "microbatches", "parallel", "whole_step", "methods", "restart_state", "ledger", "masters",
+         "validation", "docs", "two_devices"),
     ),
     "rollout": (
         ("tppo_ref/rollout/*.py",),
-        ("batching", "engines", "models", "constant_prefix", "trainer", "train_once", "restart_state", "microbatches"),
+        ("batching", "engines", "models", "kernels", "head", "constant_prefix", "trainer", "train_once", "restart_state",
+         "microbatches", "bad_inputs", "two_devices"),
     ),
     "lab": (tuple(f"sim/lab/{name}.py" for name in LAB), ("token_mdp", "bias", "envs", "learning", "cut_rules")),
     "scale": (

@@ -111,7 +111,12 @@ def test_a_hub_split_is_read_from_the_files_of_its_folder(monkeypatch, tmp_path)
     write(tmp_path / "main/train-00001.jsonl", ["three"])
     write(tmp_path / "main/test-00000.jsonl", ["never"])
     write(tmp_path / "socratic/train-00000.jsonl", ["of another configuration"])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
+
+    def snapshot_download(name, *, repo_type, allow_patterns):
+        assert (repo_type, set(allow_patterns)) == ("dataset", {"*.parquet", "*.jsonl"})  # no model, and nothing but tables
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     task = make_task(config_for("some/set:main/train"))
     assert [task.describe(p.token_ids) for p in (*task.prompts("train"), *task.prompts("test"))] == ["one", "two", "three"]
     with pytest.raises(UserError, match="validation"):
