@@ -1,4 +1,7 @@
-"""`launch.py report`: a run drawn from its own files. `*_rows` makes the numbers, for a CSV, and `draw_*` draws those alone."""
+"""`launch.py report`: a run drawn from its own files, and its phases beside what dry run and plan predict of them.
+
+`*_rows` makes the numbers, for a CSV, and `draw_*` draws those alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from scale.config import ScaleConfig
+from scale.memory.dryrun import predictions
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.figures import COLOURS, LINES
+from tppo_ref.runs.measured import DRY_RUN, write_measured
+from tppo_ref.runs.run_folder import write_json
 from tppo_ref.runs.sinks import read_metrics
 
 Rows = list[dict[str, Any]]
@@ -35,7 +41,7 @@ BINS = 20  # of training steps, for lengths
 
 
 def report(config: ScaleConfig) -> int:
-    """Write report/*.png and the CSV behind each; 0, or a UserError for a folder that holds no run."""
+    """Write report/*.png and the CSV behind each, and the table of phases; 0, or a UserError for a folder that holds no run."""
     out = Path(config.algo.run.out)
     if not (out / "metrics.jsonl").exists():
         raise UserError(f"algo.run.out: got {out}; expected the folder of a run; give one")
@@ -60,6 +66,11 @@ def report(config: ScaleConfig) -> int:
         draw(figure, rows)
         figure.savefig(folder / f"{name}.png", dpi=150)
         print(folder / f"{name}.png")
+    try:
+        write_json(out / DRY_RUN[0], predictions(config))
+    except UserError as error:  # a model that has moved, a plan of another run: what was measured can be shown all the same
+        print(f"nothing is predicted: {error}")
+    write_measured(out, min(config.algo.rollout.window, config.algo.rollout.max_response_tokens))
     return 0
 
 

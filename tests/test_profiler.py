@@ -15,9 +15,11 @@ from helpers import one_thread  # noqa: F401  (a fixture)
 from oracle_stage import make_config, real_stage
 
 from tppo_ref.loop.meters import Held
+from tppo_ref.loop.peaks import PEAK_FLOPS_PER_S
 from tppo_ref.runs import profiler
+from tppo_ref.runs.glossary import GLOSSARY
 from tppo_ref.runs.profiler import Profiler
-from tppo_ref.runs.validation import steps_of
+from tppo_ref.runs.validation import MOST_STEPS, steps_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PHASES = ("rollout", "verify", "forward", "policy", "value", "sync")
@@ -113,3 +115,14 @@ def test_on_cuda_the_allocators_history_is_bounded_and_written_once(tmp_path, mo
     name = str(tmp_path / "profile" / "steps-1-2-rank3.pickle")
     assert calls == [{"max_entries": profiler.EVENTS}, name, {"enabled": None}]
     assert {file.suffix for file in (tmp_path / "profile").iterdir()} == {".pickle", ".gz"}
+
+
+def test_the_clusters_page_says_the_bounds_as_they_are_and_metrics_that_there_are():
+    page = " ".join((Path(__file__).parents[1] / "docs" / "scale.md").read_text().split())
+    bounds = f"the first {profiler.DECODE_STEPS} decode steps or the first {profiler.PASSES} passes of a model, of at most {MOST_STEPS} steps"
+    assert bounds in page
+    assert f"the latest {profiler.EVENTS:,} events" in page
+    named = set(re.findall(r"`((?:mfu|flops|memory|time)/\w+)`", page))
+    assert {"mfu/policy", "flops/policy", "memory/policy_used"} <= named <= set(GLOSSARY)
+    for kind in PEAK_FLOPS_PER_S:
+        assert kind in page.partition("known by name for")[2].partition(";")[0]

@@ -62,10 +62,16 @@ def compare(config: Config, given: set[str]) -> None:
 
 
 def report(config: Config, given: set[str]) -> None:
-    """Write the tables and figures of a finished comparison anew (report FOLDER)."""
+    """Tables and figures of a finished comparison, or a run's phases beside what was predicted of them (report FOLDER)."""
+    out = Path(config.run.out)
+    if (out / "metrics.jsonl").exists():
+        from tppo_ref.runs.measured import write_measured
+
+        write_measured(out, min(config.rollout.window, config.rollout.max_response_tokens))
+        return
     from tppo_ref.runs.report import write_report
 
-    write_report(Path(config.run.out), methods=config.compare.methods, target_share=config.compare.target)
+    write_report(out, methods=config.compare.methods, target_share=config.compare.target)
 
 
 def pretrain_value(config: Config, given: set[str]) -> None:

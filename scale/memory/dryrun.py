@@ -32,7 +32,7 @@ from tppo_ref.tasks import load_task
 
 BUILT_IN = "base-model-of-a-built-in-task.json"
 
-__all__ = ["Verdict", "bytes_per_phase", "dry_run", "judge", "terms_per_phase"]
+__all__ = ["Verdict", "bytes_per_phase", "dry_run", "judge", "predictions", "terms_per_phase"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,22 @@ def _is_built_in(config: ScaleConfig) -> bool:
     return Path(config.algo.model.policy or "").name == BUILT_IN
 
 
-def _dry_run(config: ScaleConfig) -> int:
+def predictions(config: ScaleConfig) -> dict[str, Any]:
+    """What `as_json` says, with seconds where a plan is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = _with_shape(config, Path(folder))
+        return as_json(config, judge(config), _seconds(config))
+
+
+def _seconds(config: ScaleConfig) -> Seconds | None:
+    """The plan's seconds, where there is a plan."""
     policy, _ = memory.shapes(config)
     memory.check_cuts(config, policy)
-    seconds = None
-    if config.cluster.plan_file:
-        seconds = read_seconds(config, policy.num_parameters, memory.num_ranks(config))
-    verdict = judge(config)
+    return read_seconds(config, policy.num_parameters, memory.num_ranks(config)) if config.cluster.plan_file else None
+
+
+def _dry_run(config: ScaleConfig) -> int:
+    seconds, verdict = _seconds(config), judge(config)
     print("\n".join(report(config, verdict, seconds)))
     if path := config.cluster.dry_run_json:
         try:
