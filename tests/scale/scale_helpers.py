@@ -9,14 +9,17 @@ import json
 import os
 import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import psutil
 import pytest
@@ -126,6 +129,17 @@ def make_school(folder: Path, problems: Path, num: int = 300, steps: int = 60) -
     return School(model, folder / "tokenizer", problems, losses, source.name)
 
 
+def fork_server() -> ForkServerContext:
+    """planted.fork_server, where torch's C++ says errors only, as launch.py has it; it reads that as it is imported."""
+    context, name = planted.fork_server(), "TORCH_CPP_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = "ERROR"
+    forkserver.ensure_running()
+    del os.environ[name]
+    os.environ.update({name: before} if before else {})
+    return context
+
+
 def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: float = LIMIT_S) -> str:
     """Run `script` as `world` ranks as torchrun would; stdout of rank 0. A rank that fails fails the test, with its stderr.
 
@@ -140,7 +154,7 @@ def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: 
         for rank in range(world):
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-            child = planted.fork_server().Process(target=_rank, args=(script, list(arguments), environment(**ranks), said[rank]))
+            child = fork_server().Process(target=_rank, args=(script, list(arguments), environment(**ranks), said[rank]))
             child.start()
             children.append(child)
         end = time.monotonic() + timeout_s
@@ -159,20 +173,104 @@ def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: 
 def _rank(script: Path, arguments: list[str], variables: dict[str, str], said: tuple[Path, Path]) -> None:
     for stream, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), stream)
+    os.chdir(ROOT)
+    _as_a_script(script, arguments, variables)
+
+
+def _as_a_script(script: Path, arguments: Sequence[str], variables: Mapping[str, str]) -> None:
+    """What `python script arguments` does, in a process that has imported nothing of ours."""
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(ROOT)
     sys.argv[:] = [str(script), *arguments]
-    sys.path[:0] = [str(script.parent), str(ROOT)]
+    sys.path[:0] = [str(script.parent), *variables["PYTHONPATH"].split(os.pathsep)]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def launch(
     *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = LIMIT_S, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
-    """`python scale/launch.py ...` to its end."""
-    return subprocess.run([sys.executable, str(LAUNCH), *arguments], env=env or environment(), cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout_s)  # fmt: skip
+    """`python scale/launch.py ...` to its end.
+
+    Launcher and ranks are forks of a process that has imported torch and transformers, none of ours: importing costs more than most
+    runs do. Whoever wants the real start, with vLLM or from another folder, gets it; tests of signals start processes of their own.
+    """
+    variables = dict(env or environment())
+    if "vllm" in arguments or cwd != ROOT:
+        return subprocess.run([sys.executable, str(LAUNCH), *arguments], env=variables, cwd=cwd, capture_output=True, text=True,
+                              timeout=timeout_s)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        said, pids = (Path(folder, "out"), Path(folder, "err")), Path(folder, "pids")
+        child = fork_server().Process(target=_launcher, args=(list(arguments), variables, said, pids))
+        child.start()
+        child.join(timeout_s)
+        ranks = [int(pid) for pid in pids.read_text().split()] if pids.exists() else []
+        left = [pid for pid in (child.pid, *ranks) if pid is not None and psutil.pid_exists(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left, f"of launcher {child.pid} and ranks {ranks} there were left: {left}"
+        return subprocess.CompletedProcess(arguments, child.exitcode or 0, *(path.read_text() for path in said))
+
+
+def _launcher(arguments: list[str], variables: dict[str, str], said: tuple[Path, Path], pids: Path) -> None:
+    plain = subprocess.Popen
+
+    def start(command: Sequence[str], **options: Any) -> Any:
+        if str(LAUNCH) not in command:
+            return plain(command, **options)
+        rank = ForkedRank(command, options["env"])
+        with pids.open("a") as file:
+            print(rank.pid, file=file)
+        return rank
+
+    subprocess.Popen = start  # type: ignore[assignment, misc]
+    _rank(LAUNCH, arguments, variables, said)
+
+
+class ForkedRank:
+    """What launch.py asks of subprocess.Popen, of a rank that is a fork: its own session, and a pipe to its parent as stdin."""
+
+    pipes: ClassVar[list[int]] = []
+
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]):
+        read, write = os.pipe()
+        self.pipes.append(write)
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                os.dup2(read, 0)
+                for end in (read, *self.pipes):  # else this rank itself would hold open what tells that its parent is gone
+                    os.close(end)
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+                _as_a_script(Path(command[1]), command[2:], variables)
+            except SystemExit as left:
+                code = int(left.code or 0)
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(read)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.returncode or 0
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:
