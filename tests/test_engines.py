@@ -261,6 +261,17 @@ def test_non_finite_logits_name_response_and_position():
         engine.step()
 
 
+@pytest.mark.parametrize("broken", [41, 42, 43])
+def test_of_several_rows_the_one_whose_logits_are_not_finite_is_named(broken):
+    model = policy_of()
+    with torch.no_grad():
+        model.hf.get_input_embeddings().weight[30] = torch.nan  # a token that stands in one prompt only
+    engine = engine_of(model)
+    engine.submit([request(i, [1, 30 if i == broken else 2, 3], 9) for i in (41, 42, 43)])
+    with pytest.raises(FloatingPointError, match=rf"response {broken}: a logit is not finite at response position 0"):
+        engine.step()
+
+
 def test_a_logit_of_minus_infinity_stops_too():
     model = policy_of()
     model.hf.lm_head.bias = torch.nn.Parameter(torch.zeros(40).index_fill(0, torch.tensor([9]), -torch.inf))

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_batching import LAW, RUN_SEED, KnownLengthEngine, Plan, plans
 
+from scale.distributed import World
 from scale.group import Group
+from scale.group import group_of as maker_of
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SuccessiveBatcher
 
@@ -91,3 +93,16 @@ def test_groups_are_restored_on_the_same_ranks_and_dealt_anew_on_others(saved, r
         assert [b.state_dict() for b in after] == [b.state_dict() for b in before]
     for batcher in after:  # every rank of a group must be able to submit all of the group's requests
         assert {c[0] for c in batcher.batcher.schedule.carried if c} == set(batcher.batcher.in_flight)
+
+
+@given(plans())
+def test_each_rank_of_a_job_makes_the_batcher_of_its_engine_and_of_its_place_in_it(plan):
+    """Four ranks, two engines of two: what their batchers draw and answer for is what the parts of each engine's batcher are."""
+    schedule = SlotSchedule(slots=plan.slots, window=plan.window, max_response_tokens=plan.cap, refill=plan.refill)
+    for rank in range(4):
+        make = maker_of(World(rank=rank, world=4, tensor_parallel=2))
+        prompts = plan.stream().prompts
+        mine = make(schedule, prompts, samples_per_prompt=plan.samples_per_prompt, seed=RUN_SEED, limit=plan.limit)
+        assert (mine.part, mine.parts) == (rank % 2, 2)
+        drawn = mine.batcher.stream
+        assert (drawn.rank, drawn.world, drawn.limit) == (rank // 2, 2, plan.limit)
