@@ -124,6 +124,8 @@ def main(folder, out):
     found["no reshard"] = step("no reshard", folder, out, world, "ragged", dataclasses.replace(FULL32, reshard_after_forward=False))
     found["offload"] = step("offload", folder, out, world, "ragged", dataclasses.replace(FULL32, offload=True))
     found["bfloat16"] = step("bfloat16", folder, out, world, "ragged", dataclasses.replace(FULL32, compute_dtype="bfloat16"))
+    once = replace_fields(CONFIG, {"policy.micro_batch_tokens": 1000, "value.micro_batch_tokens": 1000})
+    step("bfloat16 at once", folder, out, world, "even", dataclasses.replace(FULL32, compute_dtype="bfloat16"), algo=once)
     for how in ("ragged", "empty"):
         found[f"constant {how}"] = step(f"constant {how}", folder, out, world, how, algo=CONSTANT)
     two = replace_fields(CONFIG, {"policy.epochs": 2, "value.epochs": 2})

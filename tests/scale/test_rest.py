@@ -26,7 +26,7 @@ from scale.vllm_engine import Checksum, Gap, VLLMEngine, _bits
 from scale.watch import GapLimit
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import UserError
-from tppo_ref.method.records import Prompt
+from tppo_ref.method.records import Prompt, Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.engine import Request
@@ -366,6 +366,19 @@ def test_the_launcher_says_so_in_one_line_and_starts_nobody(capsys, tmp_path):
     assert said.startswith("error: reward.format_penalty: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_overlong_penalty_is_measured_from_the_cap_of_whole_responses_not_from_a_window():
+    """A response of 20 to 30 tokens, of windows of 8: 0 at 20, half of the penalty at 25, all of it at 30."""
+    config = replace_fields(ScaleConfig(), {"algo.rollout.window": 8, "algo.rollout.max_response_tokens": 30,
+                                            "reward.overlong_buffer": 10, "reward.overlong_penalty": 0.5})  # fmt: skip
+    lengths = (9, 20, 25, 30)
+    right = {length: (1.0, "ok") for length in lengths}
+    scorer = build.shape(types.SimpleNamespace(name="", submit=lambda response: None, collect=lambda: right), config)
+    for length in lengths:
+        prompt = Prompt(id=0, token_ids=(1,), answer="")
+        scorer.submit(Response(id=length, prompt=prompt, sample_index=0, token_ids=[2] * length))
+    assert {length: score for length, (score, _) in scorer.collect().items()} == {9: 1.0, 20: 1.0, 25: 0.75, 30: 0.5}
 
 
 # ------------------------------------------------------------------------------------- the probe after a sleep, and the gap

@@ -166,6 +166,17 @@ def test_masters_and_gradients_are_float32_whatever_computes(results, world):
         assert 0 < gap < 0.1 * largest, "bfloat16 computes something else, or nothing in bfloat16"
 
 
+@pytest.mark.parametrize("name", ["policy", "value"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_ranks_computed_in_bfloat16_is_added_up_in_float32(results, world, name):
+    """Each rank's gradient has 8 significant bits. Their sum needs more of them nearly everywhere, unless it was rounded to as many."""
+    case = results[world][1]["bfloat16 at once"]
+    gradient = torch.cat([tensor.flatten() for key, tensor in case.items() if key.startswith(f"grad.{name}")])
+    gradient = gradient[gradient != 0]
+    assert len(gradient) > 1000
+    assert float((gradient != gradient.bfloat16().float()).double().mean()) > 0.3
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_loaded_row_by_row_and_gathered_again_it_is_the_file(results, world):
     found = results[world][0]
