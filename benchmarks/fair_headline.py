@@ -1,94 +1,206 @@
-"""The headline, fairer: PPO with every lever that applies to it and at its own best settings, against T-PPO and tppo-once.
+"""The headline, fairer: PPO with every lever that applies to it and at its own best settings, against tppo-once at its own.
 
-    python -m benchmarks.fair_headline --task chain [--clock cpu] [--critic same|small] [--seeds 12] [--seconds 60]
+    python -m benchmarks.fair_headline --choose                  what tppo-once is: candidates at equal CPU seconds
+    python -m benchmarks.fair_headline --task chain [--seeds 12] tunes both methods, then measures
+    python -m benchmarks.fair_headline --report                  the tables of the committed runs, nothing is run
 
-First each method is tuned, from the same budget: every cell of its own grid, as many as each other's, once on one seed, then its
-three best again on two more. Then it runs with its best cell on seeds that tuning did not use. All methods are refilled at once,
-take the engine's log-probabilities and share base model and pre-trained critic; `--critic small` gives all a critic of a quarter of
-the width. The last command's runs are kept in --out, and the same command goes on where it was stopped.
+Plan, verdicts and stopping rule: prestated/2026-11-21-fair-headline.md, written before the first run.
 
-    grid       learning rate x tokens per update x what a step holds: slots, and PPO's responses per step or T-PPO's window
-    clock      cpu: CPU seconds of each run's process, one thread: other work on the machine hardly changes them. wall: seconds
-    evaluation after every step, so that no arm waits for its mark. A run's accuracy is read between evaluations on straight lines,
-               on a grid of seconds that is the same for all, as the mean over the last SPAN of the budget
-    target     0.95 of the best such mean of PPO, averaged over seeds; to it: seconds, generated and trained tokens
+    clock      CPU seconds of one process and one thread, evaluation excluded: other work on the machine hardly changes them
+    tuning     the same number of runs for each method and task, half as long, on seeds that the headline does not use: a grid of
+               learning rate x what a step holds, four changes of its best cell, and the two best cells on a second seed
+    accuracy   between evaluations on straight lines, then the mean over SPAN of the budget, centred, on a grid of seconds
+    target     0.95 of the best of PPO's means, averaged over seeds; to it: CPU seconds, generated and trained tokens
     ratio      PPO / method, seed by seed: geometric mean and 95 % Student-t interval of logarithms, over the seeds in which both
                arrive; how many do stands beside it, and where they are not all, no verdict
+    area       mean accuracy over the budget, method - PPO, seed by seed, with its t-interval
 
-Keeps fair-headline-<task>-<clock>-<critic>.csv, a row per method, seed and quantity, and the chosen cells, in results/.
+Each run's evaluations go to results/fair-headline-runs.csv when it ends, and the same command goes on where it was stopped.
+Keeps fair-headline-<task>.csv, a row per method, seed and quantity, and fair-headline-choice.csv, a row per candidate and task.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import itertools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy import stats
 
-from benchmarks.common import RESULTS, report
-from tppo_ref.runs.build import make_task
-from tppo_ref.runs.comparison import Run, read_run
-from tppo_ref.runs.config import Config
+from benchmarks.ablations import SHARED, prepare, quiet
+from benchmarks.common import RESULTS, report, whole_rows
+from tppo_ref.runs.build import build, make_task
+from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
+from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.runs.warmstart import tiny_policy_config
 
-METHODS = ("ppo", "tppo", "tppo-once")
-LEARNING_RATES, UPDATE_TOKENS = (3e-4, 6e-4), (250, 500)
-WINDOWS = [{"rollout.slots": slots, "rollout.window": window} for slots, window in ((32, 64), (32, 128), (128, 64))]
-BATCHES = [{"rollout.slots": slots, "rollout.responses_per_step": batch} for slots, batch in ((32, 32), (32, 128), (128, 128))]
-HOLDS = {"ppo": BATCHES, "tppo": WINDOWS, "tppo-once": WINDOWS}  # what a step holds: for each method as many choices
-TUNING_SEED, FINAL_SEEDS = 100, (101, 102)  # the headline uses 0 to --seeds less 1
-SHARE, SPAN, GRID = 0.95, 0.1, 600  # of PPO's best; of the budget, for a mean; points over the budget
 Fields = dict[str, Any]
+TASKS, METHODS = ("chain", "fork", "length"), ("ppo", "tppo-once")
+BUDGETS_S = {"chain": 36.0, "fork": 30.0, "length": 16.0}  # CPU seconds of a run of the headline; a tuning run has half of it
+CHOICE_S = {"chain": 10.0, "fork": 10.0, "length": 6.0}
+EVALUATIONS, EVAL_PROMPTS = 20, 256  # in a run; in each evaluation
+SHARE, SPAN, GRID = 0.95, 0.15, 600  # of PPO's best; of the budget, for a mean; points over the budget
+
+ENGINE, FILLED = {"policy.old_logprobs": "engine"}, {"policy.min_new_tokens": 64}  # as many as a window holds
+CANDIDATES: dict[str, Fields] = {  # of the name tppo-once; the first, the paper's method, is what they are held against
+    "tppo": {},
+    "c": ENGINE,
+    "cf": ENGINE | FILLED,
+    "ac": ENGINE | {"policy.prefix": "constant"},
+}
+CHOICE_CELL: Fields = {"rollout.slots": 128, "policy.lr": 6e-4, "model.value": "small"}
+CHOICE_SEEDS, TUNING_SEEDS = (200, 201, 202, 203), (100, 101)  # the headline uses 0 to --seeds less 1
+
+# A step holds 128 x 64 tokens, and half and twice as many; PPO's responses are 20 to 30 tokens long on average.
+HOLDS: dict[str, list[Fields]] = {
+    "ppo": [{"rollout.slots": 128, "rollout.responses_per_step": batch} for batch in (128, 256, 512)],
+    "tppo-once": [{"rollout.slots": slots, "rollout.window": 64} for slots in (64, 128, 256)],
+}
+LEARNING_RATES, UPDATE_TOKENS = (3e-4, 6e-4), 500
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is run
 
 
-def cells(method: str) -> list[Fields]:
-    """The method's grid. Equal tuning budgets: every method has as many cells."""
-    joint = method == "ppo"  # a joint value model trains in the policy's mini-batches
+class Job(NamedTuple):
+    """One run: `arm` is "ppo" or a T-PPO, `cell` the JSON of all fields in which it differs from its method's defaults."""
+
+    stage: str
+    task: str
+    arm: str
+    cell: str
+    seed: int
+    budget_s: float
+
+
+class Curve(NamedTuple):
+    """A run at its evaluations: CPU seconds, accuracy, generated and trained tokens so far."""
+
+    seconds: np.ndarray
+    accuracy: np.ndarray
+    generated: np.ndarray
+    trained: np.ndarray
+
+
+Runs = Callable[[Job], Curve]
+
+
+def grid(arm: str, levers: Fields) -> list[Fields]:
+    """What a step holds x learning rate; as many cells for each method."""
     return [
-        {"policy.lr": lr, "policy.mini_batch_tokens": tokens, "policy.old_logprobs": "engine", **hold}
-        | ({} if joint else {"value.mini_batch_tokens": tokens})
-        for lr, tokens, hold in itertools.product(LEARNING_RATES, UPDATE_TOKENS, HOLDS[method])
+        levers | hold | {"policy.lr": lr, "model.value": "small"} | update_tokens(arm, UPDATE_TOKENS)
+        for hold, lr in itertools.product(HOLDS[arm], LEARNING_RATES)
     ]
 
 
-def compare(
-    out: Path, shared: Mapping[str, Any], per_method: Mapping[str, Fields], *, seed: int, seeds: int, seconds: float
-) -> None:
-    """One `tppo compare`, which keeps the runs that are complete."""
-    fields = {
-        **shared, "run.out": out, "run.train_seconds": seconds, "run.seed": seed, "compare.seeds": seeds,
-        "compare.methods": json.dumps(list(per_method)), "compare.per_method": json.dumps(per_method), "run.timeline": "false",
-        "run.eval_every_s": 0.001, "run.checkpoint_every": 0,
-    }  # fmt: skip
-    command = [sys.executable, "-m", "tppo_ref", "compare", *(f"--{name}={value}" for name, value in fields.items())]
-    subprocess.run(command, check=True)
+def update_tokens(arm: str, tokens: int) -> Fields:
+    """Tokens per optimiser step; a joint value model (PPO's) trains in the policy's mini-batches."""
+    return {"policy.mini_batch_tokens": tokens} | ({} if arm == "ppo" else {"value.mini_batch_tokens": tokens})
 
 
-def tune(method: str, shared: Mapping[str, Any], out: Path, seconds: float) -> Fields:
-    """The method's best cell by area: all cells on one seed, the three best on two more, the mean over three seeds decides."""
-    areas: list[tuple[list[float], Fields]] = []
-    for i, cell in enumerate(cells(method)):
-        folder = out / f"tune-{method}-{i}"
-        compare(folder, shared, {method: cell}, seed=TUNING_SEED, seeds=1, seconds=seconds)
-        areas.append(([area(read_run(folder, method, TUNING_SEED), seconds)], cell))
-    best = sorted(range(len(areas)), key=lambda i: -areas[i][0][0])[:3]
-    for i in best:
-        folder = out / f"tune-{method}-{i}-again"
-        compare(folder, shared, {method: areas[i][1]}, seed=FINAL_SEEDS[0], seeds=len(FINAL_SEEDS), seconds=seconds)
-        areas[i][0].extend(area(read_run(folder, method, seed), seconds) for seed in FINAL_SEEDS)
-    return areas[max(best, key=lambda i: float(np.mean(areas[i][0])))][1]
+def variants(arm: str, cell: Fields) -> list[Fields]:
+    """Four changes of the grid's best cell: the full critic, smaller and larger updates, a higher learning rate."""
+    changes: list[Fields] = [{"model.value": "full"}, update_tokens(arm, 250), update_tokens(arm, 1000),
+                             {"policy.lr": round(cell["policy.lr"] * 5 / 3, 6)}]  # fmt: skip
+    return [cell | change for change in changes]
+
+
+def tune(task: str, arm: str, levers: Fields, runs: Runs) -> Fields:
+    """The arm's best cell by area: grid and variants on one seed, the two best on a second, the mean of both decides."""
+
+    def score(cell: Fields, seed: int) -> float:
+        budget_s = BUDGETS_S[task] / 2
+        return area(runs(Job("tune", task, arm, json.dumps(cell), seed, budget_s)), budget_s)
+
+    first, second = TUNING_SEEDS
+    scored = [(score(cell, first), cell) for cell in grid(arm, levers)]
+    scored += [(score(cell, first), cell) for cell in variants(arm, max(scored, key=lambda x: x[0])[1])]
+    two = sorted(scored, key=lambda x: -x[0])[:2]
+    return max(two, key=lambda x: x[0] + score(x[1], second))[1]
+
+
+def measure(job: Job, shared: Mapping[str, Any], critics: Mapping[str, str]) -> list[Fields]:
+    """Make the run: a row per evaluation."""
+    cell = json.loads(job.cell)
+    cell["model.value"] = critics[cell["model.value"]]
+    config = apply_method(replace_fields(Config(), shared), "ppo" if job.arm == "ppo" else "tppo", strict=False)
+    own = {"run.seed": job.seed, "run.clock": "cpu", "run.train_seconds": job.budget_s, "run.checkpoint_every": 0,
+           "run.eval_every_s": job.budget_s / EVALUATIONS, "run.eval_prompts": EVAL_PROMPTS}  # fmt: skip
+    with tempfile.TemporaryDirectory() as out:
+        with contextlib.closing(Session(build(replace_fields(config, {**cell, **own, "run.out": out})))) as session:
+            session.train()
+        records = read_metrics(Path(out) / "metrics.jsonl")
+    steps = {r["step"]: r for r in records if "time/step_s" in r}
+    evaluations = [r for r in records if "eval/accuracy" in r]
+    if sum(r["eval/verify_failures"] for r in evaluations) + sum(r["verify/timeouts"] + r["verify/errors"] for r in steps.values()):
+        raise RuntimeError(f"{job}: verifications failed: the run would depend on the machine, not on the arm")
+    tokens = {0: (0, 0)} | {step: (int(r["ledger/generated"]), int(r["ledger/trained"])) for step, r in steps.items()}
+    return [
+        job._asdict() | dict(zip(Curve._fields, (round(r["time/train_s"], 3), r["eval/accuracy"], *tokens[r["step"]]), strict=True))
+        for r in evaluations
+    ]
+
+
+class Book:
+    """The runs of a CSV: asked for one, it reads it there, or makes it and adds it when it is whole."""
+
+    def __init__(self, path: Path, cache: str | None):
+        """cache: where base models and critics are kept; None: nothing is run, and what is not there is a KeyError."""
+        self.path, self.cache = path, cache
+        self.curves: dict[Job, Curve] = {}
+        self.prepared: dict[str, tuple[Fields, dict[str, str]]] = {}
+        for key, rows in itertools.groupby(whole_rows(path), key=lambda r: tuple(r[name] for name in Job._fields)):
+            stage, task, arm, cell, seed, budget = key
+            self.curves[Job(stage, task, arm, cell, int(seed), float(budget))] = curve(list(rows))
+
+    def __call__(self, job: Job) -> Curve:
+        if job not in self.curves:
+            if self.cache is None:
+                raise KeyError(job)
+            if job.task not in self.prepared:
+                self.prepared[job.task] = self.prepare(job.task)
+            rows = measure(job, *self.prepared[job.task])
+            self.add(rows)
+            self.curves[job] = curve(rows)
+            print(
+                f"{job.stage} {job.task} {job.arm} seed {job.seed}: area {area(self.curves[job], job.budget_s):.4f} {job.cell}",
+                flush=True,
+            )
+        return self.curves[job]
+
+    def prepare(self, task: str) -> tuple[Fields, dict[str, str]]:
+        """What all runs of a task share, and the two critics."""
+        assert self.cache is not None
+        fields = prepare(task, {"run.cache": self.cache, **SHARED})[0]
+        return fields, {
+            "full": fields.pop("model.value"),
+            "small": small_critic(task, Path(self.cache) / f"small-{task}", self.cache),
+        }
+
+    def add(self, rows: Sequence[Fields]) -> None:
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
+    return Curve(*(np.array([float(r[name]) for r in rows]) for name in Curve._fields))
 
 
 def small_critic(task: str, out: Path, cache: str = "runs/cache") -> str:
@@ -108,21 +220,20 @@ def small_critic(task: str, out: Path, cache: str = "runs/cache") -> str:
 # ------------------------------------------------------------------------------------------------------------- what came out
 
 
-def smooth(run: Run, budget_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds, accuracy) on the common grid: straight lines between evaluations, then the mean over the last SPAN of the budget,
-    of what there is where that is less."""
+def smooth(run: Curve, budget_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """(seconds, accuracy) on the common grid: straight lines between evaluations, then the mean over SPAN of the budget around each
+    moment, which shifts no arm; only moments that have all of it."""
     seconds = np.linspace(0, budget_s, GRID + 1)
-    accuracy = np.interp(seconds, run.evaluations["time/train_s"], run.accuracy)
-    width = round(SPAN * GRID)
-    total = np.concatenate([[0.0], np.cumsum(accuracy)])
-    begin = np.maximum(np.arange(GRID + 1) - width, 0)
-    return seconds, (total[1:] - total[begin]) / (np.arange(GRID + 1) - begin + 1)
+    accuracy = np.interp(seconds, run.seconds, run.accuracy)
+    half = round(SPAN * GRID / 2)
+    means = np.convolve(accuracy, np.full(2 * half + 1, 1 / (2 * half + 1)), mode="valid")
+    return seconds[half : GRID + 1 - half], means
 
 
-def area(run: Run, budget_s: float) -> float:
+def area(run: Curve, budget_s: float) -> float:
     """Mean accuracy over the budget."""
     seconds = np.linspace(0, budget_s, GRID + 1)
-    return float(np.trapezoid(np.interp(seconds, run.evaluations["time/train_s"], run.accuracy), seconds) / budget_s)
+    return float(np.trapezoid(np.interp(seconds, run.seconds, run.accuracy), seconds) / budget_s)
 
 
 class Arrival(NamedTuple):
@@ -133,73 +244,122 @@ class Arrival(NamedTuple):
     trained_tokens: float
 
 
-def arrival(run: Run, target: float, budget_s: float) -> Arrival:
-    """The first point of the grid from a whole span on at which the mean is at least the target."""
+def arrival(run: Curve, target: float, budget_s: float) -> Arrival:
+    """The first moment at which the mean is at least the target."""
     seconds, means = smooth(run, budget_s)
-    reached = np.flatnonzero((means >= target - 1e-12) & (seconds >= SPAN * budget_s))
+    reached = np.flatnonzero(means >= target - 1e-12)
     if not len(reached):
         return Arrival(math.inf, math.inf, math.inf)
     at = float(seconds[reached[0]])
-    clock = np.concatenate([[0.0], run.steps["time/train_s"]])
-    tokens = (np.concatenate([[0.0], run.steps[f"ledger/{name}"]]) for name in ("generated", "trained"))
-    return Arrival(at, *(float(np.interp(at, clock, x)) for x in tokens))
+    return Arrival(at, *(float(np.interp(at, run.seconds, tokens)) for tokens in (run.generated, run.trained)))
+
+
+def interval(x: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with its 95 % Student-t interval."""
+    n, mean = len(x), float(np.mean(x)) if len(x) else math.nan
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(x, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return mean, mean - half, mean + half
 
 
 def ratio(first: Sequence[float], other: Sequence[float]) -> Fields:
-    """first / other seed by seed, where both arrive: geometric mean, 95 % Student-t interval of logarithms, verdict."""
-    pairs = [(a, b) for a, b in zip(first, other, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    logs = np.log([a / b for a, b in pairs])
-    n = len(logs)
-    middle = float(logs.mean()) if n else math.nan
-    half = float(stats.t.ppf(0.975, n - 1) * logs.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    low, high = math.exp(middle - half), math.exp(middle + half)
-    word = "not all arrive" if n < len(first) else "better" if low > 1 else "worse" if high < 1 else "undecided"
-    return {"value": math.exp(middle), "low": low, "high": high, "reached": n, "verdict": word}
+    """first / other seed by seed, where both arrive: geometric mean, interval of logarithms, verdict."""
+    logs = [math.log(a / b) for a, b in zip(first, other, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    value, low, high = (math.exp(x) for x in interval(logs))
+    word = "not all arrive" if len(logs) < len(first) else verdict(math.log(low), math.log(high))
+    return {"value": value, "low": low, "high": high, "reached": len(logs), "verdict": word}
 
 
-def rows_of(runs: Mapping[str, Sequence[Run]], budget_s: float) -> list[Fields]:
-    """A row per method and quantity with its interval, and one per seed."""
-    first = next(iter(runs))
-    target = SHARE * float(np.mean([smooth(run, budget_s)[1] for run in runs[first]], axis=0)[round(SPAN * GRID) :].max())
-    arrivals = {method: [arrival(run, target, budget_s) for run in group] for method, group in runs.items()}
+def verdict(low: float, high: float) -> str:
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+
+
+def rows_of(runs: Mapping[str, Mapping[int, Curve]], budget_s: float) -> list[Fields]:
+    """A row per arm, seed and quantity, and one per quantity with its interval. The first arm is the baseline."""
+    first, seeds = next(iter(runs)), list(next(iter(runs.values())))
+    target = SHARE * float(np.mean([smooth(run, budget_s)[1] for run in runs[first].values()], axis=0).max())
+    found = {arm: {seed: arrival(runs[arm][seed], target, budget_s)._asdict() | {"area": area(runs[arm][seed], budget_s)}
+                   for seed in seeds} for arm in runs}  # fmt: skip
     rows: list[Fields] = []
-    for method, name in itertools.product(runs, Arrival._fields):
-        mine, base = ([getattr(a, name) for a in arrivals[m]] for m in (method, first))
-        rows += [{"method": method, "quantity": name, "seed": run.seed, "value": x, "low": "", "high": "", "reached": "",
-                  "verdict": ""} for run, x in zip(runs[method], mine, strict=True)]  # fmt: skip
-        if method != first:
-            rows.append({"method": method, "quantity": f"{name}: {first} / {method}", "seed": "all"} | ratio(base, mine))
+    for arm, name in itertools.product(runs, (*Arrival._fields, "area")):
+        mine, base = ([found[a][seed][name] for seed in seeds] for a in (arm, first))
+        rows += [{"arm": arm, "quantity": name, "seed": seed, "value": x, "low": "", "high": "", "reached": "", "verdict": ""}
+                 for seed, x in zip(seeds, mine, strict=True)]  # fmt: skip
+        if arm == first:
+            continue
+        if name == "area":
+            value, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
+            rows.append({"arm": arm, "quantity": f"area: {arm} - {first}", "seed": "all", "value": value, "low": low, "high": high,
+                         "reached": len(seeds), "verdict": verdict(low, high)})  # fmt: skip
+        else:
+            rows.append({"arm": arm, "quantity": f"{name}: {first} / {arm}", "seed": "all"} | ratio(base, mine))
     return [row | {"target": round(target, 4), "budget_s": budget_s} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------------- the stages
+
+
+def choice_jobs() -> list[Job]:
+    """Seeds outermost: a run that is stopped leaves whole pairs."""
+    return [
+        Job("choose", task, name, json.dumps(levers | CHOICE_CELL), seed, CHOICE_S[task])
+        for seed, task, (name, levers) in itertools.product(CHOICE_SEEDS, TASKS, CANDIDATES.items())
+    ]
+
+
+def choice(runs: Runs) -> list[Fields]:
+    """A row per candidate and task ("all": their mean): area, and its difference to the paper's, over seeds that are whole."""
+    areas: dict[tuple[str, str, int], float] = {}
+    for job in choice_jobs():
+        with contextlib.suppress(KeyError):
+            areas[job.arm, job.task, job.seed] = area(runs(job), job.budget_s)
+    seeds = [s for s in CHOICE_SEEDS if all((arm, task, s) in areas for arm in CANDIDATES for task in TASKS)]
+    rows = []
+    for task, arm in itertools.product((*TASKS, "all"), CANDIDATES):
+        of = TASKS if task == "all" else (task,)
+        mine, base = ([float(np.mean([areas[a, t, s] for t in of])) for s in seeds] for a in (arm, "tppo"))
+        difference, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
+        rows.append({"candidate": arm, "task": task, "seeds": len(seeds), "area": float(np.mean(mine)), "difference": difference,
+                     "low": low, "high": high, "verdict": "the reference" if arm == "tppo" else verdict(low, high)})  # fmt: skip
+    return rows
+
+
+def chosen(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The candidate with the largest mean area over the tasks."""
+    return str(
+        max((r for r in rows if r["task"] == "all" and r["candidate"] != "tppo"), key=lambda r: float(r["area"]))["candidate"]
+    )
+
+
+def headline(task: str, levers: Mapping[str, Fields], seeds: Sequence[int], runs: Runs) -> list[Fields]:
+    """Tune each arm, then measure it; seeds outermost. Seeds that lack an arm's run are left out."""
+    cells = {arm: json.dumps(tune(task, arm, own, runs)) for arm, own in levers.items()}
+    curves: dict[str, dict[int, Curve]] = {arm: {} for arm in cells}
+    for seed, (arm, cell) in itertools.product(seeds, cells.items()):
+        with contextlib.suppress(KeyError):
+            curves[arm][seed] = runs(Job("headline", task, arm, cell, seed, BUDGETS_S[task]))
+    whole = [seed for seed in seeds if all(seed in own for own in curves.values())]
+    rows = rows_of({arm: {seed: own[seed] for seed in whole} for arm, own in curves.items()}, BUDGETS_S[task])
+    return [{"task": task} | row | {"cell": cells[row["arm"]]} for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="chain", choices=("chain", "fork", "length"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="the first is the baseline")
-    parser.add_argument("--clock", default="cpu", choices=("cpu", "wall"))
-    parser.add_argument("--critic", default="same", choices=("same", "small"))
+    parser.add_argument("--choose", action="store_true", help="run the candidates of tppo-once")
+    parser.add_argument("--task", nargs="+", default=[], choices=TASKS, help="tune and measure these")
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of a run; tuning runs have half of it")
-    parser.add_argument("--untuned", action="store_true", help="a trial: each method runs with the first cell of its grid")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--eval-prompts", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=Path("runs/fair-headline"))
+    parser.add_argument("--report", action="store_true", help="run nothing: the tables of the runs that are there")
+    parser.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    out = arguments.out / f"{arguments.task}-{arguments.clock}-{arguments.critic}"
-    shared: Fields = {"task.name": arguments.task, "run.clock": arguments.clock, "compare.jobs": arguments.jobs,
-                      "run.eval_prompts": arguments.eval_prompts}  # fmt: skip
-    if arguments.critic == "small":
-        shared["model.value"] = small_critic(arguments.task, out)
-    chosen = {
-        method: cells(method)[0] if arguments.untuned else tune(method, shared, out, arguments.seconds / 2)
-        for method in arguments.methods
-    }
-    compare(out / "headline", shared, chosen, seed=0, seeds=arguments.seeds, seconds=arguments.seconds)
-    runs = {m: [read_run(out / "headline", m, seed) for seed in range(arguments.seeds)] for m in arguments.methods}
-    rows = [row | {"cell": json.dumps(chosen[row["method"]])} for row in rows_of(runs, arguments.seconds)]
-    name = f"fair-headline-{out.name}"
-    report(name, rows, arguments.results / f"{name}.csv")
+    torch.set_num_threads(1)
+    quiet()
+    runs = Book(arguments.results / "fair-headline-runs.csv", None if arguments.report else arguments.cache)
+    if arguments.choose or arguments.report:
+        report("fair-headline-choice", choice(runs), arguments.results / "fair-headline-choice.csv")
+    levers = {"ppo": ENGINE, "tppo-once": CANDIDATES[chosen(choice(runs))]} if arguments.task else {}
+    for task in arguments.task:
+        rows = headline(task, levers, range(arguments.seeds), runs)
+        report(f"fair-headline-{task}", rows, arguments.results / f"fair-headline-{task}.csv")
     return 0
 
 
