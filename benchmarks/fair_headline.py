@@ -7,8 +7,8 @@
 Plan, verdicts and stopping rule: prestated/2026-11-21-fair-headline.md, written before the first run.
 
     clock      CPU seconds of one process and one thread, evaluation excluded: other work on the machine hardly changes them
-    tuning     the same number of runs for each method and task, half as long, on seeds that the headline does not use: a grid of
-               learning rate x what a step holds, four changes of its best cell, and the two best cells on a second seed
+    tuning     the same number of runs for each method and task, half as long, on a seed that the headline does not use: a grid of
+               learning rate x what a step holds, and four changes of its best cell
     accuracy   between evaluations on straight lines, then the mean over SPAN of the budget, centred, on a grid of seconds
     target     0.95 of the best of PPO's means, averaged over seeds; to it: CPU seconds, generated and trained tokens
     ratio      PPO / method, seed by seed: geometric mean and 95 % Student-t interval of logarithms, over the seeds in which both
@@ -26,7 +26,6 @@ import contextlib
 import csv
 import itertools
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -36,9 +35,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
 from benchmarks.ablations import SHARED, prepare, quiet
+from benchmarks.arrivals import Curve, Fields, area, curve, interval, rows_of, verdict
 from benchmarks.common import RESULTS, report, whole_rows
 from tppo_ref.runs.build import build, make_task
 from tppo_ref.runs.config import Config, apply_method
@@ -47,12 +46,11 @@ from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.runs.warmstart import tiny_policy_config
 
-Fields = dict[str, Any]
-TASKS, METHODS = ("chain", "fork", "length"), ("ppo", "tppo-once")
-BUDGETS_S = {"chain": 36.0, "fork": 30.0, "length": 16.0}  # CPU seconds of a run of the headline; a tuning run has half of it
+TASKS = ("chain", "fork", "length")
+BUDGETS_S = {"chain": 20.0, "fork": 14.0, "length": 8.0}  # CPU seconds of a run of the headline; a tuning run has half of it
 CHOICE_S = {"chain": 10.0, "fork": 10.0, "length": 6.0}
-EVALUATIONS, EVAL_PROMPTS = 20, 256  # in a run; in each evaluation
-SHARE, SPAN, GRID = 0.95, 0.15, 600  # of PPO's best; of the budget, for a mean; points over the budget
+EVAL_EVERY_S = {"chain": 2.0, "fork": 1.5, "length": 1.0}  # CPU seconds
+EVAL_PROMPTS = 256
 
 ENGINE, FILLED = {"policy.old_logprobs": "engine"}, {"policy.min_new_tokens": 64}  # as many as a window holds
 CANDIDATES: dict[str, Fields] = {  # of the name tppo-once; the first, the paper's method, is what they are held against
@@ -62,7 +60,7 @@ CANDIDATES: dict[str, Fields] = {  # of the name tppo-once; the first, the paper
     "ac": ENGINE | {"policy.prefix": "constant"},
 }
 CHOICE_CELL: Fields = {"rollout.slots": 128, "policy.lr": 6e-4, "model.value": "small"}
-CHOICE_SEEDS, TUNING_SEEDS = (200, 201, 202, 203), (100, 101)  # the headline uses 0 to --seeds less 1
+CHOICE_SEEDS, TUNING_SEED = (200, 201), 100  # the headline uses 0 to --seeds less 1
 
 # A step holds 128 x 64 tokens, and half and twice as many; PPO's responses are 20 to 30 tokens long on average.
 HOLDS: dict[str, list[Fields]] = {
@@ -84,15 +82,6 @@ class Job(NamedTuple):
     cell: str
     seed: int
     budget_s: float
-
-
-class Curve(NamedTuple):
-    """A run at its evaluations: CPU seconds, accuracy, generated and trained tokens so far."""
-
-    seconds: np.ndarray
-    accuracy: np.ndarray
-    generated: np.ndarray
-    trained: np.ndarray
 
 
 Runs = Callable[[Job], Curve]
@@ -119,17 +108,15 @@ def variants(arm: str, cell: Fields) -> list[Fields]:
 
 
 def tune(task: str, arm: str, levers: Fields, runs: Runs) -> Fields:
-    """The arm's best cell by area: grid and variants on one seed, the two best on a second, the mean of both decides."""
+    """The arm's best cell by area, on one seed: of the grid, and of the variants of the grid's best."""
+    budget_s = BUDGETS_S[task] / 2
 
-    def score(cell: Fields, seed: int) -> float:
-        budget_s = BUDGETS_S[task] / 2
-        return area(runs(Job("tune", task, arm, json.dumps(cell), seed, budget_s)), budget_s)
+    def score(cell: Fields) -> tuple[float, Fields]:
+        return area(runs(Job("tune", task, arm, json.dumps(cell), TUNING_SEED, budget_s)), budget_s), cell
 
-    first, second = TUNING_SEEDS
-    scored = [(score(cell, first), cell) for cell in grid(arm, levers)]
-    scored += [(score(cell, first), cell) for cell in variants(arm, max(scored, key=lambda x: x[0])[1])]
-    two = sorted(scored, key=lambda x: -x[0])[:2]
-    return max(two, key=lambda x: x[0] + score(x[1], second))[1]
+    scored = [score(cell) for cell in grid(arm, levers)]
+    scored += [score(cell) for cell in variants(arm, max(scored, key=lambda x: x[0])[1])]
+    return max(scored, key=lambda x: x[0])[1]
 
 
 def measure(job: Job, shared: Mapping[str, Any], critics: Mapping[str, str]) -> list[Fields]:
@@ -138,7 +125,7 @@ def measure(job: Job, shared: Mapping[str, Any], critics: Mapping[str, str]) -> 
     cell["model.value"] = critics[cell["model.value"]]
     config = apply_method(replace_fields(Config(), shared), "ppo" if job.arm == "ppo" else "tppo", strict=False)
     own = {"run.seed": job.seed, "run.clock": "cpu", "run.train_seconds": job.budget_s, "run.checkpoint_every": 0,
-           "run.eval_every_s": job.budget_s / EVALUATIONS, "run.eval_prompts": EVAL_PROMPTS}  # fmt: skip
+           "run.eval_every_s": EVAL_EVERY_S[job.task], "run.eval_prompts": EVAL_PROMPTS}  # fmt: skip
     with tempfile.TemporaryDirectory() as out:
         with contextlib.closing(Session(build(replace_fields(config, {**cell, **own, "run.out": out})))) as session:
             session.train()
@@ -199,10 +186,6 @@ class Book:
             writer.writerows(rows)
 
 
-def curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
-    return Curve(*(np.array([float(r[name]) for r in rows]) for name in Curve._fields))
-
-
 def small_critic(task: str, out: Path, cache: str = "runs/cache") -> str:
     """A value model of a quarter of the base's width and a layer, pre-trained as the usual one is."""
     folder = out / "critic"
@@ -215,84 +198,6 @@ def small_critic(task: str, out: Path, cache: str = "runs/cache") -> str:
         command = [sys.executable, "-m", "tppo_ref", "pretrain-value", *(f"--{name}={value}" for name, value in fields.items())]
         subprocess.run(command, check=True)
     return str(folder / "value")
-
-
-# ------------------------------------------------------------------------------------------------------------- what came out
-
-
-def smooth(run: Curve, budget_s: float) -> tuple[np.ndarray, np.ndarray]:
-    """(seconds, accuracy) on the common grid: straight lines between evaluations, then the mean over SPAN of the budget around each
-    moment, which shifts no arm; only moments that have all of it."""
-    seconds = np.linspace(0, budget_s, GRID + 1)
-    accuracy = np.interp(seconds, run.seconds, run.accuracy)
-    half = round(SPAN * GRID / 2)
-    means = np.convolve(accuracy, np.full(2 * half + 1, 1 / (2 * half + 1)), mode="valid")
-    return seconds[half : GRID + 1 - half], means
-
-
-def area(run: Curve, budget_s: float) -> float:
-    """Mean accuracy over the budget."""
-    seconds = np.linspace(0, budget_s, GRID + 1)
-    return float(np.trapezoid(np.interp(seconds, run.seconds, run.accuracy), seconds) / budget_s)
-
-
-class Arrival(NamedTuple):
-    """What it took to the target; infinite where a seed never arrives."""
-
-    seconds: float
-    generated_tokens: float
-    trained_tokens: float
-
-
-def arrival(run: Curve, target: float, budget_s: float) -> Arrival:
-    """The first moment at which the mean is at least the target."""
-    seconds, means = smooth(run, budget_s)
-    reached = np.flatnonzero(means >= target - 1e-12)
-    if not len(reached):
-        return Arrival(math.inf, math.inf, math.inf)
-    at = float(seconds[reached[0]])
-    return Arrival(at, *(float(np.interp(at, run.seconds, tokens)) for tokens in (run.generated, run.trained)))
-
-
-def interval(x: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with its 95 % Student-t interval."""
-    n, mean = len(x), float(np.mean(x)) if len(x) else math.nan
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(x, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return mean, mean - half, mean + half
-
-
-def ratio(first: Sequence[float], other: Sequence[float]) -> Fields:
-    """first / other seed by seed, where both arrive: geometric mean, interval of logarithms, verdict."""
-    logs = [math.log(a / b) for a, b in zip(first, other, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    value, low, high = (math.exp(x) for x in interval(logs))
-    word = "not all arrive" if len(logs) < len(first) else verdict(math.log(low), math.log(high))
-    return {"value": value, "low": low, "high": high, "reached": len(logs), "verdict": word}
-
-
-def verdict(low: float, high: float) -> str:
-    return "better" if low > 0 else "worse" if high < 0 else "undecided"
-
-
-def rows_of(runs: Mapping[str, Mapping[int, Curve]], budget_s: float) -> list[Fields]:
-    """A row per arm, seed and quantity, and one per quantity with its interval. The first arm is the baseline."""
-    first, seeds = next(iter(runs)), list(next(iter(runs.values())))
-    target = SHARE * float(np.mean([smooth(run, budget_s)[1] for run in runs[first].values()], axis=0).max())
-    found = {arm: {seed: arrival(runs[arm][seed], target, budget_s)._asdict() | {"area": area(runs[arm][seed], budget_s)}
-                   for seed in seeds} for arm in runs}  # fmt: skip
-    rows: list[Fields] = []
-    for arm, name in itertools.product(runs, (*Arrival._fields, "area")):
-        mine, base = ([found[a][seed][name] for seed in seeds] for a in (arm, first))
-        rows += [{"arm": arm, "quantity": name, "seed": seed, "value": x, "low": "", "high": "", "reached": "", "verdict": ""}
-                 for seed, x in zip(seeds, mine, strict=True)]  # fmt: skip
-        if arm == first:
-            continue
-        if name == "area":
-            value, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
-            rows.append({"arm": arm, "quantity": f"area: {arm} - {first}", "seed": "all", "value": value, "low": low, "high": high,
-                         "reached": len(seeds), "verdict": verdict(low, high)})  # fmt: skip
-        else:
-            rows.append({"arm": arm, "quantity": f"{name}: {first} / {arm}", "seed": "all"} | ratio(base, mine))
-    return [row | {"target": round(target, 4), "budget_s": budget_s} for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------------------- the stages

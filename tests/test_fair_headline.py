@@ -1,56 +1,107 @@
-"""benchmarks/fair_headline.py: equal grids, arrivals read between evaluations, ratios by hand, tuning and its going on."""
+"""benchmarks/fair_headline.py and arrivals.py: equal grids, arrivals by hand, tuning, going on, and the committed tables."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import fair_headline
-from benchmarks.fair_headline import METHODS, Arrival, area, arrival, cells, ratio, rows_of, smooth, tune
-from tppo_ref.runs.comparison import Run
-from tppo_ref.runs.config import Config
+from benchmarks import arrivals, fair_headline
+from benchmarks.arrivals import Arrival, Curve, area, arrival, ratio, rows_of, smooth
+from benchmarks.fair_headline import ENGINE, HOLDS, Book, Job, choice, choice_jobs, chosen, grid, tune, variants
+from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.plans import check_plans
+from tppo_ref.runs.validation import check, check_training
 
 
-def made(seconds, accuracy, *, method="ppo", seed=0, rate=100.0) -> Run:
-    """A run whose steps end where it is evaluated, `rate` generated tokens a second, half of them trained."""
+def made(seconds, accuracy, *, rate=100.0) -> Curve:
+    """A run with `rate` generated tokens a second, half of them trained."""
     clock = np.array(seconds, dtype=float)
-    steps = {"time/train_s": clock[1:], "ledger/generated": rate * clock[1:], "ledger/trained": rate / 2 * clock[1:]}
-    return Run(method=method, seed=seed, folder=Path(), slots=1, responses=(), steps=steps,
-               evaluations={"time/train_s": clock, "eval/accuracy": np.array(accuracy, dtype=float)})  # fmt: skip
+    return Curve(clock, np.array(accuracy, dtype=float), rate * clock, rate / 2 * clock)
 
 
-def test_every_method_is_tuned_over_as_many_cells_and_each_of_them_can_run():
-    assert len({len(cells(method)) for method in METHODS}) == 1
-    for method in METHODS:
-        for cell in cells(method):
-            config = replace_fields(Config(), {"compare.methods": [method], "compare.per_method": {method: cell}})
-            check_plans(config)
-            assert cell["policy.old_logprobs"] == "engine"
+def area_runs(scores):
+    """Runs whose area is scores(job), and the jobs that were asked for."""
+    asked: list[Job] = []
+
+    def runs(job):
+        asked.append(job)
+        return made([0, job.budget_s], [scores(job)] * 2)
+
+    return runs, asked
+
+
+# ---------------------------------------------------------------------------------------------------------------- what is run
+
+
+@pytest.mark.parametrize("arm", HOLDS)
+def test_both_methods_have_as_many_cells_and_each_of_them_can_run(arm):
+    cells = grid(arm, ENGINE)
+    cells += variants(arm, cells[-1])
+    assert len({json.dumps(c) for c in cells}) == len(cells) == 10
+    for cell in cells:
+        fields = cell | {"model.value": None}
+        config = replace_fields(apply_method(Config(), "ppo" if arm == "ppo" else "tppo", strict=False), fields)
+        check(config)
+        check_training(config)
+        assert cell["policy.old_logprobs"] == "engine"
+
+
+def test_tuning_goes_from_the_grids_best_cell_to_its_variants():
+    cells = grid("ppo", ENGINE)
+    likes = {json.dumps(cells[1]): 0.6, json.dumps(variants("ppo", cells[1])[2]): 0.7}
+    runs, asked = area_runs(lambda job: likes.get(job.cell, 0.4))
+    assert tune("chain", "ppo", ENGINE, runs) == cells[1] | {"policy.mini_batch_tokens": 1000}
+    assert len(asked) == 10
+    assert {(job.seed, job.budget_s) for job in asked} == {(100, fair_headline.BUDGETS_S["chain"] / 2)}
+    assert json.loads(asked[9].cell)["policy.lr"] == 1e-3  # 5/3 of cell 1's
+
+
+def test_the_choice_is_the_largest_mean_and_never_the_paper_itself():
+    runs, asked = area_runs(lambda job: {"tppo": 0.9, "c": 0.5, "cf": 0.6 + 0.1 * (job.task == "fork"), "ac": 0.62}[job.arm])
+    rows = choice(runs)
+    assert asked == choice_jobs()
+    assert chosen(rows) == "cf"  # 0.633 over tasks, though ac is better on two of them
+    (all_tasks,) = (r for r in rows if (r["candidate"], r["task"]) == ("c", "all"))
+    assert all_tasks["difference"] == pytest.approx(-0.4)
+    assert (all_tasks["seeds"], all_tasks["verdict"]) == (2, "worse")
+
+
+def test_runs_that_are_whole_are_read_back_and_the_others_are_not_made_unasked(tmp_path):
+    path = tmp_path / "runs.csv"
+    job = Job("headline", "chain", "ppo", json.dumps({"policy.lr": 0.1}), 3, 4.0)
+    Book(path, None).add(
+        [job._asdict() | {"seconds": s, "accuracy": s / 10, "generated": 7, "trained": 5} for s in (0.0, 2.0, 4.0)]
+    )
+    with path.open("a") as file:
+        file.write("headline,chain,pp")  # a kill in the middle of a write
+    again = Book(path, None)
+    assert again(job).accuracy.tolist() == [0.0, 0.2, 0.4]
+    with pytest.raises(KeyError):
+        again(job._replace(seed=4))
+
+
+# ------------------------------------------------------------------------------------------------------------- what came out
 
 
 def test_an_arm_with_long_steps_does_not_wait_for_its_mark():
-    """Both climb on the same line, one in steps of 10 s, one in steps of 1 s: they arrive at the same time."""
+    """Both climb on the same line, one evaluated each 10 s, one each second: they arrive at the same time, and on the line."""
     long, short = (made(np.arange(0, 101, s), np.arange(0, 101, s) / 100) for s in (10, 1))
     a, b = (arrival(run, 0.5, budget_s=100) for run in (long, short))
     assert a == pytest.approx(b)
-    # The mean over the last 10 s is 0.5 at 55 s.
-    assert a == pytest.approx((55.0, 5500.0, 2750.0), rel=0.01)
+    assert a == pytest.approx((50.0, 5000.0, 2500.0), rel=0.01)
     assert area(long, 100) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_what_never_arrives_is_infinite_and_a_mean_of_less_than_a_span_is_none():
+def test_what_never_arrives_is_infinite_and_a_peak_shorter_than_the_span_is_no_arrival():
     flat = made([0, 50, 100], [0.2, 0.2, 0.2])
     assert arrival(flat, 0.3, 100) == Arrival(math.inf, math.inf, math.inf)
-    falls = made([0, 1, 100], [1.0, 0.0, 0.0])
-    assert arrival(falls, 0.5, 100) == Arrival(math.inf, math.inf, math.inf)
-    assert smooth(flat, 100)[1] == pytest.approx(np.full(fair_headline.GRID + 1, 0.2))
+    assert smooth(flat, 100)[1] == pytest.approx(0.2)
+    peak = made([0, 49, 50, 51, 100], [0, 0, 1, 0, 0])
+    assert arrival(peak, 0.5, 100) == Arrival(math.inf, math.inf, math.inf)
+    assert smooth(peak, 100)[1].max() == pytest.approx(1 / (100 * arrivals.SPAN), rel=0.05)  # a triangle of area 1 over the span
 
 
 def test_ratios_by_hand():
@@ -67,41 +118,20 @@ def test_ratios_by_hand():
     assert math.isnan(ratio([1.0], [math.inf])["value"])
 
 
-def test_rows_hold_seconds_generated_and_trained_tokens_against_the_first_method():
+def test_rows_hold_seconds_tokens_and_area_against_the_first_arm():
+    """Straight lines, the second arm's twice as steep: means are the lines themselves."""
     seconds = np.arange(0, 101, 5)
     runs = {
-        "ppo": [made(seconds, np.minimum(seconds / (60 + s), 1), seed=s) for s in range(3)],
-        "tppo": [made(seconds, np.minimum(seconds / (30 + s), 1), seed=s, method="tppo", rate=150) for s in range(3)],
+        "ppo": {s: made(seconds, seconds / (160 + 2 * s)) for s in range(3)},
+        "tppo-once": {s: made(seconds, seconds / (80 + s), rate=150) for s in range(3)},
     }
     rows = rows_of(runs, 100)
-    (speed,) = (r for r in rows if r["quantity"] == "seconds: ppo / tppo")
-    assert speed["value"] == pytest.approx(1.7, abs=0.15)
+    found = {r["quantity"]: r for r in rows if r["seed"] == "all"}
+    speed = found["seconds: ppo / tppo-once"]
+    assert speed["value"] == pytest.approx(2, abs=0.01)
     assert (speed["verdict"], speed["reached"]) == ("better", 3)
-    (tokens,) = (r for r in rows if r["quantity"] == "generated_tokens: ppo / tppo")
-    assert tokens["value"] == pytest.approx(speed["value"] / 1.5, rel=1e-6)
-    assert {r["target"] for r in rows} == {0.95}
-    assert len(rows) == 2 * 3 * 3 + 3
-
-
-def test_tuning_decides_by_three_seeds_and_the_whole_command_writes_its_table(tmp_path, monkeypatch):
-    calls = []
-
-    def compare(out, shared, per_method, *, seed, seeds, seconds):
-        calls.append((out.name, seed, seeds, seconds))
-
-    def read(out, method, seed):
-        # The first seed likes cell 0 best and cell 2 nearly as much; the others like cell 2.
-        name = out.name.removeprefix(f"tune-{method}-")
-        final = {"0": 0.6, "1": 0.5, "2": 0.59, "2-again": 0.7, "0-again": 0.1, "headline": 0.8}.get(name, 0.2)
-        return made([0, 1, 2, 4], [0, final, final, final], method=method, seed=seed)
-
-    monkeypatch.setattr(fair_headline, "compare", compare)
-    monkeypatch.setattr(fair_headline, "read_run", read)
-    assert tune("ppo", {}, tmp_path, 2.0) == cells("ppo")[2]
-    assert [c[0] for c in calls[-3:]] == ["tune-ppo-0-again", "tune-ppo-2-again", "tune-ppo-1-again"]
-    assert sum(seeds for _, _, seeds, _ in calls) == len(cells("ppo")) + 6
-    assert fair_headline.main(["--seeds", "2", "--seconds", "4", "--out", str(tmp_path), "--results", str(tmp_path)]) == 0
-    with (tmp_path / "fair-headline-chain-cpu-same.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {json.loads(r["cell"])["policy.lr"] for r in rows} == {cells("ppo")[2]["policy.lr"]}
-    assert [r["verdict"] for r in rows if r["quantity"] == "seconds: ppo / tppo"] == ["undecided"]
+    assert found["generated_tokens: ppo / tppo-once"]["value"] == pytest.approx(speed["value"] / 1.5, rel=1e-6)
+    assert found["area: tppo-once - ppo"]["value"] == pytest.approx(np.mean([25 / (80 + s) for s in range(3)]), abs=1e-6)
+    # The last moment that has all of its span is 90 s.
+    assert {r["target"] for r in rows} == {round(0.95 * np.mean([90 / (160 + 2 * s) for s in range(3)]), 4)}
+    assert len(rows) == 2 * 4 * 3 + 4
