@@ -48,6 +48,12 @@ def area(run: Curve, budget_s: float) -> float:
     return float(np.trapezoid(np.interp(seconds, run.seconds, run.accuracy), seconds) / budget_s)
 
 
+def token_area(run: Curve, tokens: float) -> float:
+    """Mean accuracy over the first so many generated tokens."""
+    grid = np.linspace(0, tokens, GRID + 1)
+    return float(np.trapezoid(np.interp(grid, run.generated, run.accuracy), grid) / tokens)
+
+
 class Arrival(NamedTuple):
     """What it took to the target; infinite where a seed never arrives."""
 

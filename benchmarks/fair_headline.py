@@ -2,7 +2,7 @@
 
     python -m benchmarks.fair_headline --choose                  what tppo-once is: candidates at equal CPU seconds
     python -m benchmarks.fair_headline --task chain [--seeds 12] tunes both methods, then measures
-    python -m benchmarks.fair_headline --report                  the tables of the committed runs, nothing is run
+    python -m benchmarks.fair_headline --report [--task chain fork length]     the tables of the committed runs, nothing is run
 
 Plan, verdicts and stopping rule: prestated/2026-11-21-fair-headline.md, written before the first run.
 
@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from benchmarks.ablations import SHARED, prepare, quiet
-from benchmarks.arrivals import Curve, Fields, area, curve, interval, rows_of, verdict
+from benchmarks.arrivals import Curve, Fields, area, curve, interval, rows_of, token_area, verdict
 from benchmarks.common import RESULTS, report, whole_rows
 from tppo_ref.runs.build import build, make_task
 from tppo_ref.runs.config import Config, apply_method
@@ -212,27 +212,38 @@ def choice_jobs() -> list[Job]:
 
 
 def choice(runs: Runs) -> list[Fields]:
-    """A row per candidate and task ("all": their mean): area, and its difference to the paper's, over seeds that are whole."""
-    areas: dict[tuple[str, str, int], float] = {}
+    """A row per score, task ("all": their mean) and candidate, over the seeds that are whole: the area, and its difference to the
+    paper's. Scores: over equal CPU seconds, which decides, and over equal generated tokens, as many as all candidates have."""
+    curves: dict[tuple[str, str, int], Curve] = {}
     for job in choice_jobs():
         with contextlib.suppress(KeyError):
-            areas[job.arm, job.task, job.seed] = area(runs(job), job.budget_s)
-    seeds = [s for s in CHOICE_SEEDS if all((arm, task, s) in areas for arm in CANDIDATES for task in TASKS)]
+            curves[job.arm, job.task, job.seed] = runs(job)
+    seeds = [s for s in CHOICE_SEEDS if all((arm, task, s) in curves for arm in CANDIDATES for task in TASKS)]
+    tokens = {(t, s): min(curves[arm, t, s].generated[-1] for arm in CANDIDATES) for t in TASKS for s in seeds}
+
+    def areas(score: str, arm: str, of: Sequence[str]) -> list[float]:
+        """Of each seed the mean over tasks."""
+
+        def one(t: str, s: int) -> float:
+            run = curves[arm, t, s]
+            return area(run, CHOICE_S[t]) if score == "seconds" else token_area(run, tokens[t, s])
+
+        return [float(np.mean([one(t, s) for t in of])) for s in seeds]
+
     rows = []
-    for task, arm in itertools.product((*TASKS, "all"), CANDIDATES):
-        of = TASKS if task == "all" else (task,)
-        mine, base = ([float(np.mean([areas[a, t, s] for t in of])) for s in seeds] for a in (arm, "tppo"))
+    for score, task, arm in itertools.product(("seconds", "tokens"), (*TASKS, "all"), CANDIDATES):
+        mine, base = (areas(score, a, TASKS if task == "all" else (task,)) for a in (arm, "tppo"))
         difference, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
-        rows.append({"candidate": arm, "task": task, "seeds": len(seeds), "area": float(np.mean(mine)), "difference": difference,
-                     "low": low, "high": high, "verdict": "the reference" if arm == "tppo" else verdict(low, high)})  # fmt: skip
+        rows.append({"score": score, "task": task, "candidate": arm, "seeds": len(seeds), "area": float(np.mean(mine)),
+                     "difference": difference, "low": low, "high": high,
+                     "verdict": "the reference" if arm == "tppo" else verdict(low, high)})  # fmt: skip
     return rows
 
 
 def chosen(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The candidate with the largest mean area over the tasks."""
-    return str(
-        max((r for r in rows if r["task"] == "all" and r["candidate"] != "tppo"), key=lambda r: float(r["area"]))["candidate"]
-    )
+    """The candidate with the largest mean area over tasks at equal CPU seconds."""
+    rows = [r for r in rows if (r["score"], r["task"]) == ("seconds", "all") and r["candidate"] != "tppo"]
+    return str(max(rows, key=lambda r: float(r["area"]))["candidate"])
 
 
 def headline(task: str, levers: Mapping[str, Fields], seeds: Sequence[int], runs: Runs) -> list[Fields]:

@@ -44,8 +44,8 @@ LEVERS: dict[str, tuple[str, dict[str, Any]]] = {  # the clock's name -> what it
     "tppo+c": ("c: the engine's log-probabilities", ENGINE),
     "tppo+f": ("f: a cut response trains once it has a window of untrained tokens", FILLED),
     "tppo/small": ("a critic of a quarter of the width, or of the parameters (clock)", SMALL),
-    "tppo-once": ("a and c: `tppo-once`", CONSTANT | ENGINE),
-    "tppo+cf/small": ("c, f and the small critic", ENGINE | FILLED | SMALL),
+    "tppo+ac": ("a and c", CONSTANT | ENGINE),
+    "tppo-once/small": ("c and f, which is `tppo-once`, and the small critic", ENGINE | FILLED | SMALL),
 }
 PHASES = ("rollout", "forward", "policy", "value")
 WARM_ROUNDS = 2
@@ -91,6 +91,16 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def choice_prices() -> dict[str, str]:
+    """Of the candidates for `tppo-once`, at equal tokens."""
+    rows = {r["candidate"]: r for r in rows_of("fair-headline-choice") if (r["score"], r["task"]) == ("tokens", "all")}
+    return {
+        lever: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(rows[name][k]) for k in ("difference", "low", "high")))
+        + " of area, {verdict}, {seeds} seeds".format(**rows[name])
+        for lever, name in (("tppo+c", "c"), ("tppo+ac", "ac"), ("tppo-once/small", "cf"))
+    }
+
+
 def page() -> str:
     """docs/levers.md, from the committed tables."""
     laptop = {r["lever"]: r for r in rows_of("levers")}
@@ -98,8 +108,7 @@ def page() -> str:
     own_best = {r["system"]: float(r["gain"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     learning = {r["task"]: r for r in prefix_learning.table(read_whole(prefix_learning.PATH)[0]) if r["score"] == "area"}
     prefix = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of area, {verdict}, {n} seeds".format(**learning["all"])
-    price = {"tppo": "0, the reference", "tppo+a": prefix, "tppo+b": f"{NOT}; it drops what a drops",
-             "tppo-once": f"{NOT}; it drops what a drops"}  # fmt: skip
+    price = {"tppo": "0, the reference", "tppo+a": prefix, "tppo+b": f"{NOT}; it drops what a drops"} | choice_prices()
     lines = []
     for name, (what, _) in LEVERS.items():
         mine = laptop[name]
@@ -116,7 +125,7 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
 
 | lever | laptop measured | vLLM measured | clock predicted | price in learning |
 | --- | --- | --- | --- | --- |
-| *command* | `python -m benchmarks.levers` | none yet | `python -m sim throughput` | `python -m benchmarks.prefix_learning` |
+| *command* | `python -m benchmarks.levers` | none yet | `python -m sim throughput` | see below |
 {table}
 
 - **Laptop**: CPU seconds of one thread per generated token, the {task} task with windows of 64, all levers stepped in turn in one
@@ -124,8 +133,10 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
   machine busy: caches are shared, so intervals are wide.
 - **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
   best.
-- **Price**: the area under the learning curve at equal generated tokens, three tasks; see
-  [plan](../benchmarks/prestated/2026-11-21-constant-prefix.md) and [what is dropped](../benchmarks/results/dropped_gradient.png).
+- **Price**: the area under the learning curve at equal generated tokens, three tasks. Of a: `python -m benchmarks.prefix_learning`, see
+  [plan](../benchmarks/prestated/2026-11-21-constant-prefix.md) and [what is dropped](../benchmarks/results/dropped_gradient.png). Of c and
+  its company: `python -m benchmarks.fair_headline --choose`, 128 slots and the small critic in both arms
+  ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
 - Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
   short beside fixed costs: gains on large models are not these.
 """

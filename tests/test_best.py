@@ -96,7 +96,7 @@ def test_the_recommended_one_is_the_freshest_of_the_fast():
 
 def test_what_was_measured_to_cost_learning_is_recommended_by_its_name_alone():
     assert not set(small().recommended.method.levers) & set("ab")
-    assert best.answer(dataclasses.replace(SMALL, method="tppo-once")).recommended.method.name == "tppo-once"
+    assert best.answer(dataclasses.replace(SMALL, method="tppo+ac")).recommended.method.name == "tppo+ac"
 
 
 def test_without_slack_the_fastest_setting_of_a_kind_is_taken():
@@ -212,9 +212,10 @@ def test_json_has_every_method_with_its_ranges(capsys):
 
 
 def test_what_may_be_recommended_can_be_restricted():
-    for wanted in ("ppo", "tppo-once"):
+    for wanted in ("ppo", "tppo+ac"):
         chosen = best.answer(dataclasses.replace(SMALL, method=wanted)).recommended.method
         assert wanted in (chosen.kind, chosen.name)
+    assert best.answer(dataclasses.replace(SMALL, method="tppo-once")).recommended.method.name == "tppo+cf"
 
 
 def test_partial_rollouts_are_named_where_they_are_faster():

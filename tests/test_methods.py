@@ -41,8 +41,9 @@ def small_grid(monkeypatch):
 
 
 def test_a_name_says_levers_critic_and_staleness():
-    assert method("tppo-once") == Method(name="tppo-once", kind="tppo", levers="ac")
-    assert method("tppo-once+df").levers == "acdf"
+    assert method("tppo+ac") == Method(name="tppo+ac", kind="tppo", levers="ac")
+    assert method("tppo-once/small") == Method(name="tppo-once/small", kind="tppo", levers="cf", critic="small")
+    assert method("tppo+acdf").levers == "acdf"
     assert method("tppo+ac/small") == Method(name="tppo+ac/small", kind="tppo", levers="ac", critic="small")
     assert method("async:4/none") == Method(name="async:4/none", kind="async", critic="none", staleness=4)
     assert method("async").staleness == 1
@@ -95,7 +96,7 @@ def test_the_small_critic_has_about_a_quarter_of_the_parameters():
 # ------------------------------------------------------------------------------------------------------------------------ runs
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo/none", "tppo", "tppo-once", "partial+c", "tail"])
+@pytest.mark.parametrize("name", ["ppo", "ppo/none", "tppo", "tppo+ac", "partial+c", "tail"])
 def test_every_method_runs_and_its_phases_sum_to_its_step(name):
     found = routine(method(name), setup_of(SMALL, Cell(1, 64)), window=128, responses=128)
     assert sum(found.phases_s.values()) == pytest.approx(found.step_s)
@@ -107,10 +108,10 @@ def test_every_method_runs_and_its_phases_sum_to_its_step(name):
 def test_each_lever_makes_a_step_shorter_and_all_together_shortest():
     case = dataclasses.replace(SMALL, lengths="twopoint:short=300,share=0.5", window=64)
     speed = {name: run_at(case, name, Cell(1, 64)).middle.tokens_per_s for name in
-             ("tppo", "tppo+a", "tppo+b", "tppo+c", "tppo+d", "tppo+f", "tppo-once+df")}  # fmt: skip
+             ("tppo", "tppo+a", "tppo+b", "tppo+c", "tppo+d", "tppo+f", "tppo+acdf")}  # fmt: skip
     assert all(speed[name] > speed["tppo"] for name in speed if name != "tppo")
     assert speed["tppo+b"] > speed["tppo+a"]
-    assert max(speed, key=speed.get) == "tppo-once+df"
+    assert max(speed, key=speed.get) == "tppo+acdf"
 
 
 def test_asynchronous_training_stays_within_its_staleness_on_devices_of_its_own():

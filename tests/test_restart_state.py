@@ -18,7 +18,7 @@ from helpers import make_trainer, same, weights_of
 
 CASES = {
     "tppo": {}, "tppo-defer": {}, "tppo-ewma": {}, "ppo": {}, "partial-is": {}, "geppo": {},
-    "tppo-once": {"policy__min_new_tokens": 9, "rollout__window": 4},
+    "tppo-once": {"policy__min_new_tokens": 9, "rollout__window": 4, "policy__prefix": "constant"},
     "held": {"method": "tppo", "value__batch_responses": 3},
     "bfloat16": {"method": "tppo-ewma", "dtype": torch.bfloat16},
     "warm-ups": {"method": "tppo", "value__warmup_steps": 2, "policy__lr_warmup_steps": 9, "value__lr_warmup_steps": 7},

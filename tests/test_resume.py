@@ -49,6 +49,7 @@ CASES = {
     "critic of another size": (
         "tppo-once",
         {
+            "policy.prefix": "constant",
             "model.value": dict(
                 model_type="llama",
                 vocab_size=64,
@@ -61,7 +62,7 @@ CASES = {
                 bos_token_id=None,
                 eos_token_id=0,
                 pad_token_id=None,
-            )
+            ),
         },
     ),
     "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),

@@ -260,6 +260,11 @@ def test_a_batch_that_cannot_be_is_refused(refill, batch):
         SlotSchedule(slots=4, window=8, max_response_tokens=8, refill=refill, responses_per_step=batch)
 
 
+def test_tppo_once_takes_the_engines_log_probabilities_and_waits_for_a_window():
+    made = apply_method(replace_fields(Config(), {"rollout.window": 48}), "tppo-once")
+    assert (made.policy.old_logprobs, made.policy.min_new_tokens, made.policy.prefix) == ("engine", 48, "full")
+
+
 def test_tppo_once_trains_and_keeps_the_books():
     trainer = make_trainer("tppo-once")
     for _ in range(5):

@@ -2,7 +2,7 @@
 
 method("ppo")             synchronous PPO; with more responses per step than slots it refills them within the step
 method("tppo")            the paper's
-method("tppo+acd")        with levers; "tppo-once" is all of them that go together, tppo+facd
+method("tppo+acd")        with levers; "tppo-once" is tppo+cf, as in tppo_ref
 method("partial-is")      partial rollouts by windows, as tppo_ref has them: what ended trains, whole; the rest goes on
 method("partial+c")       partial rollouts, old log-probabilities from the engine
 method("tail"), method("async:4")    tail batching; asynchronous with a staleness of at most 4 syncs
@@ -32,6 +32,9 @@ LEVERS = {
     "f": ("a cut response trains once it has a window of untrained tokens", "some tokens are one sync old"),
 }
 """What each lever does, and its price."""
+
+ONCE = "tppo+cf"
+"""The levers of tppo_ref's method tppo-once."""
 
 PRICES: dict[Kind, str] = {
     "ppo": "",
@@ -78,7 +81,7 @@ class Method:
 
 def method(spec: str) -> Method:
     """A method by its name. ValueError for one that is unknown or makes no sense."""
-    written = spec.replace("tppo-once+", "tppo+ac").replace("tppo-once", "tppo+ac")
+    written = spec.replace("tppo-once", ONCE)
     found = re.fullmatch(r"([\w-]+)(?::(\d+))?(?:\+([a-z]+))?(?:/(\w+))?", written)
     kind, staleness, levers, critic = found.groups() if found else (spec, None, None, None)
     levers, critic = levers or "", critic or "own"

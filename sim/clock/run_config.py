@@ -12,6 +12,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from sim.clock.methods import ONCE
 from sim.clock.search import Found, Question
 
 
@@ -66,9 +67,10 @@ def fields_of(question: Question, found: Found) -> list[Field]:
 def _method(question: Question, found: Found) -> list[tuple[str, Any, str]]:
     """The method, what decodes, and what of advantages it leaves open."""
     at, which, cap = found.setting, found.method, question.lengths.cap
-    ppo, cut, once = which.kind == "ppo", which.kind == "tppo", set(which.levers) >= {"a", "c"}
+    ppo, cut = which.kind == "ppo", which.kind == "tppo"
     importance = "truncated" if which.kind == "partial-is" and not which.levers else "none"
-    named = {"ppo": "ppo", "partial-is": "tppo" if which.levers else "partial-is", "tppo": "tppo-once" if once else "tppo"}
+    whole = "tppo" if which.levers else "partial-is"  # partial-is fixes a weight that the engine's log-probabilities replace
+    named = {"ppo": "ppo", "partial-is": whole, "tppo": "tppo-once" if which.name == ONCE else "tppo"}
     prefix = "constant" if set(which.levers) & {"a", "b"} else "full"
     rows: list[tuple[str, Any, str]] = [
         ("run.method", named[which.kind], f"{which.name}: {PLANNED}"),

@@ -32,13 +32,13 @@ from sim.clock.efficiency import Efficiency
 from sim.clock.fitting import problems, tensor_parallel_sizes, with_utilisation
 from sim.clock.footprint import Budget, bytes_per_phase
 from sim.clock.hardware import Accelerator, Layout, ModelShape, Roofline
-from sim.clock.methods import Method, method, routine, small_critic
+from sim.clock.methods import ONCE, Method, method, routine, small_critic
 from sim.clock.ranges import Ranged
 from sim.clock.steady import SEGMENTS
 from tppo_ref.method.slots import Refill
 
 RUNNABLE = {
-    "tppo": ("tppo+c", "tppo+cf", "tppo", "tppo+f", "tppo-once", "tppo-once+f"),
+    "tppo": ("tppo+c", "tppo+cf", "tppo", "tppo+f", "tppo+ac", "tppo+acf"),
     "partial-is": ("partial-is+c", "partial-is"),
     "ppo": ("ppo+c", "ppo"),
 }
@@ -188,6 +188,7 @@ def search(question: Question, wanted: str = "all", *, elsewhere: bool = True) -
 
     wanted   "all", or what alone may be recommended: a kind ("tppo", "partial-is", "ppo") or a method by its name
     """
+    wanted = ONCE if wanted == "tppo-once" else wanted
     if wanted not in ("all", *RUNNABLE, *itertools.chain(*RUNNABLE.values())):
         known = ", ".join(("all", *RUNNABLE, *itertools.chain(*RUNNABLE.values())))
         raise ValueError(f"method: got {wanted!r}; expected one of {known}")

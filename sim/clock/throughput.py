@@ -102,8 +102,8 @@ SETUPS = (
 )
 """R1: 32B on 64 H800, a heavy tail. R2: the same, long in the mean. R3: 7B on 32 H800, long in the mean."""
 NAMES = (
-    "ppo", "ppo/small", "ppo/none", "tppo", "tppo+d", "tppo+a", "tppo+c", "tppo+f", "tppo+b", "tppo-once", "tppo-once+d",
-    "tppo-once+df", "tppo/small", "tppo-once+df/small",
+    "ppo", "ppo/small", "ppo/none", "tppo", "tppo+d", "tppo+a", "tppo+c", "tppo+f", "tppo+b", "tppo+ac", "tppo+acd",
+    "tppo+acdf", "tppo/small", "tppo+acdf/small",
     "partial", "partial+c", "partial+c/none", "tail", "async:1", "async:4", "async:4/none",
 )  # fmt: skip
 

@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "policy.engine_gap_limit": 1.0, "policy.micro_batch_tokens": 25, "value.micro_batch_tokens": 25, "policy.max_grad_norm": 0.3,
     "policy.epochs": 2, "value.epochs": 2, "policy.weight_decay": 0.1,
 }  # fmt: skip
+FURTHER = {"tppo-once": {"policy.prefix": "constant"}}  # so that a constant prefix is seen on ranks, too
 
 
 class RecordingCollective(Collective):
@@ -104,7 +105,7 @@ def main(out: Path, methods: list[str]) -> None:
     torch.set_num_threads(1)
     world = start(device="cpu", timeout_s=120)
     for method in methods:
-        stage = RankStage(make_config(SMALL, method), world)
+        stage = RankStage(make_config(SMALL | FURTHER.get(method, {}), method), world)
         if wrong:
             stage.trainer.parallel.loss_scale = 1.0
         steps, moved = [], 0

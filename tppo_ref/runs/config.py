@@ -168,6 +168,7 @@ FIXED_ON_RESUME = tuple(path for path in field_paths(Config) if path not in FREE
 
 
 WHOLE = "rollout.max_response_tokens"  # stands for that field's value where a method needs a window as long as a response
+WINDOW = "rollout.window"  # stands for that field's value
 
 METHODS: dict[str, dict[str, Any]] = {
     "tppo": {},
@@ -175,7 +176,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tppo-zero-cut": {"advantage.cut_value": "zero"},
     "tppo-defer": {"advantage.tail": "defer"},
     "tppo-ewma": {"policy.ewma_decay": 0.9},
-    "tppo-once": {"policy.prefix": "constant", "policy.old_logprobs": "engine"},
+    "tppo-once": {"policy.old_logprobs": "engine", "policy.min_new_tokens": WINDOW},  # both depart from the paper
     "ppo": {"rollout.window": WHOLE, "rollout.refill": "batch", "value.update": "joint"},
     "geppo": {
         "rollout.window": WHOLE,
@@ -201,7 +202,7 @@ def apply_method(config: Config, method: str, *, strict: bool = True, given: Col
     """
     if method not in METHODS:
         raise UserError(refusal("run.method", repr(method), f"one of {', '.join(METHODS)}") + nearest(method, list(METHODS)))
-    overrides = {path: get_field(config, value) if value == WHOLE else value for path, value in METHODS[method].items()}
+    overrides = {path: get_field(config, value) if value in (WHOLE, WINDOW) else value for path, value in METHODS[method].items()}
     for path, value in overrides.items():
         current = get_field(config, path)
         if strict and current != value and (path in given or current != get_field(Config(), path)):
