@@ -133,9 +133,10 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
   machine busy: caches are shared, so intervals are wide.
 - **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
   best.
-- **Price**: the area under the learning curve at equal generated tokens, three tasks. Of a: `python -m benchmarks.prefix_learning`, see
-  [plan](../benchmarks/prestated/2026-11-21-constant-prefix.md) and [what is dropped](../benchmarks/results/dropped_gradient.png). Of c and
-  its company: `python -m benchmarks.fair_headline --choose`, 128 slots and the small critic in both arms
+- **Price**: the area under the learning curve at equal generated tokens, three tasks. Of a: `python -m benchmarks.prefix_learning`
+  ([plan](../benchmarks/prestated/2026-11-21-constant-prefix.md),
+  [what is dropped](../benchmarks/results/dropped_gradient.png)). Of c and its company:
+  `python -m benchmarks.fair_headline --choose`, 128 slots and the small critic in both arms
   ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
 - Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
   short beside fixed costs: gains on large models are not these.
