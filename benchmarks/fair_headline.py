@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.ablations import SHARED, prepare, quiet
 from benchmarks.arrivals import Curve, Fields, area, curve, interval, rows_of, token_area, verdict
 from benchmarks.common import RESULTS, report, whole_rows
+from benchmarks.equal_tokens import SHARED, prepare, quiet
 from tppo_ref.runs.build import build, make_task
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
@@ -256,6 +256,19 @@ def headline(task: str, levers: Mapping[str, Fields], seeds: Sequence[int], runs
     whole = [seed for seed in seeds if all(seed in own for own in curves.values())]
     rows = rows_of({arm: {seed: own[seed] for seed in whole} for arm, own in curves.items()}, BUDGETS_S[task])
     return [{"task": task} | row | {"cell": cells[row["arm"]]} for row in rows]
+
+
+def found(task: str, quantity: str, arm: str = "tppo-once") -> Fields | None:
+    """A committed interval with its verdict, how many seeds arrive and how many there are; None where there is none."""
+    path = RESULTS / f"fair-headline-{task}.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["arm"] == arm]
+    (row,) = (r for r in rows if r["quantity"].startswith(f"{quantity}:"))
+    seeds = sum(r["quantity"] == quantity for r in rows)
+    numbers = {name: float(row[name]) for name in ("value", "low", "high")}
+    return numbers | {"verdict": row["verdict"], "reached": int(row["reached"]), "seeds": seeds}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks import prefix_learning
+from benchmarks import fair_headline, prefix_learning
 from benchmarks.common import RESULTS, report
 from benchmarks.equal_tokens import SHARED, prepare, quiet, read_whole
 from benchmarks.fair_headline import small_critic
@@ -116,7 +116,28 @@ def page() -> str:
         there = f"{own_best[name] / own_best['tppo']:.2f}x" if name in clock else "not predicted"
         lines.append(f"| {what} | {here} | {NOT} | {there} | {price.get(name, NOT)} |")
     row = laptop["tppo"]
-    return TEXT.format(table="\n".join(lines), task=row["task"], rounds=row["rounds"], date=row["date"], machine=row["machine"])
+    return TEXT.format(
+        table="\n".join(lines),
+        headline=headline_lines(),
+        task=row["task"],
+        rounds=row["rounds"],
+        date=row["date"],
+        machine=row["machine"],
+    )
+
+
+def headline_lines() -> str:
+    """PPO at its best against tppo-once, a line per task."""
+    lines = []
+    for task in fair_headline.TASKS:
+        rows = [fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")]
+        cells = [NOT] * 5
+        if seconds := rows[0]:
+            cells = ["{value:.2f} [{low:.2f}, {high:.2f}]".format(**row) for row in rows[:3] if row]
+            cells += ["{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in rows[3:] if row]
+            cells.append("{verdict}; {reached} of {seeds} seeds arrive".format(**seconds))
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 TEXT = """# What each lever of training once is worth, and what it costs
@@ -140,6 +161,17 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
   ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
 - Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
   short beside fixed costs: gains on large models are not these.
+
+## `tppo-once` against PPO at its best
+
+| task | CPU seconds, PPO / `tppo-once` | generated tokens | trained tokens | area, `tppo-once` - PPO | verdict by seconds |
+| --- | --- | --- | --- | --- | --- |
+{headline}
+
+To 95 % of PPO's best mean accuracy, each method tuned on each task with as many runs, the engine's log-probabilities and a small
+critic open to both, PPO with its best batch and refilled within the step: `python -m benchmarks.fair_headline --task TASK`
+([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)). Above 1, and above 0 in area, `tppo-once` is ahead. Geometric means
+with 95 % t-intervals, seed by seed; area is mean accuracy at equal CPU seconds.
 """
 
 
