@@ -26,6 +26,7 @@ import contextlib
 import csv
 import itertools
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -258,17 +259,34 @@ def headline(task: str, levers: Mapping[str, Fields], seeds: Sequence[int], runs
     return [{"task": task} | row | {"cell": cells[row["arm"]]} for row in rows]
 
 
-def found(task: str, quantity: str, arm: str = "tppo-once") -> Fields | None:
-    """A committed interval with its verdict, how many seeds arrive and how many there are; None where there is none."""
+def found(task: str, quantity: str) -> Fields | None:
+    """A committed interval with its verdict, the seeds and how many of each method arrive; None where there is none."""
     path = RESULTS / f"fair-headline-{task}.csv"
     if not path.exists():
         return None
     with path.open(newline="") as file:
-        rows = [r for r in csv.DictReader(file) if r["arm"] == arm]
+        rows = list(csv.DictReader(file))
     (row,) = (r for r in rows if r["quantity"].startswith(f"{quantity}:"))
-    seeds = sum(r["quantity"] == quantity for r in rows)
-    numbers = {name: float(row[name]) for name in ("value", "low", "high")}
-    return numbers | {"verdict": row["verdict"], "reached": int(row["reached"]), "seeds": seeds}
+    ppo, once = ([float(r["value"]) for r in rows if (r["arm"], r["quantity"]) == (arm, quantity)] for arm in HOLDS)
+    return {name: float(row[name]) for name in ("value", "low", "high")} | {
+        "verdict": row["verdict"], "seeds": len(ppo), "ppo": sum(map(math.isfinite, ppo)), "once": sum(map(math.isfinite, once)),
+    }  # fmt: skip
+
+
+def sentence(task: str) -> str:
+    """What came out on a task, for pages."""
+    seconds, tokens, gained = (found(task, name) for name in ("seconds", "generated_tokens", "area"))
+    assert seconds
+    assert tokens
+    assert gained
+    return (
+        "PPO takes {value:.2f} [{low:.2f}, {high:.2f}] times the CPU seconds".format(**seconds)
+        + " and {value:.2f} [{low:.2f}, {high:.2f}] times the generated tokens of `tppo-once`".format(**tokens)
+        + ", where both arrive: {once} of {seeds} seeds of `tppo-once` do, {ppo} of PPO ({verdict}).".format(**seconds)
+        + " Mean accuracy at equal CPU seconds: {value:+.3f} [{low:+.3f}, {high:+.3f}] for `tppo-once` ({verdict}).".format(
+            **gained
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -135,7 +135,7 @@ def headline_lines() -> str:
         if seconds := rows[0]:
             cells = ["{value:.2f} [{low:.2f}, {high:.2f}]".format(**row) for row in rows[:3] if row]
             cells += ["{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in rows[3:] if row]
-            cells.append("{verdict}; {reached} of {seeds} seeds arrive".format(**seconds))
+            cells.append("{verdict}: {once} and {ppo} of {seeds} seeds".format(**seconds))
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -171,7 +171,8 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
 To 95 % of PPO's best mean accuracy, each method tuned on each task with as many runs, the engine's log-probabilities and a small
 critic open to both, PPO with its best batch and refilled within the step: `python -m benchmarks.fair_headline --task TASK`
 ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)). Above 1, and above 0 in area, `tppo-once` is ahead. Geometric means
-with 95 % t-intervals, seed by seed; area is mean accuracy at equal CPU seconds.
+with 95 % t-intervals, seed by seed, over the seeds in which both arrive; area is mean accuracy at equal CPU seconds, over all. The
+verdict says how many seeds of `tppo-once` and of PPO arrive; where not all do, the ratio has no verdict.
 """
 
 

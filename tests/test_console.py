@@ -161,7 +161,7 @@ def test_the_quick_demo_is_one_seed_of_both_methods_and_says_that_it_proves_noth
     monkeypatch.setattr("tppo_ref.runs.compare.compare", seen.append)
     assert main(["demo", "--quick"]) == 0
     (config,) = seen
-    assert (config.compare.methods, config.compare.seeds) == (["ppo", "tppo"], 1)
+    assert (config.compare.methods, config.compare.seeds) == (["ppo", "tppo-once"], 1)
     assert "proves nothing" in capsys.readouterr().out
     assert main(["demo"]) == 0
     assert seen[-1].compare.seeds == 3

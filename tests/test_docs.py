@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.headline import best_settings, sentence
+from benchmarks import fair_headline
+from benchmarks.headline import sentence
 from tppo_ref.runs import docs_pages as tables
 from tppo_ref.runs.config import METHODS, Config
 from tppo_ref.runs.parsing import get_field, parse
+from tppo_ref.runs.plans import plan_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,13 +40,23 @@ def test_a_sentence_changes_with_its_summary(tmp_path: Path) -> None:
     assert sentence(tmp_path / "summary.csv") != sentence(RESULTS / "headline-chain" / "summary.csv")
 
 
-def test_the_demo_runs_with_the_settings_that_the_sweep_chose() -> None:
-    demo = parse(Config, ["--config", str(ROOT / "tppo_ref" / "configs" / "demo.yaml")], prog="demo")
-    chosen = best_settings(RESULTS / "sweep-chain.csv")
-    for method in demo.compare.methods:
-        overrides = demo.compare.per_method.get(method, {})
-        for path, value in chosen[method].items():
-            assert overrides.get(path, get_field(demo, path)) == value, (method, path)
+@pytest.mark.parametrize("name", ["demo", "demo-quick"])
+def test_the_demo_runs_with_the_cells_that_the_fair_headline_chose(name: str) -> None:
+    demo = parse(Config, ["--config", str(ROOT / "tppo_ref" / "configs" / f"{name}.yaml")], prog="demo")
+    with (RESULTS / "fair-headline-chain.csv").open(newline="") as file:
+        chosen = {row["arm"]: json.loads(row["cell"]) for row in csv.DictReader(file)}
+    assert demo.compare.methods == list(chosen)
+    for method, cell in chosen.items():
+        plan = plan_of(demo, method)
+        assert {path: get_field(plan, path) for path in cell if path != "model.value"} == {
+            path: value for path, value in cell.items() if path != "model.value"
+        }
+
+
+def test_the_readme_says_what_the_fair_headline_found() -> None:
+    flowing = " ".join(README.replace("\n> ", "\n").split())
+    assert fair_headline.sentence("chain") in flowing
+    assert README.index("PPO takes") < README.index("PPO reaches it"), "what came out against PPO at its best comes first"
 
 
 def test_both_methods_were_swept_over_the_same_cells_and_seeds() -> None:

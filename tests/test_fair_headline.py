@@ -151,3 +151,13 @@ def test_tppo_once_is_the_candidate_that_was_chosen():
         committed = list(csv.DictReader(file))
     for row, again in zip(committed, choice(runs), strict=True):
         assert {name: row[name] for name in again} == {name: str(x) for name, x in again.items()}
+
+
+@pytest.mark.parametrize("task", [task for task in fair_headline.TASKS if fair_headline.found(task, "seconds")])
+def test_the_committed_tables_are_of_the_committed_runs(task):
+    runs = Book(RESULTS / "fair-headline-runs.csv", None)
+    levers = {"ppo": ENGINE, "tppo-once": CANDIDATES[chosen(choice(runs))]}
+    with (RESULTS / f"fair-headline-{task}.csv").open(newline="") as file:
+        committed = list(csv.DictReader(file))
+    for row, again in zip(committed, fair_headline.headline(task, levers, range(12), runs), strict=True):
+        assert {name: row[name] for name in again} == {name: str(x) for name, x in again.items()}

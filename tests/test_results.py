@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import findings, prefix_learning
+from benchmarks import fair_headline, findings, prefix_learning
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
 from benchmarks.vllm_windows import ratio
@@ -55,6 +55,22 @@ def test_the_headline(task):
     middle, low, high = findings.headline(f"{task} tppo speed-up", "ratio")
     assert result.startswith(f"{middle:.2f} [{low:.2f}, {high:.2f}]x")
     verdict(aim, middle >= 2)
+
+
+@pytest.mark.parametrize("task", [task for task in fair_headline.TASKS if fair_headline.found(task, "seconds")])
+def test_the_fair_headline(task):
+    result, aim = line(f"`tppo-once` against PPO at its best, {task} task")
+    seconds, made, trained, area = (
+        fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")
+    )
+    assert result == (
+        "{value:.2f} [{low:.2f}, {high:.2f}]x less CPU time to 95 % of PPO's best mean, where both arrive ({once} and {ppo} of "
+        "{seeds} seeds)".format(**seconds)
+        + "; {value:.2f} [{low:.2f}, {high:.2f}]x the generated".format(**made)
+        + ", {value:.2f} [{low:.2f}, {high:.2f}]x the trained tokens".format(**trained)
+        + "; area {value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**area)
+    )
+    verdict(aim, seconds["low"] > 1 and seconds["value"] >= 2)
 
 
 def test_the_early_decision():

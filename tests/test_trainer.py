@@ -104,8 +104,10 @@ def test_F1_generated_is_trained_plus_excluded_plus_pending_at_every_step(method
             generated += s.stop - s.begin
             if method == "partial-is" and not r.ended:
                 continue  # trains once, when it ends
-            begin, settled[r.id] = settled[r.id], n
             cut = r.end is End.RUNNING
+            if cut and n - settled[r.id] < trainer.config.policy.min_new_tokens:
+                continue  # waits for a window of untrained tokens
+            begin, settled[r.id] = settled[r.id], n
             stop = max(begin, n - tail_tokens) if cut else n
             if step <= warmup:
                 warmup_excluded += n - begin
