@@ -67,14 +67,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """By number of ranks: (found.json, {case: tensors})."""
-    found = {}
-    for world in (1, 2, 4):
-        out = folder / f"out{world}"
-        out.mkdir()
-        run_ranks(HERE / "sharding_worker.py", world, [str(folder), str(out)])
-        found[world] = (json.loads((out / "found.json").read_text()), {f.stem: load_file(f) for f in out.glob("*.safetensors")})
-    return found
+    """By number of ranks, which run when a test asks for them: (found.json, {case: tensors})."""
+
+    class Results(dict):
+        def __missing__(self, world):
+            out = folder / f"out{world}"
+            out.mkdir()
+            run_ranks(HERE / "sharding_worker.py", world, [str(folder), str(out)])
+            tensors = {f.stem: load_file(f) for f in out.glob("*.safetensors")}
+            self[world] = json.loads((out / "found.json").read_text()), tensors
+            return self[world]
+
+    return Results()
 
 
 @pytest.fixture(scope="module")
