@@ -241,7 +241,8 @@ def throughput(name: str, key: str, column: str) -> float:
     return float(next(r for r in table(f"throughput_{name}") if r["what"] == key)[column])
 
 
-SOURCES: dict[str, Callable[[str, str], Any]] = {
+Sources, Blocks = dict[str, Callable[[str, str], Any]], dict[str, Callable[[], str]]
+SOURCES: Sources = {
     "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
     "batches": batches,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
@@ -304,23 +305,23 @@ def lines_of_cuts() -> str:
     return "\n".join(lines) + "\n"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
+BLOCKS: Blocks = {
     "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early, "cuts": lines_of_cuts,
 }  # fmt: skip
 
 
-def rewrite(page: str) -> str:
-    """The page with every marked number and table as its sources have it now. KeyError for a source or table that is unknown."""
+def rewrite(page: str, sources: Sources = SOURCES, blocks: Blocks = BLOCKS) -> str:
+    """A page with every marked number and table as its sources have it now. KeyError for a source or table that is unknown."""
 
     def fresh(match: re.Match[str]) -> str:
         try:
-            value = SOURCES[match["source"]](match["key"], match["column"])
+            value = sources[match["source"]](match["key"], match["column"])
         except (KeyError, StopIteration, AttributeError) as error:
             raise KeyError(f"{match['mark']}: no such number ({error!r})") from error
         return written(value, match["form"]) + match["mark"]
 
     page = MARK.sub(fresh, page)
-    return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], page)
+    return BLOCK.sub(lambda match: match[1] + blocks[match[2]]() + match[3], page)
 
 
 def main() -> int:

@@ -1,0 +1,176 @@
+"""docs/index.md, the one page: its numbers against their sources, the response by hand, the pictures' schedule and their form."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from benchmarks import findings, front_page, pictures
+from tppo_ref.method.records import End
+from tppo_ref.method.slots import SlotSchedule
+from tppo_ref.runs.config import Config
+
+ROOT = Path(__file__).parents[1]
+PAGE = front_page.PAGE.read_text()
+MARKS = list(findings.MARK.finditer(PAGE))
+FIRST, SECOND = front_page.told()
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_every_number_word_table_and_picture_is_what_its_source_says():
+    assert [path.name for path in front_page.stale()] == [], "run: python -m benchmarks.front_page"
+
+
+def test_every_mark_is_read_and_every_block_is_there():
+    assert PAGE.count("<!-- ") == len(MARKS) + 2 * len(front_page.BLOCKS)
+    assert set(re.findall(r"<!-- begin (\w+) -->", PAGE)) == set(front_page.BLOCKS)
+    assert {"response", "motion", "headline", "slots", "text", "exact", "batches", "early"} <= {mark["source"] for mark in MARKS}
+
+
+SETTINGS = {"0", "0.95", "1", "2.5", "16", "32", "64", "95", "128", "2,048", "256"}
+
+
+def test_what_stands_without_a_mark_is_a_setting():
+    text = findings.BLOCK.sub("", findings.MARK.sub(" ", PAGE))
+    for noise in (
+        r"```.*?```",
+        r"`[^`]*`",
+        r"\$\$.*?\$\$",
+        r"\$[^$]*\$",
+        r"\]\([^)]*\)",
+        r"arXiv [\d.]+",
+        r"^\d\. ",
+        r"s_\{?l[^ ]*",
+        r"\b32B",
+    ):
+        text = re.sub(noise, "", text, flags=re.MULTILINE | re.DOTALL)
+    bare = {number.rstrip(".,") for number in re.findall(r"\d[\d.,]*", text)}
+    assert bare <= SETTINGS, f"a number without a mark: {bare - SETTINGS}"
+
+
+def test_its_commands_are_modules_that_are_there():
+    commands = set(re.findall(r"python -m ([\w.]+)", PAGE))
+    assert {"benchmarks.one_response", "benchmarks.front_page", "benchmarks.headline", "benchmarks.findings"} <= commands
+    assert [name for name in commands if importlib.util.find_spec(name) is None] == []
+
+
+# ------------------------------------------------------------------------------------------------------- the response, by hand
+
+
+def recursion(rewards: list[float], values: list[float], behind: float) -> list[float]:
+    """A_t = delta_t + 0.95 A_{t+1}, backwards; `behind`: V after the last token."""
+    advantage, found = 0.0, []
+    for reward, value, following in reversed(list(zip(rewards, values, [*values[1:], behind], strict=True))):
+        advantage = reward + following - value + 0.95 * advantage
+        found.append(advantage)
+    return found[::-1]
+
+
+def numbers(rows, name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
+
+
+def test_the_response_is_told_what_the_recursion_says():
+    assert Config().advantage.lam == 0.95
+    values = numbers(FIRST, "value")
+    assert numbers(FIRST, "advantage") == pytest.approx(recursion([0.0] * len(FIRST), values, values[-1]), abs=2e-4)
+    later = SECOND[len(FIRST) :]
+    assert numbers(later, "advantage") == pytest.approx(recursion(numbers(later, "reward"), numbers(later, "value"), 0.0), abs=2e-4)
+    whole = recursion(numbers(SECOND, "reward"), numbers(SECOND, "value"), 0.0)
+    assert front_page.waited() == pytest.approx(whole[: len(FIRST)], abs=1e-9)
+
+
+def test_the_other_rules_differ_in_what_stands_behind_the_cut():
+    zeros, values = [0.0] * len(FIRST), numbers(FIRST, "value")
+    for rule, behind in (("previous", values[-1]), ("critic", float(FIRST[0]["last_value"])), ("zero", 0.0)):
+        assert front_page.under(rule) == pytest.approx(recursion(zeros, values, behind), abs=1e-9), rule
+
+
+def test_the_page_tells_the_response_that_the_table_holds():
+    assert [row["text"] for row in FIRST] == [row["text"] for row in SECOND[: len(FIRST)]]
+    unsure = [t for t, row in enumerate(SECOND) if float((FIRST[t] if t < len(FIRST) else row)["before"]) < pictures.SURE]
+    assert [(t, SECOND[t]["text"]) for t in unsure] == [(2, "q")], "the page tells of q, the one token that was in doubt"
+    assert f"`{FIRST[0]['prompt']}`" in PAGE
+    assert float(FIRST[2]["advantage"]) < 0 < front_page.waited()[2], "less of it; had it waited, more"
+    assert float(FIRST[2]["scaled"]) < 0, "also after whitening"
+    assert float(FIRST[2]["after"]) > float(FIRST[2]["before"]), "other responses pulled it up"
+    assert (SECOND[-1]["end"], SECOND[-1]["score"], SECOND[-1]["reward"]) == ("END_TOKEN", "1.0", "1.0")
+
+
+def test_every_token_trains_once_and_the_value_model_waits_for_the_end():
+    cut, tail = len(FIRST), int(FIRST[0]["tail"])
+    assert [row["policy_trains"] for row in FIRST] == ["1"] * (cut - tail) + ["0"] * tail
+    assert [row["policy_trains"] for row in SECOND] == ["0"] * cut + ["1"] * (len(SECOND) - cut)
+    assert {row["value_trains"] for row in FIRST} == {"0"}
+    assert {(row["value_trains"], row["target"]) for row in SECOND} == {("1", "1.0")}
+
+
+def test_a_push_is_the_advantage_over_the_tokens_of_a_mini_batch():
+    for rows in (FIRST, SECOND):
+        tokens = [float(row["scaled"]) / float(row["push"]) for row in rows if row["push"] and abs(float(row["scaled"])) > 0.3]
+        assert max(tokens) - min(tokens) < 0.02 * max(tokens), "one mini-batch, one denominator"
+        assert min(tokens) > 100
+
+
+# ------------------------------------------------------------------------------------------------------------------ the pictures
+
+
+def test_a_small_schedule_is_played_as_by_hand():
+    """Two slots, windows of 3, lengths 1 6 2 3. Slot 0 holds response 0 for a step, then 2, then 3."""
+    run = pictures.play(SlotSchedule(slots=2, window=3, max_response_tokens=6), [1, 6, 2, 3], 6)
+    assert sorted((s.slot, s.response, s.begin, s.stop, s.end) for s in run.segments) == [
+        (0, 0, 0, 1, End.END_TOKEN), (0, 2, 1, 3, End.END_TOKEN), (0, 3, 3, 6, End.END_TOKEN),
+        (1, 1, 0, 3, End.RUNNING), (1, 1, 3, 6, End.END_TOKEN)]  # fmt: skip
+    assert run.edges == [0, 3, 6]
+    assert run.ended(5) == [1, 3]
+
+
+def test_ppo_waits_and_t_ppo_does_not():
+    ppo, tppo, shown = pictures.plays()
+    for run in (ppo, tppo):
+        for slot in range(pictures.SLOTS):
+            mine = sorted((s for s in run.segments if s.slot == slot), key=lambda s: s.begin)
+            assert all(a.stop <= b.begin for a, b in pairwise(mine)), "one response at a time in a slot"
+    assert tppo.busy(shown) == 1.0
+    assert ppo.busy(shown) < 0.6
+    for begin, edge in pairwise(ppo.edges):  # a step of PPO: one response per slot, the longest decides
+        within = [s for s in ppo.segments if begin <= s.begin < edge]
+        assert Counter(s.slot for s in within) == dict.fromkeys(range(pictures.SLOTS), 1)
+        assert max(s.stop for s in within) == edge
+    assert {b - a for a, b in pairwise(tppo.edges)} == {pictures.WINDOW}
+
+
+@pytest.mark.parametrize("name", ["slots.svg", "response.svg", "rules.svg"])
+def test_a_picture_is_small_says_itself_in_words_and_runs_nothing(name):
+    text = (front_page.PICTURES / name).read_text()
+    tree = ET.fromstring(text)
+    assert len(text) < 300_000
+    assert all(tree.findtext(f"{SVG}{tag}") for tag in ("title", "desc"))
+    assert tree.get("role") == "img"
+    assert not re.search(r"<script|href|url\((?!#)|@import", text)
+    assert "prefers-color-scheme:dark" in text
+    assert "animation" not in text or "prefers-reduced-motion:reduce" in text
+    width = float(tree.get("viewBox").split()[2])
+    for word in tree.iter(f"{SVG}text"):  # about half of its size per letter
+        x, room, anchor = float(word.get("x")), 0.56 * float(word.get("font-size")) * len(word.text), word.get("text-anchor")
+        assert (x + room <= width + 20) if anchor == "start" else (x - room >= -20) if anchor == "end" else True, word.text
+
+
+def test_the_count_of_the_film_is_the_schedules():
+    ppo, tppo, shown = pictures.plays()
+    text = (front_page.PICTURES / "slots.svg").read_text()
+    for name, run in (("ppo", ppo), ("tppo", tppo)):
+        frames = re.search(rf"@keyframes {name}{{(.*?}})}}", text)[1]
+        steps = re.findall(r"([\d.]+)%{transform:translateY\((-?\d+)px\)}", frames)
+        assert (len(run.ended(shown)) * -22) == int(steps[-1][1])
+        shifts = [int(shift) for _, shift in steps]
+        assert shifts == sorted(shifts, reverse=True)
