@@ -1,4 +1,4 @@
-"""docs/index.md, the one page: its numbers, its tables and its pictures, from committed data.
+"""docs/index.md, the one page: its numbers, its tables and its pictures, from committed data; and README.md's first screen.
 
     python -m benchmarks.front_page [--check]      rewrites them; --check only says what is stale, and exits with 1 if anything is
 
@@ -27,7 +27,8 @@ from benchmarks.common import RESULTS
 from tppo_ref.method.advantages import CutValue, egae, gae
 from tppo_ref.runs.config import Config
 
-PAGE = Path(__file__).parents[1] / "docs" / "index.md"
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "index.md", ROOT / "README.md"
 PICTURES = PAGE.parent / "pictures"
 RULES: dict[CutValue, str] = {
     "previous": "V(s_{l−1}): as if nothing had happened. T-PPO's",
@@ -154,6 +155,7 @@ def lines_of_tokens() -> str:
     return "\n".join(lines) + "\n"
 
 
+@functools.cache
 def drawn() -> dict[str, str]:
     """Each picture's file and its text."""
     words, by_rule = [row["text"] for row in told()[0]], {name: under(name) for name in RULES}
@@ -164,10 +166,10 @@ def drawn() -> dict[str, str]:
     }
 
 
-def shown(name: str) -> str:
+def shown(name: str, folder: str = "pictures") -> str:
     """A picture on the page, with its own description as alternative text."""
     description = drawn()[name].partition("<desc>")[2].partition("</desc>")[0]
-    return f"![{description}](pictures/{name})\n"
+    return f"![{description}]({folder}/{name})\n"
 
 
 BLOCKS: findings.Blocks = {
@@ -177,12 +179,14 @@ BLOCKS: findings.Blocks = {
     "response": lambda: shown("response.svg"),
     "cuts": lambda: shown("rules.svg"),
 }
+BLOCKS_OF_README: findings.Blocks = {"slots": lambda: shown("slots.svg", "docs/pictures")}
 
 
 def stale() -> dict[Path, str]:
     """What is not as its sources have it: file -> what it should be."""
     wanted = {PICTURES / name: picture for name, picture in drawn().items()}
-    wanted[PAGE] = findings.rewrite(PAGE.read_text(), SOURCES, BLOCKS)
+    for page, blocks in ((PAGE, BLOCKS), (README, BLOCKS_OF_README)):
+        wanted[page] = findings.rewrite(page.read_text(), SOURCES, blocks)
     return {path: new for path, new in wanted.items() if not path.exists() or path.read_text() != new}
 
 
