@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.ablations import SHARED, prepare, quiet
 from benchmarks.common import report
+from benchmarks.equal_tokens import SHARED, prepare, quiet
 from tppo_ref.loop.estimates import Advantages
 from tppo_ref.loop.forward import Forward
 from tppo_ref.loop.rows import Rows
