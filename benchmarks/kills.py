@@ -1,6 +1,6 @@
 """Kills of real runs: whatever ends a run, wherever, it goes on bit for bit, and no response is lost or trained twice.
 
-    python -m benchmarks.kills [--kills 1000] [--minutes 25] [--out runs/kills]
+    python -m benchmarks.kills [--kills 1000] [--minutes 25] [--out runs/kills] [--ranks 2]
 
 A run of 16 tiny steps, with a checkpoint of each, is ended again and again until it is through: by SIGKILL, SIGTERM, SIGSTOP (a
 second run must not get the folder meanwhile; then SIGCONT, and SIGKILL a little later), or a disk that takes no more bytes
@@ -20,9 +20,9 @@ import gc
 import json
 import os
 import random
-import resource
 import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,11 +32,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, report
+from benchmarks.kill_plans import HOWS, TINY, WHERES, InProcessScorer, Places, Plan, plant, strike
 from benchmarks.same_run import difference
 from tppo_ref.__main__ import resume
 from tppo_ref.loop.learner import Learner
 from tppo_ref.method.errors import UserError
-from tppo_ref.method.records import Response
 from tppo_ref.rollout.torch_engine import TorchEngine
 from tppo_ref.runs import build, checkpoint, commands, session
 from tppo_ref.runs.checkpoint import complete_checkpoints
@@ -45,51 +45,23 @@ from tppo_ref.runs.exits import MISTAKE, STOPPED, exit_code
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.tasks import load_task
-from tppo_ref.tasks.length import verify
 
+NAME = "kills"
 STEPS = 16
-TINY = {
-    "task.name": "length", "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2,
-    "rollout.slots": 6, "rollout.window": 8, "rollout.max_response_tokens": 30, "rollout.min_response_tokens": 2,
-    "rollout.samples_per_prompt": 2, "advantage.tail_tokens": 2, "policy.mini_batches": 2, "policy.mini_batch_tokens": 0,
-    "value.mini_batches": 2, "value.mini_batch_tokens": 0, "policy.lr": 2e-3, "policy.lr_warmup_steps": 3, "value.warmup_steps": 1,
-    "run.eval_prompts": 2, "run.eval_every_s": 0.0, "run.checkpoint_every": 1, "run.checkpoints_kept": 2, "run.progress": False,
-    "run.cut_warning": 1.0, "run.steps": STEPS,
-}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tppo": ("tppo", {}),
     "tppo-defer": ("tppo-defer", {"advantage.tail_tokens": 5}),
     "held batches": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
     "tppo-ewma": ("tppo-ewma", {}),
 }
-HOWS = {"SIGKILL": 0.7, "SIGTERM": 0.1, "SIGSTOP": 0.1, "full disk": 0.1}
-WHERES = {"random": 0.25, "start": 0.15, "decode": 0.15, "update": 0.15, "save": 0.15, "prune": 0.15}
-FULL_BYTES = 300  # no file may grow beyond
 TRIES = 400  # of one run, before it counts as stuck
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How one attempt is ended. At `where` "random" after `delay_s`, else at the `call`-th call of a function of that place."""
-
-    how: str
-    where: str
-    call: int
-    function: int
-    delay_s: float
-
-    @classmethod
-    def draw(cls, rng: random.Random) -> Plan:
-        (how,), (where,) = rng.choices(list(HOWS), list(HOWS.values())), rng.choices(list(WHERES), list(WHERES.values()))
-        call = rng.randint(1, {"decode": 24, "update": 8}.get(where, 2))
-        return cls(how, where, call, rng.randrange(12), rng.uniform(0.0, 1.2))
 
 
 # ------------------------------------------------------------------------------------------------------------------ in the child
 
 
-def places(where: str) -> list[tuple[Any, str]]:
-    """Functions inside of which an attempt is ended: (owner, name)."""
+def places(where: str) -> Places:
+    """Functions inside of which an attempt is ended."""
     return {
         "start": [(build, "resume_point"), (build, "make_policy"), (build, "make_value"), (build, "TaskScorer"),
                   (checkpoint.LocalCheckpointer, "load"), (session, "RunFiles"), (commands, "build"), (commands, "Session")],
@@ -100,37 +72,6 @@ def places(where: str) -> list[tuple[Any, str]]:
                  (checkpoint.os, "fsync"), (checkpoint, "put_in_place"), (checkpoint, "remove_all_but")],
         "prune": [(checkpoint, "remove_all_but"), (checkpoint.os, "rename"), (checkpoint.shutil, "rmtree")],
     }[where]  # fmt: skip
-
-
-def strike(how: str) -> None:
-    """End this process, or ask it to end, or take its disk away."""
-    if how == "full disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
-    else:
-        os.kill(os.getpid(), signal.Signals[how])
-
-
-def plant(plan: Plan) -> None:
-    """See to it that this process is struck inside of the planned call: before it, or in the middle of a removal, or after it."""
-    options = places(plan.where)
-    owner, name = options[plan.function % len(options)]
-    inner, calls = getattr(owner, name), 0
-
-    def struck(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        here = calls == plan.call
-        if here and plan.function % 2:
-            if name == "rmtree":  # some of the folder is gone
-                for file in sorted(path for path in Path(args[0]).rglob("*") if path.is_file())[: plan.function]:
-                    file.unlink()
-            strike(plan.how)
-        result = inner(*args, **kwargs)
-        if here and not plan.function % 2:
-            strike(plan.how)
-        return result
-
-    setattr(owner, name, struck)
 
 
 def attempt(config: Config, plan: Plan | None, errors: Path, *, real_verifier: bool = True) -> int:
@@ -145,7 +86,7 @@ def attempt(config: Config, plan: Plan | None, errors: Path, *, real_verifier: b
         if not real_verifier:
             build.TaskScorer = InProcessScorer  # type: ignore[misc, assignment]
         if plan and plan.where != "random":
-            plant(plan)
+            plant(plan, places(plan.where), lambda: strike(plan.how, os.getpid()))
         code = exit_code(lambda: resume(config, set()))
     finally:
         os._exit(code)
@@ -158,7 +99,11 @@ def config_of(case: str, out: Path, cache: Path) -> Config:
     """A case's config, which goes on where there is something to go on from."""
     method, changes = CASES[case]
     found = bool(complete_checkpoints(out / "checkpoints"))
-    fields = TINY | changes | {"run.out": str(out), "run.cache": str(cache), "run.resume": found}
+    fields = (
+        TINY
+        | changes
+        | {"run.steps": STEPS, "run.eval_every_s": 0.0, "run.out": str(out), "run.cache": str(cache), "run.resume": found}
+    )
     return apply_method(replace_fields(Config(), fields), method, strict=False)
 
 
@@ -176,11 +121,8 @@ def wait(child: int, plan: Plan | None, out: Path, counts: Counter[str]) -> int 
             return status
         if at is not None and plan is not None and time.monotonic() >= at:
             at = None
-            if plan.how == "full disk":
-                with contextlib.suppress(ProcessLookupError):
-                    resource.prlimit(child, resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
-            else:
-                os.kill(child, signal.Signals[plan.how])
+            with contextlib.suppress(ProcessLookupError):
+                strike(plan.how, child)
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -265,24 +207,6 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-class InProcessScorer:
-    """The length task's verdicts without a process of their own: starting one takes as long as the rest of an attempt."""
-
-    def __init__(self, task: Any, config: Any):
-        self.scores: dict[int, tuple[float, str]] = {}
-        self.verifier = None
-
-    def submit(self, response: Response) -> None:
-        self.scores[response.id] = (verify(response.prompt.answer, response.token_ids, None), "ok")
-
-    def collect(self) -> dict[int, tuple[float, str]]:
-        scores, self.scores = self.scores, {}
-        return scores
-
-    def close(self) -> None:
-        pass
-
-
 def warm_up(work: Path, cache: Path) -> None:
     """Import whatever a run imports, fresh or resumed, so that no child has to; make the base model and the prompts."""
     torch.set_num_threads(1)
@@ -299,12 +223,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=25.0, help="stop there, with fewer kills")
-    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--csv", type=Path, default=RESULTS / "kills.csv")
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=1, help="2: runs of scale/, by kills_on_ranks.py")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cases", nargs="+")
+    parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
-    deadline, cache, raw = time.monotonic() + 60 * given.minutes, given.out / "cache", given.out / "runs.jsonl"
+    if given.ranks > 1:
+        from benchmarks import kills_on_ranks as program
+    else:
+        program = sys.modules[__name__]
+    given.out = given.out or Path("runs") / program.NAME
+    given.csv = given.csv or RESULTS / f"{program.NAME}.csv"
+    given.cases = given.cases or list(program.CASES)
     given.out.mkdir(parents=True, exist_ok=True)
+    program.measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """End runs until `given.kills` are made, or `given.minutes` are over."""
+    deadline, cache, raw = time.monotonic() + 60 * given.minutes, given.out / "cache", given.out / "runs.jsonl"
     warm_up(given.out, cache)
     references = {case: unbroken(case, given.out / f"unbroken-{case.replace(' ', '-')}", cache) for case in given.cases}
     rows = [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
@@ -315,7 +252,7 @@ def main() -> None:
         with raw.open("a") as file:
             print(json.dumps(row), file=file)
         print(f"{done + row.get('kills', 0)} kills: {row}", flush=True)
-    report("kills", table(rows), given.csv)
+    report(NAME, table(rows), given.csv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from tppo_ref.runs.sinks import read_metrics
 CLOCKS = ("rollout/tokens_per_s", "rollout/idle_s", "eval/time_s")
 
 
-def difference(one: Path, two: Path) -> dict[str, int]:
+def difference(one: Path, two: Path, same_state: Callable[[Path, Path], bool] | None = None) -> dict[str, int]:
     """How the run `two` differs from `one`: responses lost and there twice, records, bits of the state, what lies about."""
+    same_state = same_state or same_local_state
     rows, other = responses(one), responses(two)
     records = [
         [{k: v for k, v in r.items() if not k.startswith("time/") and k not in CLOCKS} for r in read_metrics(out / "metrics.jsonl")
@@ -39,7 +40,7 @@ def responses(out: Path) -> dict[str, list[list[str]]]:
     return rows
 
 
-def same_state(one: Path, two: Path) -> bool:
+def same_local_state(one: Path, two: Path) -> bool:
     """Whether the newest checkpoints of two runs are the same bit for bit, but for clock, folders and torch's generator."""
     a, b = (complete_checkpoints(out / "checkpoints")[-1] for out in (one, two))
     names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) for folder in (a, b)]
