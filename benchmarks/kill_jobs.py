@@ -44,8 +44,9 @@ REAL_POPEN = subprocess.Popen
 class RankPlan(Plan):
     """A plan for one job: `whom` is "rank N", "all ranks" or "launcher". SIGSTOP is followed by SIGCONT, unless it is for good.
 
-    leave_s   by then everybody has to be gone: a rank waits for another one `timeout_s`, keeps quiet for a while about what another
-              one should tell, and the launcher gives those who are left its grace
+    leave_s   by then everybody has to be gone: a rank waits for another one `timeout_s`, and up to twice that where the first rank
+              never came; it keeps quiet for a while about what another one should tell; the launcher gives those who are left its
+              grace
     """
 
     whom: str = "all ranks"
@@ -68,7 +69,7 @@ class RankPlan(Plan):
 
     @property
     def leave_s(self) -> float:
-        return self.timeout_s + shutdown.QUIET_S + launch.GRACE_S + 10.0
+        return 2 * self.timeout_s + shutdown.QUIET_S + shutdown.CLAIM_S + launch.GRACE_S + 10.0
 
     @property
     def inside(self) -> str:
@@ -89,7 +90,7 @@ def places(where: str) -> Places:
     """Functions inside of which a rank is struck."""
     return {
         "start": [(build, "with_base_model"), (run, "own_folder"), (build, "build_policy"), (build, "build_value"),
-                  (build, "build_engine"), (checkpoint.DistributedCheckpointer, "load"), (session, "RunFiles"), (run, "build")],
+                  (build, "build_engine"), (checkpoint.dcp, "load"), (session, "RunFiles"), (run, "build")],
         "decode": [(TorchEngine, "step")],
         "update": [(Learner, "update"), (torch.optim.AdamW, "step"), (Collective, "rebalance"), (Collective, "grad_norm")],
         "save": [(checkpoint, "model_state"), (checkpoint.dcp, "async_save"), (dcp.FileSystemWriter, "write_data"),
@@ -313,5 +314,8 @@ def judge(plan: RankPlan, end: End) -> str:
     if plan.whom == "launcher" and plan.how == "SIGKILL":  # nobody is left to say it to
         return "" if code == -signal.SIGKILL and not lines else f"exit code {code}, {len(lines)} lines"
     allowed = {"SIGTERM": (STOPPED, 1), "full disk": (MISTAKE,)}.get(plan.how, (1,))
-    num_lines = (1,) if plan.launcher else (0, 1)  # ranks whose store went with the first one cannot agree on who speaks
-    return "" if code in allowed and len(lines) in num_lines else f"exit code {code}, {len(lines)} lines"
+    if not plan.launcher:  # nobody says that all were killed; each rank says that the first one never came, or is gone
+        allowed = (*allowed, MISTAKE) if "network: rank" in end.said else allowed
+        survivors = plan.whom != "all ranks" and plan.ranks > 1
+        return "" if code in allowed and survivors <= len(lines) <= plan.ranks else f"exit code {code}, {len(lines)} lines"
+    return "" if code in allowed and len(lines) == 1 else f"exit code {code}, {len(lines)} lines"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from scale.config import ScaleConfig
 from scale.distributed import World
 from scale.sharding import gathered
+from scale.shutdown import lost_a_rank
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel, ValueModel
@@ -35,12 +37,16 @@ from tppo_ref.runs.checkpoint import (
     prompts_digest,
     put_in_place,
     refuse_changed,
+    regular,
     remove_all_but,
     save_tokenizer,
     step_of,
 )
 from tppo_ref.runs.state_laws import broken_law
 from tppo_ref.tasks import Task
+
+WHOLE_BYTES = 2**24  # of each shard go into its digest
+PIECES = 64
 
 
 class DistributedCheckpointer:
@@ -148,6 +154,8 @@ class DistributedCheckpointer:
             if trainer.ewma is not None:
                 set_model_state_dict(trainer.ewma.module, shards["ewma"])
         except (Exception, CheckpointException) as error:  # torch's checkpoint readers raise types of their own
+            if lost_a_rank(reason(error)):  # which says nothing about the checkpoint
+                raise RuntimeError(reason(error)) from None
             raise UserError(
                 f"checkpoint {checkpoint}: got one that does not fit this run ({reason(error)}); expected the run's own config"
             ) from None
@@ -186,7 +194,7 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, config: ScaleConfig, world: World, prompts: dict[str, str]) -> None:
-    """Sizes of the shards (hashing terabytes would take longer than writing them), digests of the small files."""
+    """Sizes of all files, digests of the small ones whole, of the shards by `shard_digest`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     local.write_manifest(folder, {
         "config": dataclasses.asdict(config),
@@ -194,13 +202,30 @@ def write_manifest(folder: Path, config: ScaleConfig, world: World, prompts: dic
         "world": dataclasses.asdict(world),
         "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         "sha256": {str(path.relative_to(folder)): file_digest(path) for path in files if path.suffix == ".json"},
+        "shards": {str(path.relative_to(folder)): shard_digest(path) for path in files if path.suffix == ".distcp"},
     })  # fmt: skip
+
+
+def shard_digest(path: Path) -> str:
+    """SHA-256 of a shard's size and of WHOLE_BYTES of it: all of it where it is not larger, else evenly spaced pieces, the first at
+    its beginning, the last at its end. Hashing terabytes would take longer than writing them.
+    """
+    size, piece = path.stat().st_size, WHOLE_BYTES // PIECES
+    digest = hashlib.sha256(str(size).encode())
+    with regular(path).open("rb") as file:
+        if size <= WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            for i in range(PIECES):
+                file.seek((size - piece) * i // (PIECES - 1))
+                digest.update(file.read(piece))
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file is there, as long as it was written; else a UserError that names the file.
 
-    digests   also read the small files whole and compare them; one rank is enough
+    digests   also compare digests, for which the small files are read whole and pieces of the shards; one rank is enough
     """
     try:
         manifest = local.read_manifest(folder)
@@ -212,6 +237,8 @@ def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
                 )
         for name, digest in manifest["sha256"].items() if digests else ():
             refuse_changed(folder, name, digest)
+        for name, digest in manifest["shards"].items() if digests else ():
+            refuse_changed(folder, name, digest, shard_digest)
         return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder}: got what cannot be read ({error}); expected what was written; {REMEDY}") from None

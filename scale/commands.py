@@ -9,20 +9,19 @@ from pathlib import Path
 import torch
 
 from scale.build import build_engine, build_evaluator, build_policy, build_sampler, build_value, shape
+from scale.checkpoint import DistributedCheckpointer, load_models
 from scale.checkpoint import export as export_model
-from scale.checkpoint import load_models, read_manifest
-from scale.config import ScaleConfig
+from scale.config import ScaleConfig, named_in
 from scale.data import make_task
 from scale.distributed import Collective, World
+from scale.run import alone
 from scale.run import train as run_training
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.engine import RolloutEngine
-from tppo_ref.runs.build import TaskScorer
-from tppo_ref.runs.checkpoint import complete_checkpoints
+from tppo_ref.runs.build import TaskScorer, check_sources
 from tppo_ref.runs.evaluate import evaluate_policy
 from tppo_ref.runs.pretrain import pretrain_value as pretrain
 from tppo_ref.runs.references import leave_out_bad_references
-from tppo_ref.runs.validation import writable_folder
 from tppo_ref.tasks import Task
 
 
@@ -35,15 +34,14 @@ def train(config: ScaleConfig, world: World) -> None:
 
 def evaluate(config: ScaleConfig, world: World) -> None:
     """avg@k and pass@k of algo.model.policy on the evaluation prompts; answers and metrics go to algo.run.out."""
-    out, task = writable_folder(config.algo.run.out, "algo.run.out"), make_task(config)
-    with frozen_policy(config, world, task) as (engine, scorer):
-        evaluate_policy(build_evaluator(config, world, task, engine, scorer), task, out)
+    with alone(config, world), frozen_policy(config, world) as (task, engine, scorer):
+        evaluate_policy(build_evaluator(config, world, task, engine, scorer), task, Path(config.algo.run.out))
 
 
 def pretrain_value(config: ScaleConfig, world: World) -> None:
     """Fit the value model to responses of the frozen policy; `algo.run.out/value` is a folder for --algo.model.value."""
-    out, task, parallel = writable_folder(config.algo.run.out, "algo.run.out"), make_task(config), Collective(world)
-    with frozen_policy(config, world, task) as (engine, scorer):
+    out, parallel = Path(config.algo.run.out), Collective(world)
+    with alone(config, world), frozen_policy(config, world) as (task, engine, scorer):
         leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=config.algo.run.progress, parallel=parallel)
         pretrain(
             config.algo, build_sampler(config, world, engine, shape(scorer, config)), task.prompts("train"),
@@ -53,22 +51,28 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
 
 
 @contextmanager
-def frozen_policy(config: ScaleConfig, world: World, task: Task) -> Iterator[tuple[RolloutEngine, TaskScorer]]:
-    """An engine that holds algo.model.policy, and the verifier's processes while they are needed."""
+def frozen_policy(config: ScaleConfig, world: World) -> Iterator[tuple[Task, RolloutEngine, TaskScorer]]:
+    """The task, an engine that holds algo.model.policy, and the verifier's processes while they are needed.
+
+    Models that do not fit the task are refused by their config.json, before an engine starts.
+    """
+    task = make_task(config)
+    with named_in("algo."):
+        check_sources(config.algo, task)
     engine = build_engine(config, world, task)
     engine.load_weights(build_policy(config, world, task).named_tensors(), 0)
     with closing(TaskScorer(task, config.algo.task)) as scorer:
-        yield engine, scorer
+        yield task, engine, scorer
 
 
 def export(config: ScaleConfig, world: World) -> None:
     """The newest checkpoint of algo.run.out as Hugging Face folders, `export/policy` and `export/value`, in engine.dtype."""
-    out = Path(config.algo.run.out)
-    found = complete_checkpoints(out / "checkpoints")
+    out, task = Path(config.algo.run.out), make_task(config)
+    checkpointer = DistributedCheckpointer(out / "checkpoints", world, config, task)
+    found = checkpointer.complete()
     if not found:
         raise UserError(f"algo.run.out: got {out}; expected the folder of a run with a checkpoint; give one")
-    read_manifest(found[-1], digests=False)
-    task = make_task(config)
+    checkpointer.saved(found[-1])
     policy, value = build_policy(config, world, task, weights=False), build_value(config, world, weights=False)
     load_models(policy, value, found[-1])
     for name, model in (("policy", policy), ("value", value)):

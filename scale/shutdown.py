@@ -7,12 +7,14 @@ keeps the store in which the ranks agree on who speaks.
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 
 QUIET_S = 10.0  # how long a rank keeps quiet about what another one should tell
+CLAIM_S = 5.0  # how long it waits for the others' word on who tells
 REMEDY = "start again with --algo.run.resume true to go on from the last checkpoint"
 report_lock = threading.Lock()
 
@@ -22,13 +24,26 @@ def under_torchrun() -> bool:
 
 
 def claim_the_report() -> bool:
-    """True on the first rank that calls it: several ranks fail of one cause, and one line is enough."""
+    """True on the first rank that calls it: several ranks fail of one cause, and one line is enough.
+
+    The store in which they agree may be gone with rank 0: then whoever started the ranks tells, and where nobody did, each of them. Or
+    it stands still with rank 0, and answers nobody for ever: then each tells.
+    """
     import torch.distributed as dist
 
+    answers: queue.Queue[bool] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(dist.distributed_c10d._get_default_store().add("tppo/failures", 1) == 1)
+        except Exception:  # no process group yet, or no store
+            answers.put(int(os.environ.get("RANK", "0")) == 0 or not (under_torchrun() or "TPPO_PARENT_PIPE" in os.environ))
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        return dist.distributed_c10d._get_default_store().add("tppo/failures", 1) == 1
-    except Exception:  # no process group yet, or its store went with rank 0
-        return int(os.environ.get("RANK", "0")) == 0
+        return answers.get(timeout=CLAIM_S)
+    except queue.Empty:
+        return True
 
 
 def tells_before_the_start() -> bool:
@@ -49,11 +64,16 @@ def message_of_a_lost_rank(error: Exception) -> str:
     import torch.distributed as dist
 
     text = str(error)
-    if not (isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo/transport", "Timed out waiting", "NCCL"))):
+    if not (isinstance(error, dist.DistError) or lost_a_rank(text)):
         return ""
     late = "imed out" in text
     what = "waited for another rank in vain" if late else "lost another rank, which was killed or is gone"
     return f"error: rank {os.environ['RANK']} {what}; {REMEDY}"
+
+
+def lost_a_rank(text: str) -> bool:
+    """Whether an error's text is one of those that torch has for a rank that is gone or late."""
+    return any(sign in text for sign in ("gloo/transport", "Timed out waiting", "NCCL"))
 
 
 def wait_for_all_ranks() -> None:

@@ -167,6 +167,14 @@ def test_a_second_comparison_in_a_folder_is_refused(tmp_path, capsys):
     assert re.fullmatch(r"error: run\.out: got \S+, to which process \d+ is writing; expected .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "pretrain-value"])
+def test_a_command_that_writes_into_a_run_that_goes_on_is_refused(command, tmp_path, capsys):
+    with own_folder(str(tmp_path)):
+        assert main([command, "--task.name", "length", "--run.out", str(tmp_path), "--run.cache", str(tmp_path / "cache")]) == 2
+    assert re.fullmatch(r"error: run\.out: got \S+, to which process \d+ is writing; expected .*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"], "nothing took long before"
+
+
 def test_a_kill_releases_the_folder(tmp_path):
     ready, told = os.pipe()
     if not (child := os.fork()):
@@ -324,6 +332,32 @@ def test_a_thing_of_another_kind_in_a_files_place_is_one_line(name, kind, run_fo
     with pytest.raises(UserError, match=r"^run\.(out|resume): got .*; expected ") as error:
         go_on(run_folder, cache)
     one_line(error)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "state.json", "optimisers.pt"])
+def test_a_pipe_in_a_checkpoint_is_one_line_and_is_not_waited_for(name, run_folder, cache):
+    path = newest(run_folder) / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError) as error:
+        go_on(run_folder, cache)
+    one_line(error, "step-00000003: got what cannot be read (", "it is no regular file", name, "; expected")
+
+
+@pytest.mark.parametrize("command", ["resume", "report"])
+def test_a_pipe_as_config_json_is_not_waited_for(command, tmp_path, capsys):
+    os.mkfifo(tmp_path / "config.json")
+    assert main([command, str(tmp_path)]) == 2
+    assert re.fullmatch(rf"error: {command}: got .*config\.json.*; expected .*\n", capsys.readouterr().err)
+
+
+def test_a_pipe_as_list_of_references_is_one_line_and_is_not_waited_for(tmp_path):
+    config = own_prompts(tmp_path, tmp_path / "run", "bytes")
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "references.json")
+    with pytest.raises(UserError) as error:
+        train(config)
+    one_line(error, "references.json", "a pipe; expected a regular file")
 
 
 def test_a_report_names_the_line_that_is_no_record(run_folder):

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -432,3 +433,47 @@ def check_the_guides_table(phases):
         shown = [float(cell) if cell.strip() else 0.0 for cell in row.strip("|").split("|")[1:]]
         for name, number in zip(names, shown, strict=True):
             assert number == pytest.approx(sum(phases[name].get(term, 0) for term in grouped) / 1e9, abs=0.051), (start, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- while it is silent
+
+
+class Bar:
+    """What the dry run needs of tqdm, written down in `shown`."""
+
+    shown: ClassVar[list[list]] = []
+
+    def __init__(self, things=(), desc="", total=None, **options):
+        self.things, self.row = list(things), [desc, total or len(list(things)), 0, options["disable"], options["leave"]]
+        self.shown.append(self.row)
+
+    def __iter__(self):
+        for thing in self.things:
+            yield thing
+            self.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self):
+        self.row[2] += 1
+
+
+@pytest.mark.parametrize("device_bytes", [1e12, 1e6])
+def test_a_dry_run_counts_its_parts_and_the_ways_to_make_a_run_fit(device_bytes, file, monkeypatch, capsys):
+    """On a terminal alone (disable None), and nothing of it stays."""
+    monkeypatch.setattr(Bar, "shown", [])
+    for module in ("dryrun", "remedies"):
+        monkeypatch.setattr(f"scale.memory.{module}.tqdm", Bar)
+    fits = dry_run(small(file) if device_bytes > 1e9 else replace_fields(small(file), {"cluster.device_bytes": device_bytes})) == 0
+    assert fits == (device_bytes > 1e9)
+    assert capsys.readouterr().err == ""
+    first, *others = [row[0] for row in Bar.shown]
+    assert (first, set(others)) == ("dry run", set() if fits else {"what would make it fit"})
+    for _, total, done, disable, leave in Bar.shown:
+        assert done == total > 1
+        assert disable is None
+        assert leave is False

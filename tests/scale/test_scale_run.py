@@ -525,10 +525,9 @@ def school(tmp_path_factory, problems):
 def end_to_end(needs_vllm, tmp_path_factory, school):
     """Value pre-training, 20 steps of T-PPO with two vLLM engines, evaluation, export, reload: on GSM8K where it is at hand."""
     out = tmp_path_factory.mktemp("whole")
-    own = ("--algo.task.tokenizer", str(school.tokenizer))
 
-    def command(name: str, model: Path, *more: str, **options: Any) -> subprocess.CompletedProcess:
-        folder = {"train": "run", "export": "run"}.get(name, name)
+    def command(name: str, model: Path, *more: str, tokenizer: Path = school.tokenizer, **options: Any) -> Any:
+        folder, own = {"train": "run", "export": "run"}.get(name, name), ("--algo.task.tokenizer", str(tokenizer))
         return launch(name, *arguments(model, school.problems, out / folder, *own, *more, **options))
 
     said = {
@@ -536,7 +535,8 @@ def end_to_end(needs_vllm, tmp_path_factory, school):
         "train": command("train", school.model, "--algo.model.value", str(out / "pretrain-value/value"), kind="vllm", steps=20),
     }
     said["export"] = command("export", school.model)
-    said["evaluate"] = command("evaluate", out / "run/export/policy", kind="vllm", ranks=1)
+    exported = out / "run/export/policy"
+    said["evaluate"] = command("evaluate", exported, tokenizer=exported, kind="vllm", ranks=1)
     for name, done in said.items():
         assert done.returncode == 0, (name, done.stderr[-3000:])
     assert not ranks_left(out)

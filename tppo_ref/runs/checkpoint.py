@@ -12,13 +12,14 @@ could be lost; torch's global one is stored for whoever extends the loop.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest. UserError where it is of another format; one that cannot be read is an OSError or a ValueError."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads(regular(folder / MANIFEST).read_text())
     if not isinstance(manifest, dict) or not manifest:
         raise ValueError(f"{MANIFEST} holds no manifest")
     if (number := manifest.get("format", 1)) != FORMAT:
@@ -253,13 +254,20 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder}: got what cannot be read ({error}); expected what was written; {REMEDY}") from None
 
 
-def refuse_changed(folder: Path, name: str, digest: str) -> None:
-    """UserError where a file of a checkpoint is not the one that was written."""
-    if file_digest(folder / name) != digest:
+def refuse_changed(folder: Path, name: str, digest: str, digest_of: Callable[[Path], str] | None = None) -> None:
+    """UserError where a file of a checkpoint is not the one that was written. digest_of: `file_digest` where none is given."""
+    if (digest_of or file_digest)(folder / name) != digest:
         raise UserError(f"checkpoint {folder}: got another {name}; expected what was written; {REMEDY}")
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def regular(path: Path) -> Path:
+    """`path`, unless a pipe or a folder is there: OSError. A pipe would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path

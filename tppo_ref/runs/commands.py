@@ -28,7 +28,6 @@ from tppo_ref.runs.pretrain import pretrain_value as pretrain
 from tppo_ref.runs.references import failing_rows, leave_out_bad_references
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.runs.session import Session
-from tppo_ref.runs.validation import writable_folder
 from tppo_ref.tasks.jsonl import JsonlTask
 
 
@@ -49,21 +48,21 @@ def train(config: Config) -> Path:
 def evaluate(config: Config) -> dict[str, float]:
     """The eval/ metrics of model.policy on the task's test prompts; they and the answers go to run.out."""
     settle_libraries(config)
-    out, task = writable_folder(config.run.out, "run.out"), make_task(config)
+    task = make_task(config)
     check_sources(config, task)
-    policy = make_policy(config, task, base_model(config, task))
-    with closing(TaskScorer(task, config.task)) as scorer:
+    with own_folder(config.run.out) as out, closing(TaskScorer(task, config.task)) as scorer:
+        policy = make_policy(config, task, base_model(config, task))
         return evaluate_policy(make_evaluator(config, task, policy, scorer), task, out)
 
 
 def pretrain_value(config: Config) -> Path:
     """A value model that was fitted to responses of model.policy: run.out/value, a folder for --model.value."""
     settle_libraries(config)
-    out, task = writable_folder(config.run.out, "run.out"), make_task(config)
+    task = make_task(config)
     check_sources(config, task)
-    base = base_model(config, task)
-    policy = make_policy(config, task, base)
-    with closing(TaskScorer(task, config.task)) as scorer:
+    with own_folder(config.run.out) as out, closing(TaskScorer(task, config.task)) as scorer:
+        base = base_model(config, task)
+        policy = make_policy(config, task, base)
         leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=config.run.progress)
         return pretrain(
             config, make_sampler(config, task, policy, scorer, config.value.pretrain_responses), task.prompts("train"),

@@ -14,6 +14,7 @@ from tppo_ref.method.records import Prompt
 from tppo_ref.runs.inputs import digest_of, prompts_of
 from tppo_ref.runs.run_folder import write_json, writing
 from tppo_ref.tasks import Task
+from tppo_ref.tasks.json_lines import check_regular
 from tppo_ref.tasks.jsonl import JsonlTask
 from tppo_ref.tasks.references import failing_references
 from tppo_ref.tasks.verifier import Verifier
@@ -36,6 +37,8 @@ def leave_out_bad_references(
         return
     parallel = parallel or SingleProcess()
     file, inputs = out / FILE, digest_of([verifier.verifier, verifier.code, verifier.timeout_s, prompts_of(task)])
+    if file.exists():
+        check_regular(file, FILE)
     (known, *_) = parallel.gather_objects((resume and file.exists()) or _inputs(file) == inputs)  # the first rank decides for all
     if known:
         found = _read(file)

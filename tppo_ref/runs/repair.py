@@ -74,7 +74,12 @@ def read_config(folder: Path) -> Path:
 
     UserError where there is neither, and for a checkpoint of another version, whose fields would be refused one by one.
     """
-    from tppo_ref.runs.checkpoint import complete_checkpoints, read_manifest, read_state  # slow to import, and only used here
+    from tppo_ref.runs.checkpoint import (  # slow to import, and only used here
+        complete_checkpoints,
+        read_manifest,
+        read_state,
+        regular,
+    )
     from tppo_ref.runs.run_folder import write_json, writing
 
     file, found = folder / "config.json", complete_checkpoints(folder / "checkpoints")
@@ -82,7 +87,7 @@ def read_config(folder: Path) -> Path:
         with contextlib.suppress(OSError, ValueError):  # told where the checkpoint is read whole
             read_manifest(found[-1])
     try:
-        if isinstance(json.loads(file.read_bytes()), dict):
+        if isinstance(json.loads(regular(file).read_bytes()), dict):
             return file
         why = "it holds no sections"
     except (OSError, ValueError, RecursionError) as error:
