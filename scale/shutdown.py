@@ -6,6 +6,7 @@ keeps the store in which the ranks agree on who speaks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -26,8 +27,8 @@ def under_torchrun() -> bool:
 def claim_the_report() -> bool:
     """True on the first rank that calls it: several ranks fail of one cause, and one line is enough.
 
-    The store in which they agree may be gone with rank 0: then whoever started the ranks tells, and where nobody did, each of them. Or
-    it stands still with rank 0, and answers nobody for ever: then each tells.
+    The store in which they agree may be gone with rank 0: then whoever started the ranks tells, and where nobody did, each of them.
+    Or it stands still with rank 0, and answers nobody for ever: then each tells.
     """
     import torch.distributed as dist
 
@@ -77,11 +78,12 @@ def lost_a_rank(text: str) -> bool:
 
 
 def wait_for_all_ranks() -> None:
-    """The last collective of ranks that leave in order."""
+    """The last collective of ranks that leave in order. One that cannot, as its disk is full at the end, tells why itself."""
     import torch.distributed as dist
 
     if dist.is_initialized():
-        dist.barrier()
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
 
 
 def exit_when_the_job_ends() -> None:

@@ -165,6 +165,33 @@ def test_kills_lose_nothing_and_repeat_nothing():
     assert {row["case"] for row in rows} == {"tppo", "tppo-defer", "held batches", "tppo-ewma"}
 
 
+def test_kills_on_ranks_lose_nothing_and_repeat_nothing():
+    rows = table("kills_scale")
+    kills, runs = [row for row in rows if row["how"] != "none"], [row for row in rows if row["lost"]]
+    count = {name: sum(int(row[name]) for row in runs) for name in ("lost", "twice")}
+    differences = sum(
+        int(row[name]) for row in runs for name in ("other_responses", "other_records", "other_state", "left", "books")
+    )
+    assert len(runs) == len({(row["case"], row["run"]) for row in rows}), "a run that never got through"
+    faults = sum(row["fault"] != "" for row in rows)
+    result, aim = line("kills of two gloo ranks of scale/")
+    assert result == (f"{len(kills)} kills of {len(runs)} runs: {count['lost']} responses lost, {count['twice']} trained twice, "
+                      f"{differences} differences, {faults} traceback or second line (mended since)")  # fmt: skip
+    verdict(aim, len(kills) >= 100 and not differences + sum(count.values()))
+    (hows, _), (leaving, _) = line("the ranks: how, and inside of what"), line("the ranks: seconds until the last")
+    by = {name: sum(name in row["how"] for row in kills) for name in ("SIGKILL", "SIGTERM", "SIGSTOP", "full disk")}
+    at = {name: sum(row["where"] == name for row in kills) for name in ("start", "decode", "update", "save", "prune", "random")}
+    told = [f"{name} {number}" for name, number in at.items()]
+    assert hows == f"{', '.join(f'{name} {number}' for name, number in by.items())}; {', '.join(told[:-1])}, at {told[-1]}"
+    for_good = [float(row["left_s"]) for row in kills if "for good" in row["how"]]
+    others = sorted(float(row["left_s"]) for row in kills if "for good" not in row["how"])
+    assert leaving == (f"{others[len(others) // 2]:.1f} s in the middle, {others[-1]:.1f} s at most; {max(for_good):.1f} s where a rank "
+                       f"stands still for good (10 s `cluster.timeout_s`)")  # fmt: skip
+    assert {row["case"] for row in rows} == {"tppo", "held batches", "tppo-ewma", "other ranks"}
+    assert {row["second"] for row in kills} == {"", "refused"}
+    assert {row["ranks"] for row in kills} == {"1", "2", "3"}
+
+
 def row_is_a_count(text):
     return text.isdigit()
 
