@@ -105,7 +105,7 @@ def last_line(text):
     ],
 )  # fmt: skip
 def test_the_judges_see_what_they_look_for(harm, seen, sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(kills_on_ranks, "STEPS", 5)
+    monkeypatch.setattr(kills_on_ranks, "STEPS", 6)
     reference = sample[0] / "unbroken" / "run"
     shutil.copytree(reference, tmp_path / "run")
     assert verdict(reference, tmp_path / "run") == NOTHING
