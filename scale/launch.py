@@ -165,7 +165,7 @@ def work(command: str, config: object) -> int:
     except Exception as error:
         code, message = 1, shutdown.message_of_a_lost_rank(error)
         if message and not shutdown.under_torchrun():
-            time.sleep(shutdown.QUIET_S)  # the launcher says which one, and ends the rest
+            shutdown.keep_quiet()  # the launcher says which one was killed, and ends the rest
         elif not message:
             message = f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             traceback.print_exc()
