@@ -183,7 +183,7 @@ def test_a_cpu_has_no_memory_metrics_but_their_names():
 
 def test_of_several_ranks_the_fullest_and_the_slowest_count_and_flops_are_added_up():
     class Two(SingleProcess):
-        world = 2
+        world, loss_scale = 2, 2.0
 
         def sum(self, numbers):
             return [x + 100 for x in numbers]
@@ -258,7 +258,7 @@ def test_a_witness_sees_the_phases_with_each_pass_and_decode_step():
 def test_a_copy_of_a_model_does_not_copy_what_meters_it():
     import copy
 
-    model, parallel = load_policy(TINY), SimpleNamespace(world=1, __deepcopy__=None)
+    model, parallel = load_policy(TINY), SimpleNamespace(__deepcopy__=None)
     found = Meters([model], parallel, clock="wall", device="cpu")
     copy.deepcopy(model)(TokenBatch([[1]], [[2, 3]]))  # would fail where it took `parallel` along
     assert not found.flops

@@ -198,7 +198,7 @@ class Meters:
         flops = self.parallel.sum(self.flops[phase] if known else math.nan for phase in COMPUTING)
         held = [x for phase in HOLDING for x in self.held.get(phase, NO_COUNTERS)]
         most = self.parallel.max([*(self.clock.seconds.get(phase, 0.0) for phase in COMPUTING), *held])
-        peak = self.parallel.world * (self.peak or math.nan)
+        peak = self.parallel.loss_scale * (self.peak or math.nan)  # as many as average their gradients, also where some share rows
         metrics = self.clock.metrics()
         for phase, number, seconds in zip(COMPUTING, flops, most, strict=False):
             metrics |= {f"flops/{phase}": number, f"mfu/{phase}": per(number, seconds) / peak}

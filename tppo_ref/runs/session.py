@@ -9,6 +9,7 @@ profile/ (traces of run.profile_steps).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ class Session:
         if parts.resume_from is not None:
             parts.checkpointer.load(self.trainer, parts.resume_from)
         parts.engine.load_weights(parts.policy.named_tensors(), self.trainer.version)
-        self.profiler = Profiler(self.out / "profile", self.config.run.profile_steps, self.trainer.meters, parts.parallel.rank)
+        self.profiler = Profiler(self.out / "profile", self.config.run.profile_steps, self.trainer.meters, process_number())
         self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
         self.files: RunFiles | None = None  # on the first rank, which talks to people
         if parts.parallel.rank == 0:
@@ -162,6 +163,11 @@ class Session:
         done = self.trainer.num_steps if self.config.run.train_seconds is None else self.trainer.train_s
         bar.set_postfix_str(progress_line(metrics, self.accuracy), refresh=False)
         bar.update(min(done, bar.total) - bar.n)
+
+
+def process_number() -> int:
+    """Of this process in its job, as torchrun counts; 0 alone. Ranks that hold the same rows share one `Parallel.rank`."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def progress_line(metrics: Mapping[str, float], accuracy: float) -> str:
