@@ -273,6 +273,12 @@ def found(task: str, quantity: str) -> Fields | None:
     }  # fmt: skip
 
 
+def shown(row: Mapping[str, Any], form: str = ".2f") -> str:
+    """An interval as pages have it; of one seed there is none."""
+    value, low, high = (format(row[name], form) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]" if math.isfinite(row["low"]) else f"{value} [no interval]"
+
+
 def sentence(task: str) -> str:
     """What came out on a task, for pages."""
     seconds, tokens, gained = (found(task, name) for name in ("seconds", "generated_tokens", "area"))
@@ -280,12 +286,9 @@ def sentence(task: str) -> str:
     assert tokens
     assert gained
     return (
-        "PPO takes {value:.2f} [{low:.2f}, {high:.2f}] times the CPU seconds".format(**seconds)
-        + " and {value:.2f} [{low:.2f}, {high:.2f}] times the generated tokens of `tppo-once`".format(**tokens)
+        f"PPO takes {shown(seconds)} times the CPU seconds and {shown(tokens)} times the generated tokens of `tppo-once`"
         + ", where both arrive: {once} of {seeds} seeds of `tppo-once` do, {ppo} of PPO ({verdict}).".format(**seconds)
-        + " Mean accuracy at equal CPU seconds: {value:+.3f} [{low:+.3f}, {high:+.3f}] for `tppo-once` ({verdict}).".format(
-            **gained
-        )
+        + f" Mean accuracy at equal CPU seconds: {shown(gained, '+.3f')} for `tppo-once` ({gained['verdict']})."
     )
 
 

@@ -133,8 +133,7 @@ def headline_lines() -> str:
         rows = [fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")]
         cells = [NOT] * 5
         if seconds := rows[0]:
-            cells = ["{value:.2f} [{low:.2f}, {high:.2f}]".format(**row) for row in rows[:3] if row]
-            cells += ["{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in rows[3:] if row]
+            cells = [fair_headline.shown(row, form) for row, form in zip(rows, [".2f"] * 3 + ["+.3f"], strict=True) if row]
             cells.append("{verdict}: {once} and {ppo} of {seeds} seeds".format(**seconds))
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -56,6 +56,8 @@ def test_the_demo_runs_with_the_cells_that_the_fair_headline_chose(name: str) ->
 def test_the_readme_says_what_the_fair_headline_found() -> None:
     flowing = " ".join(README.replace("\n> ", "\n").split())
     assert fair_headline.sentence("chain") in flowing
+    fork = fair_headline.found("fork", "seconds")
+    assert "{once} of {seeds} seeds of `tppo-once` arrive, {ppo} of PPO".format(**fork) in flowing
     assert README.index("PPO takes") < README.index("PPO reaches it"), "what came out against PPO at its best comes first"
 
 

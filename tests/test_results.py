@@ -10,6 +10,7 @@ import pytest
 from benchmarks import fair_headline, findings, prefix_learning
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
+from benchmarks.fair_headline import shown
 from benchmarks.vllm_windows import ratio
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -64,11 +65,9 @@ def test_the_fair_headline(task):
         fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")
     )
     assert result == (
-        "{value:.2f} [{low:.2f}, {high:.2f}]x less CPU time to 95 % of PPO's best mean, where both arrive ({once} and {ppo} of "
-        "{seeds} seeds)".format(**seconds)
-        + "; {value:.2f} [{low:.2f}, {high:.2f}]x the generated".format(**made)
-        + ", {value:.2f} [{low:.2f}, {high:.2f}]x the trained tokens".format(**trained)
-        + "; area {value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**area)
+        f"{shown(seconds)}x less CPU time to 95 % of PPO's best mean, where both arrive "
+        + "({once} and {ppo} of {seeds} seeds)".format(**seconds)
+        + f"; {shown(made)}x the generated, {shown(trained)}x the trained tokens; area {shown(area, '+.3f')}"
     )
     verdict(aim, seconds["low"] > 1 and seconds["value"] >= 2)
 
