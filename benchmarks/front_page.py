@@ -3,11 +3,12 @@
     python -m benchmarks.front_page [--check]      rewrites them; --check only says what is stale, and exits with 1 if anything is
 
 A number stands before a comment that names its source, as in docs/findings.md (`benchmarks.findings`, whose sources are all here),
-and three more:
+and four more:
 
     response "1 2" advantage    results/one_response.csv: window 1, token 2; `waited`: what the token would have been told had the
                                 machine waited for the end; "all": the response as a whole
     rule "critic 2" advantage   the same window under another cut rule; "critic last" delta: the delta at the cut
+    fair "chain seconds" ratio  the fair headline: PPO at its best / tppo-once, and how many seeds arrive
     motion "tppo" ended         the picture of slots: responses that ended, busy share of the slots, its settings
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import findings, pictures
+from benchmarks import fair_headline, findings, pictures
 from benchmarks.common import RESULTS
 from tppo_ref.method.advantages import CutValue, egae, gae
 from tppo_ref.runs.config import Config
@@ -101,7 +102,15 @@ def motion(key: str, name: str) -> Any:
     return {"ended": len(run.ended(shown)), "busy": run.busy(shown), "windows": sum(edge <= shown for edge in run.edges[1:])}[name]
 
 
-SOURCES: findings.Sources = {**findings.SOURCES, "response": response, "rule": rule, "motion": motion}
+def fair(key: str, name: str) -> Any:
+    """ "chain seconds": PPO / tppo-once with its interval; `ppo` and `seeds`: how many seeds of PPO arrive, of how many."""
+    row = fair_headline.found(*key.split())
+    if row is None:
+        raise KeyError(f"fair: {key}")
+    return (row["value"], row["low"], row["high"]) if name == "ratio" else row[name]
+
+
+SOURCES: findings.Sources = {**findings.SOURCES, "response": response, "rule": rule, "motion": motion, "fair": fair}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables, pictures
