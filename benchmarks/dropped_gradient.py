@@ -43,8 +43,8 @@ from sim.lab.learning import write_csv
 from tppo_ref.loop.rows import Rows
 from tppo_ref.rollout.models import PolicyModel
 from tppo_ref.runs.build import build
+from tppo_ref.runs.colours import COLOURS, MARKERS
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.figures import COLOURS, MARKERS
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
 

@@ -48,6 +48,7 @@ from tppo_ref.rollout.flops import flops_of
 from tppo_ref.rollout.models import load_policy, load_value_model
 from tppo_ref.rollout.packing import TokenBatch
 from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs.colours import look
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
 
@@ -285,7 +286,7 @@ def draw(path: Path) -> None:
     figure = Figure(figsize=(3.2 * len(shown), 3.2), layout="constrained")
     for ax, (part, quantity) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         mine = [r for r in rows if (r["part"], r["quantity"]) == (part, quantity)]
-        ax.barh([r["case"] for r in mine], [float(r["value"]) for r in mine], color="#0072B2")
+        ax.barh([r["case"] for r in mine], [float(r["value"]) for r in mine], color=look("tppo").colour)
         ax.set_title(f"{part}: {quantity} ({mine[0]['unit']})", fontsize=9)
         ax.tick_params(labelsize=8)
     figure.savefig(path.with_suffix(".png"), dpi=150)

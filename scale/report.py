@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from scale.config import ScaleConfig
 from scale.memory.dryrun import predictions
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.colours import COLOURS, LINES
 from tppo_ref.runs.comparison import write_csv
-from tppo_ref.runs.figures import COLOURS, LINES
 from tppo_ref.runs.measured import DRY_RUN, write_measured
 from tppo_ref.runs.run_folder import write_json
 from tppo_ref.runs.sinks import read_metrics

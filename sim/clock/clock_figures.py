@@ -25,8 +25,9 @@ from sim.clock.plan_report import COLUMNS, by_column
 from sim.clock.schedule import Windowed
 from sim.clock.throughput import CLAIM, PPO_INTENSITY, TPPO_INTENSITY
 from tppo_ref.method.records import End
+from tppo_ref.runs.colours import COLOURS, LINES, MARKERS, look
 from tppo_ref.runs.comparison import write_csv
-from tppo_ref.runs.figures import COLOURS, DPI, FONT, LINES, MARKERS, SMALL, Rows, below, select, tidy, values
+from tppo_ref.runs.figures import DPI, FONT, SMALL, Rows, below, select, tidy, values
 from tppo_ref.runs.validation import writable_folder
 
 HATCHES = ("", "////", "\\\\\\\\", "....", "xx", "--", "++", "oo", "**", "||", "///", "")
@@ -103,7 +104,6 @@ def busy_share(rows: Rows, slots: int) -> float:
 def draw_timeline(path: Path, rows: Rows) -> None:
     figure = Figure(figsize=(8, 6), dpi=DPI, layout="constrained")
     panels, busy = figure.subplots(2, 1, sharex=True), []
-    shades = {"ppo": (COLOURS[0], "#F0A87A"), "tppo": (COLOURS[1], "#7DB7E8")}
     for axes, name, label in zip(panels, ("ppo", "tppo"), ("PPO", "T-PPO"), strict=True):
         mine = select(rows, method=name)
         for row in select(mine, kind="training"):
@@ -113,7 +113,7 @@ def draw_timeline(path: Path, rows: Rows) -> None:
         for row in sorted(select(mine, kind="decoding"), key=lambda row: (row["slot"], row["begin_s"])):
             if row["response"] != before["response"]:
                 shade = 1 - shade if row["slot"] == before["slot"] else 0
-            axes.barh(row["slot"], row["stop_s"] - row["begin_s"], left=row["begin_s"], height=0.82, color=shades[name][shade],
+            axes.barh(row["slot"], row["stop_s"] - row["begin_s"], left=row["begin_s"], height=0.82, color=look(name).shades[shade],
                       edgecolor="white", linewidth=0.5)  # fmt: skip
             before = row
         cut = [row for row in select(mine, kind="decoding", end="RUNNING") if row["stop_s"] < row["until_s"]]
@@ -125,8 +125,8 @@ def draw_timeline(path: Path, rows: Rows) -> None:
         tidy(axes, title=f"{label}: {ended} responses ended", x="", y="decoding slot")
     panels[-1].set_xlabel("time (s)", fontsize=FONT)
     head(figure, f"Busy share of the slots while decoding: {', '.join(busy)}")
-    below(figure, [Patch(facecolor=COLOURS[0], label="PPO: responses (shades alternate)"),
-                   Patch(facecolor=COLOURS[1], label="T-PPO: responses (shades alternate)"),
+    below(figure, [Patch(facecolor=look("ppo").colour, label="PPO: responses (shades alternate)"),
+                   Patch(facecolor=look("tppo").colour, label="T-PPO: responses (shades alternate)"),
                    Patch(facecolor="white", edgecolor="#888888", label="idle slot"),
                    Patch(facecolor="#d9d9d9", hatch="////", edgecolor="white", label="training: no decoding"),
                    Line2D([], [], color="black", linestyle="", marker=">", markersize=4, label="cut, goes on")])  # fmt: skip

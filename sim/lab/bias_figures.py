@@ -1,6 +1,6 @@
 """The figures of `python -m sim bias`. `*_rows` makes the numbers, which go into the CSV, and `draw_*` draws those rows alone.
 
-Colours, line styles and the rest of the manner are tppo_ref.runs.figures': readable in grey.
+An estimator looks as tppo_ref.runs.colours says, the rest of the manner is tppo_ref.runs.figures': readable in grey.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from matplotlib.lines import Line2D
 
 from sim.lab.bias_report import knee_sentence
 from sim.lab.examination import Examination
+from tppo_ref.runs.colours import look
 from tppo_ref.runs.comparison import write_csv
-from tppo_ref.runs.figures import COLOURS, DPI, FONT, LINES, MARKERS, Rows, below, select, tidy, values
+from tppo_ref.runs.figures import DPI, FONT, Rows, below, select, tidy, values
 from tppo_ref.runs.validation import writable_folder
 
 ZERO = 1e-12  # what enumeration in float64 leaves of an exact 0: not drawn on a log axis
@@ -59,9 +60,9 @@ def draw_distance(path: Path, rows: Rows, examination: Examination) -> None:
     figure = Figure(figsize=(8, 4.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name in ((left, "cut_bias"), (right, "mean_bias")):
-        for at, estimator in enumerate(examination.findings):
+        for estimator in examination.findings:
             line = [row for row in select(chosen, estimator=estimator) if row["tokens"] > 0]
-            _plot(axes, values(line, "distance"), values(line, name), at)
+            _plot(axes, values(line, "distance"), values(line, name), estimator)
     first = select(chosen, estimator=next(iter(examination.findings)))
     guides = _guides(left, first)
     tidy(
@@ -122,16 +123,19 @@ def draw_gradient(path: Path, rows: Rows, examination: Examination) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     first = select(rows, estimator=names[0])
     shares = {config.measure: f"{names[0]}: {config.measure} error", "cut": "the cut's share", "critic": "the critic's share"}
-    styles: list[dict[str, Any]] = [{"color": COLOURS[0], "linestyle": LINES[0], "linewidth": 2.2},
+    styles: list[dict[str, Any]] = [look(names[0]).bare(linewidth=2.2),
                                     {"color": "black", "linestyle": ":", "linewidth": 2.0},
                                     {"color": "#7F7F7F", "linestyle": "-", "linewidth": 1.4}]  # fmt: skip
     for name, line in zip(shares, styles, strict=True):
         left.plot(
-            values(first, "window"), _drawable(values(first, name)), **line, marker="." if name != config.measure else MARKERS[0]
+            values(first, "window"),
+            _drawable(values(first, name)),
+            **line,
+            marker="." if name != config.measure else look(names[0]).marker,
         )
-    for at, name in enumerate(names):
+    for name in names:
         line_rows = select(rows, estimator=name)
-        _plot(right, values(line_rows, "window"), values(line_rows, config.measure), at)
+        _plot(right, values(line_rows, "window"), values(line_rows, config.measure), name)
     for axes, chosen in ((left, first), (right, rows)):
         axes.axhline(config.tolerance, color="#444444", linestyle=(0, (4, 4)), linewidth=1.0)
         axes.set_xscale("log", base=2)
@@ -151,17 +155,12 @@ def draw_gradient(path: Path, rows: Rows, examination: Examination) -> None:
     figure.savefig(path)
 
 
-def _style(at: int) -> dict[str, Any]:
-    return {"color": COLOURS[at % len(COLOURS)], "linestyle": LINES[at % len(LINES)], "linewidth": 1.8,
-            "marker": MARKERS[at % len(MARKERS)], "markersize": 5, "markeredgecolor": "white"}  # fmt: skip
-
-
-def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, at: int) -> None:
-    axes.plot(x, _drawable(y), **_style(at), markevery=max(1, len(x) // 8))
+def _plot(axes: Axes, x: np.ndarray, y: np.ndarray, estimator: str) -> None:
+    axes.plot(x, _drawable(y), **look(estimator).line(), markevery=max(1, len(x) // 8))
 
 
 def _handles(examination: Examination) -> list[Line2D]:
-    return [Line2D([], [], **_style(at), label=name) for at, name in enumerate(examination.findings)]
+    return [Line2D([], [], **look(name).line(), label=name) for name in examination.findings]
 
 
 def _drawable(y: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The figures of a comparison. `*_rows` makes the numbers, which go into the CSV, and `draw_*` draws those rows and nothing else.
 
-Colours are Okabe and Ito's; methods differ in line style and marker too, so that grey and colour-blind readers can tell them apart.
+A method's colour, line and marker are those of colours.py, the same in every figure.
 No pyplot: importing this file changes no backend.
 """
 
@@ -19,12 +19,12 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from tppo_ref.runs.colours import COLOURS as COLOURS
+from tppo_ref.runs.colours import LINES as LINES
+from tppo_ref.runs.colours import MARKERS as MARKERS
+from tppo_ref.runs.colours import look
 from tppo_ref.runs.comparison import Comparison, Run, display, mean_interval, read_table, running_mean
 
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-LINES = ("--", "-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-SHADES = {0: ("#B8480A", "#F0A87A"), 1: ("#0B5394", "#7DB7E8")}  # of the timeline's two panels: neighbours in a slot alternate
 DPI, FONT, SMALL = 150, 9.5, 8.5  # 8 inches at 150 dpi are 1200 px
 BINS = 12  # of the training clock, for mean lengths
 Rows = list[dict[str, Any]]
@@ -56,16 +56,9 @@ def number(value: float, unit: str) -> str:
     return {"accuracy": f"{value:.3f}", "share": f"{100 * value:.1f} %", "x": f"{value:.2f}x"}.get(unit, f"{value:,.0f}")
 
 
-def style(comparison: Comparison, method: str) -> tuple[dict[str, Any], str]:
-    """Line and marker of a method, the same in all figures."""
-    at = list(comparison.runs).index(method) % len(COLOURS)
-    return {"color": COLOURS[at], "linestyle": LINES[at]}, MARKERS[at]
-
-
-def method_handle(comparison: Comparison, method: str, label: str) -> Line2D:
+def method_handle(method: str, label: str) -> Line2D:
     """The legend's sample of a method."""
-    line, mark = style(comparison, method)
-    return Line2D([], [], **line, linewidth=2.0, marker=mark, markersize=6, markeredgecolor="white", label=label)
+    return Line2D([], [], **look(method).line(linewidth=2.0, markersize=6), label=label)
 
 
 def tidy(axes: Axes, *, title: str, x: str, y: str) -> None:
@@ -120,7 +113,7 @@ def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None
     for axes, x, scale in zip(figure.subplots(1, 2, sharey=True), ("train_s", "trained"), (1.0, 1e-3), strict=True):
         axes.axhline(comparison.target, **target)
         for method, runs in comparison.runs.items():
-            line, mark = style(comparison, method)
+            line, mark = look(method).bare(), look(method).marker
             for run in runs if len(runs) > 1 else []:
                 seed = select(rows, method=method, line=f"seed {run.seed}")
                 axes.plot(values(seed, x) * scale, values(seed, "accuracy"), color=line["color"], linewidth=0.6, alpha=0.45)
@@ -141,7 +134,7 @@ def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None
     tidy(left, title="against time", x="training clock (s)", y="accuracy (share of answers, 3-point mean)")
     tidy(right, title="against data", x="trained response tokens (thousands)", y="")
     figure.suptitle(headline(comparison), fontsize=FONT + 1.5, fontweight="bold", wrap=True)
-    handles: list[Any] = [method_handle(comparison, m, curve_label(comparison, m)) for m in comparison.runs]
+    handles: list[Any] = [method_handle(m, curve_label(comparison, m)) for m in comparison.runs]
     handles.append(Line2D([], [], **target, label=f"target {comparison.target:.3f}"))
     if comparison.num_seeds > 1:
         handles.append(Patch(facecolor="#cccccc", label="95 % band of the mean"))
@@ -198,10 +191,10 @@ def draw_timeline(path: Path, rows: Rows, comparison: Comparison) -> None:
     figure = Figure(figsize=(8, 2.9 * len(comparison.pair) + 0.7), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(comparison.pair), 1, sharex=True, squeeze=False)[:, 0]
     busy = []
-    for at, (axes, method) in enumerate(zip(panels, comparison.pair, strict=True)):
+    for axes, method in zip(panels, comparison.pair, strict=True):
         panel, slots = select(rows, method=method), comparison.runs[method][0].slots
         axes.set(xlim=(0, panel[0]["seconds"]), ylim=(-0.6, slots - 0.4))
-        draw_slots(axes, panel, SHADES[at])
+        draw_slots(axes, panel, look(method).shades)
         if busy_share(panel, slots) < 0.5:
             say_idle(axes, panel, slots)
         ended = sum(row["end"] in ("END_TOKEN", "LENGTH_CAP") and row["stop_s"] < row["seconds"] for row in panel)
@@ -210,8 +203,8 @@ def draw_timeline(path: Path, rows: Rows, comparison: Comparison) -> None:
              f"(seed {panel[0]['seed']}, from {panel[0]['from_s']:.1f} s on)", x="", y="decoding slot")  # fmt: skip
     panels[-1].set_xlabel("training clock since the panel's beginning (s)", fontsize=FONT)
     figure.suptitle(f"Busy share of the slots while decoding: {', '.join(busy)}", fontsize=FONT + 1.5, fontweight="bold")
-    handles = [tuple(Patch(facecolor=shade, label=f"{display(m)}: responses, shades alternate") for shade in SHADES[at])
-               for at, m in enumerate(comparison.pair)]  # fmt: skip
+    handles = [tuple(Patch(facecolor=shade, label=f"{display(m)}: responses, shades alternate") for shade in look(m).shades)
+               for m in comparison.pair]  # fmt: skip
     below(figure, [*handles, Patch(facecolor="white", edgecolor="#888888", label="idle slot"),
                    Patch(facecolor="#d9d9d9", hatch="////", edgecolor="white", label="training: no decoding"),
                    Line2D([], [], color="black", linestyle="", marker=">", markersize=4,
@@ -289,7 +282,7 @@ def draw_lengths(path: Path, rows: Rows, comparison: Comparison) -> None:
     thin: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.55}
     thick: dict[str, Any] = {"linewidth": 2.0}
     for method in comparison.runs:
-        line, mark = style(comparison, method)
+        line, mark = look(method).bare(), look(method).marker
         for name, weight in (("first quarter", thin), ("last quarter", thick)):
             found = select(rows, method=method, panel="shares", line=name)
             left.step(values(found, "x"), values(found, "y"), **line, **weight, where="pre")
@@ -307,7 +300,7 @@ def draw_lengths(path: Path, rows: Rows, comparison: Comparison) -> None:
     trained = ", ".join(f"{display(m)} {100 * select(rows, panel='trained', method=m)[0]['y']:.0f} %" for m in comparison.pair)
     title = f"99th percentile of the length, first to last quarter: {tails} tokens\nTrained share of generated tokens: {trained}"
     figure.suptitle(title, fontsize=FONT + 0.5, fontweight="bold")
-    below(figure, [method_handle(comparison, method, display(method)) for method in comparison.runs])
+    below(figure, [method_handle(method, display(method)) for method in comparison.runs])
     figure.savefig(path)
 
 
