@@ -20,12 +20,13 @@ import numpy as np
 from sim.clock.lengths import load_lengths
 from tppo_ref.method.records import End
 from tppo_ref.method.slots import Segment, SlotSchedule
+from tppo_ref.runs.colours import look
 
-INKS = {  # name: (in light, in dark); methods and rules as tppo_ref/runs/figures.py has them, after Okabe and Ito
+INKS = {  # name: (in light, in dark)
     "ground": ("#ffffff", "#1e2129"), "ink": ("#1c1f24", "#eceef1"), "quiet": ("#5c6470", "#a5adb9"),
     "line": ("#c9ced6", "#4a515d"), "field": ("#eef1f4", "#2a2f39"),
-    "ppo": ("#B8480A", "#F08A4B"), "ppo2": ("#F0A87A", "#A8531D"), "tppo": ("#0B5394", "#56A5E0"), "tppo2": ("#7DB7E8", "#2C5F8A"),
-    "previous": ("#0072B2", "#56B4E9"), "critic": ("#008563", "#2FC79A"), "zero": ("#B5478C", "#E79BC8"),
+    "ppo": look("ppo").shades, "ppo2": ("#F0A87A", "#A8531D"), "tppo": look("tppo").shades, "tppo2": ("#7DB7E8", "#2C5F8A"),
+    **{rule: look(rule).shades for rule in ("previous", "critic", "zero")},
 }  # fmt: skip
 FONT = "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 

@@ -34,7 +34,7 @@ CURVES = {
     "gap": ("policy/logprob_gap", "engine against trainer, |log-probability|"),
 }
 PHASES = ("rollout", "verify", "forward", "policy", "value", "sync", "other")
-GREYS = ("#0072B2", "#BBBBBB", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#EEEEEE")
+GREYS = (COLOURS[1], "#BBBBBB", COLOURS[5], COLOURS[0], COLOURS[4], COLOURS[2], "#EEEEEE")
 HATCHES = ("", "..", "//", "", "\\\\", "xx", "")
 PERCENTILES = (10, 50, 90, 99, 100)
 BINS = 20  # of training steps, for lengths

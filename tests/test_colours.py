@@ -51,7 +51,7 @@ def test_every_method_cut_rule_and_estimator_has_a_look():
 
 @pytest.mark.parametrize("same", [
     ("tppo", "previous", "egae"), ("critic", "cut-gae", "tppo-critic-cut"), ("zero", "zero-cut", "tppo-zero-cut"), ("none", "gae"),
-    ("partial-is", "partial"), ("tppo-defer", "egae-defer"),
+    ("tppo-defer", "egae-defer"),
 ])  # fmt: skip
 def test_what_is_the_same_looks_the_same(same):
     assert len({look(name) for name in same}) == 1

@@ -170,6 +170,21 @@ def test_the_first_code_cell_prints_versions_and_seed_and_the_last_asserts(path)
     assert sum(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(last.source))) >= 3
 
 
+@pytest.mark.parametrize("path", PATHS[:5], ids=[path.stem for path in PATHS[:5]])
+def test_the_picture_comes_within_the_first_three_cells(path):
+    """06 begins with three slots drawn in letters."""
+    assert any(cell.cell_type == "code" and pictures(cell) for cell in refresh.read(path).cells[:3])
+
+
+@each_notebook
+def test_a_figure_takes_a_methods_colour_from_its_name_and_not_from_its_place(path):
+    """`look("tppo")`, never `COLOURS[i]` in a loop over rules, arms or methods."""
+    for cell in code_cells(refresh.read(path)):
+        loops = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.For)]
+        named = [loop for loop in loops if re.search(r"\b(RULES|SHOWN|CUTS|by_rule|METHODS)\b", ast.unparse(loop.iter))]
+        assert not any(re.search(r"\bCOLOURS\[", ast.unparse(loop)) for loop in named), cell.source
+
+
 @each_notebook
 def test_every_figure_is_described_in_words_below_it(path):
     notebook = refresh.read(path)

@@ -31,7 +31,7 @@ class Look(NamedTuple):
 
     @property
     def shades(self) -> tuple[str, str]:
-        """Of a timeline's bars: neighbours in a slot alternate."""
+        """A dark and a light one: of a timeline's neighbours in a slot, or on white and on a dark page."""
         return self.colour, self.on_dark
 
     def bare(self, **more: Any) -> dict[str, Any]:
@@ -68,9 +68,9 @@ LOOKS: dict[str, Look] = {
     "cut-gae": CRITIC,
     "zero-cut": ZERO,
     "gae": WHOLE,
-    "partial": PARTIAL,
-    "partial-exact": Look("#27296D", "#C8D0FF", "-.", "h"),
-    "egae-exclude": Look("#0072B2", "#56B4E9", "--", ">"),
+    "partial": Look("#27296D", "#C8D0FF", "-", "H"),
+    "partial-exact": Look("#27296D", "#C8D0FF", "-.", "8"),
+    "egae-exclude": Look("#7A7A00", "#D6D67A", "--", ">"),
     "egae-defer": Look("#E69F00", "#F0C040", "-", "<"),
     "egae-drop": Look("#7F7F7F", "#9AA1AD", ":", "d"),
     "egae-adaptive": Look("#56B4E9", "#A9D8F5", "-.", "h"),
