@@ -40,6 +40,13 @@ def test_a_sentence_changes_with_its_summary(tmp_path: Path) -> None:
     assert sentence(tmp_path / "summary.csv") != sentence(RESULTS / "headline-chain" / "summary.csv")
 
 
+def test_the_runs_of_the_demo_that_the_readme_names_are_those_that_it_makes() -> None:
+    demo = parse(Config, ["--config", str(ROOT / "tppo_ref" / "configs" / "demo.yaml")], prog="demo")
+    named = re.findall(r"runs/demo/runs/([\w-]+)-seed(\d+)", (ROOT / "README.md").read_text())
+    assert named
+    assert all(method in demo.compare.methods and int(seed) < demo.compare.seeds for method, seed in named)
+
+
 @pytest.mark.parametrize("name", ["demo", "demo-quick"])
 def test_the_demo_runs_with_the_cells_that_the_fair_headline_chose(name: str) -> None:
     demo = parse(Config, ["--config", str(ROOT / "tppo_ref" / "configs" / f"{name}.yaml")], prog="demo")
