@@ -1,6 +1,7 @@
 """At the shape of the 32B run (8,192 responses of up to 24,576 tokens, 64 ranks): the Trainer's own seconds, padding, balance.
 
     python -m benchmarks.at_32b
+    python -m benchmarks.at_32b --step      the seconds that the clock expects of a step, alone
 
 Own share (aim: at most 1 %): one rank's Trainer and batcher, driven for real through windows of 8,192 tokens by an engine and by
 models that cost nothing, over the seconds that `sim plan` expects of a step. The rank is one of four that share an engine of 512
@@ -17,6 +18,7 @@ trained tokens alone.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -229,8 +231,13 @@ def level_in_trained_alone(config: ScaleConfig, ranks: Sequence[Sequence[Row]], 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", action="store_true", help="the clock's seconds of a step, alone")
+    only_step, config = parser.parse_args().step, load()
+    if only_step:
+        print(f"{simulated_step_s(config):,.0f} s")
+        return
     torch.set_num_threads(1)
-    config = load()
     world = config.cluster.nodes * config.cluster.devices_per_node
     drawn = load_lengths("math-mixture", config.algo.rollout.max_response_tokens)
     natural = drawn.sample(np.random.default_rng(0), 200_000)[:, 0].tolist()

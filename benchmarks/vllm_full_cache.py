@@ -1,6 +1,7 @@
 """What lockstep costs when vLLM's cache is full: engine steps per window, by either admission, beside what the clock says.
 
     python -m benchmarks.vllm_full_cache          with vLLM on a CPU, some minutes; writes results/vllm_full_cache.csv
+    python -m benchmarks.vllm_full_cache --clock  the clock's column, for 4,000 lengths of that model
 
 A batcher's window is 64 decode steps. With a full cache vLLM queues or preempts, requests lag, and `VLLMEngine.step` lets vLLM run
 on until none lags, so that a window takes more of its steps: slots that are free meanwhile wait. Counted, so a busy machine changes
@@ -10,7 +11,7 @@ nothing: vLLM's steps per window, its preemptions, tokens per step. The model is
     room    33 blocks of 32 tokens, three of the longest: vLLM preempts (`engine.admission` room)
     whole   the same cache, three sequences at a time: it never preempts
 
-`clock` is the clock's decode steps per window for the same lengths, slots and cache, in tokens rather than blocks.
+`clock` is the clock's decode steps per window for the same lengths, slots and cache: a sequence's last block counts as half empty.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def measure(arm: str) -> dict[str, Any]:
             "lengths": lengths}  # fmt: skip
 
 
-def predicted(arm: str, lengths: list[int]) -> float:
+def predicted(arm: str, lengths: list[int], block: int = BLOCK) -> float:
     """The clock's decode steps per window. (Imported here: vLLM looks through all modules, and stumbles over numba's.)"""
     from sim.clock.cluster import Setup
     from sim.clock.distributions import Empirical
@@ -102,7 +103,7 @@ def predicted(arm: str, lengths: list[int]) -> float:
 
     costs = Small(accelerator=accelerator("laptop-cpu"), model=model("Qwen2.5-0.5B"), layout=Layout(num_devices=1))
     setup = Setup(lengths=Empirical(values=tuple(lengths), cap=CAP), prompt_tokens=PROMPT, costs=costs, slots=SLOTS,
-                  admission="whole" if arm == "whole" else "room")  # fmt: skip
+                  admission="whole" if arm == "whole" else "room", block_tokens=block)  # fmt: skip
     records = run(tppo(setup, window=WINDOW), steps=200).records[20:]
     return float(np.mean([record.decode_steps for record in records]))
 
@@ -110,7 +111,14 @@ def predicted(arm: str, lengths: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=list(ARMS), help="this one alone, in this process, as JSON")
-    arm = parser.parse_args().arm
+    parser.add_argument("--clock", action="store_true", help="the clock alone, without vLLM: by tokens, and by blocks")
+    arguments = parser.parse_args()
+    if arguments.clock:
+        lengths = np.minimum(np.random.default_rng(0).geometric(1 / VOCAB, 4000), CAP).tolist()
+        for name in ARMS:
+            print(f"{name:6} by tokens {predicted(name, lengths, 1):.1f}, by blocks {predicted(name, lengths):.1f}")
+        return
+    arm = arguments.arm
     if arm:
         print(json.dumps(measure(arm)), flush=True)
         os._exit(0)  # vLLM and torch would both take the process groups down

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -23,17 +24,32 @@ from scale.config import check as check_scale
 from scale.memory import budget as memory
 from sim.__main__ import main
 from sim.clock import best
+from sim.clock.calibrate import Measured, Passes
+from sim.clock.ceiling import ceiling, rows
 from sim.clock.cluster import Setup
 from sim.clock.devices import ACCELERATORS, accelerator, cluster
 from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.efficiency import Efficiency
 from sim.clock.hardware import Layout, Roofline, model
 from sim.clock.lengths import load_lengths
 from sim.clock.methods import method
 from sim.clock.plan import PlanConfig
+from sim.clock.ranges import Ranged
 from sim.clock.run_config import as_tree, as_yaml, fields_of
 from sim.clock.run_lengths import doubts, of_run
 from sim.clock.schedule import ppo, run, tppo
-from sim.clock.search import RUNNABLE, Setting, climb, preferred_of_kind, settings_of
+from sim.clock.search import (
+    DOUBT,
+    ELSEWHERE,
+    RUNNABLE,
+    Setting,
+    chosen,
+    explored,
+    grid_outside,
+    run_at,
+    settings_of,
+    setup_of,
+)  # fmt: skip
 from tppo_ref.runs.parsing import get_field, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,19 +76,75 @@ def loaded(text: str, folder: Path) -> ScaleConfig:
 # ------------------------------------------------------------------------------------------------------------------- the search
 
 
-@given(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
-def test_climbing_finds_the_peak_of_a_hill(tp, slots, window):
-    grid = [Setting(2**i, 2**j, 2**k) for i in range(4) for j in range(6) for k in range(4)]
-    at = Setting(2**tp, 2**slots, 2**window)
-    seen = climb(grid, lambda here: -sum((a.bit_length() - b.bit_length()) ** 2 for a, b in zip(here[:3], at[:3], strict=True)))
-    assert seen[0] == at
-    assert len(seen) < len(grid)
+@functools.cache
+def everywhere(name: str) -> dict[Setting, Ranged]:
+    """Every place of a method's grid, run."""
+    question, kind = small().question, method(name).kind
+    grid = grid_outside(question, name) if name in ELSEWHERE else list(settings_of(question, kind))
+    runs = {at: run_at(question, method(name), at) for at in grid}
+    return {at: one for at, one in runs.items() if one.middle.updates <= question.most_updates + 0.5}
 
 
-def test_a_small_grid_is_looked_at_whole():
-    grid = [Setting(1, 2**j) for j in range(8)]
-    assert climb(grid, lambda at: {1: 5.0, 128: 9.0}.get(at.slots, 1.0))[0].slots == 128
+@pytest.mark.parametrize("slack", [0.0, 0.03])
+def test_the_search_finds_what_running_every_place_finds(slack):
+    """By definition: of all places within the slack of the fastest the freshest."""
+    question = dataclasses.replace(small().question, slack=slack)
+    grids = {name: list(settings_of(question, kind)) for kind, names in RUNNABLE.items() for name in names}
+    grids |= {name: grid_outside(question, name) for name in ELSEWHERE}
+    found = explored(question, grids)
+    for name in (name for name, grid in grids.items() if grid):
+        runs = {at: one.middle for at, one in everywhere(name).items()}
+        fastest = max(one.tokens_per_s for one in runs.values())
+        near = [at for at, one in runs.items() if one.tokens_per_s >= (1 - slack) * fastest]
+        assert chosen(question, name, found[name]).setting == min(near, key=lambda at: (runs[at].lag_updates, runs[at].step_s))
+    run_there, all_there = (sum(map(len, some.values())) for some in (found, grids))
+    assert run_there < all_there
+
+
+@pytest.mark.parametrize("name", [*(name for names in RUNNABLE.values() for name in names), *ELSEWHERE])
+def test_no_place_is_faster_than_its_ceiling(name):
+    question = small().question
+    for at, found in everywhere(name).items():
+        most = ceiling(method(name), setup_of(question, at, Efficiency(), method(name).critic), window=at.window, refill=at.refill)
+        assert found.middle.tokens_per_s <= (1 + DOUBT) * most
+
+
+def test_a_ceiling_is_reached_where_nobody_waits():
+    """Equal responses, one per slot, one replica, no sync: every decode step has all slots, whatever their context."""
+    costs = Measured(step_s=2.0, row_s=0.5, context_s=0.01, arrival_s=0.0, prefill_token_s=0.1, forward=Passes(0.0, 0.3),
+                     policy=Passes(0.0, 0.7), value=Passes(0.0, 0.2), once_s=0.0)  # fmt: skip
+    work = Setup(lengths=Constant(value=10, cap=12), prompt_tokens=5, costs=costs, slots=4)
+    contexts = sum(range(5, 15))  # in the cache or fed, at each of ten steps: the prompt, those sampled so far
+    seconds = 10 * (2.0 + 4 * 0.5) + 0.01 * 4 * contexts + 4 * 4 * 0.1 + 4 * 15 * (0.3 + 0.7 + 0.2)
+    assert ceiling(method("ppo"), work) == pytest.approx(40 / seconds)
+    trace = run(ppo(work), steps=2)
+    assert trace.total("trained") / trace.seconds == pytest.approx(40 / seconds)
+
+
+def test_a_full_cache_lowers_the_ceiling_as_fewer_slots_do():
+    place = small().named("ppo").setting
+    speeds = [ceiling(method("ppo"), setup_of(small().question, place._replace(slots=slots), Efficiency())) for slots in (2, 8, 32)]
+    assert speeds == sorted(speeds)
+    roof = setup_of(small().question, place._replace(slots=10**6), Efficiency())
+    tight = dataclasses.replace(roof, slots=10**7)
+    assert ceiling(method("ppo"), roof) == ceiling(method("ppo"), tight)
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.booleans(), st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_rows_of_cut_responses_lose_and_double_no_token(tokens, window, anywhere, seed):
+    lengths = Constant(value=tokens, cap=60)
+    done_n, new_n, prompt_n = rows(lengths, 7, 4, seed, window, anywhere)
+    begins = np.flatnonzero(done_n == 0)
+    assert np.add.reduceat(new_n, begins).tolist() == [tokens] * len(begins)
+    assert set(prompt_n.tolist()) == {7}
+    assert 1 <= new_n.min() <= new_n.max() <= window
+    inner = np.flatnonzero((done_n > 0) & (done_n + new_n < tokens))
+    assert (new_n[inner] == window).all()
+    continued = np.flatnonzero(done_n > 0)
+    assert (done_n[continued] == (done_n + new_n)[continued - 1]).all()
+    if not anywhere:
+        assert (done_n % window == 0).all()
 
 
 def test_every_method_fits_and_makes_one_to_the_most_updates():
@@ -97,15 +169,6 @@ def test_the_recommended_one_is_the_freshest_of_the_fast():
 def test_what_was_measured_to_cost_learning_is_recommended_by_its_name_alone():
     assert not set(small().recommended.method.levers) & set("ab")
     assert best.answer(dataclasses.replace(SMALL, method="tppo+ac")).recommended.method.name == "tppo+ac"
-
-
-def test_without_slack_the_fastest_setting_of_a_kind_is_taken():
-    question = dataclasses.replace(small().question, slack=0.0)
-    (one, *_) = preferred_of_kind(question, "partial-is", ["partial-is"])
-    rough = climb(
-        list(settings_of(question, "partial-is")), lambda at: best.search.__globals__["_speed"](question, "partial-is", at)
-    )
-    assert one.speed >= max(best.search.__globals__["_speed"](question, "partial-is", at) for at in rough[:5]) - 1e-9
 
 
 def test_a_window_whose_cuts_weigh_too_much_is_left_to_partial_rollouts():

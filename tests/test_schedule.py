@@ -401,6 +401,21 @@ def test_disjoint_devices_by_hand():
 # ------------------------------------------------------------------------------------------------- continuous batching, queued
 
 
+def test_blocks_make_a_sequence_wait_by_hand():
+    """Two sequences of 4 tokens in a cache of 10, each with half a block of 4 beside: the second waits for the first."""
+    assert queued([4, 4], [1, 1], places=2, capacity=10).tolist() == [[0, 0, 0, 1, 4], [1, 0, 0, 1, 4]]
+    assert queued([4, 4], [1, 1], places=2, capacity=10, unused=2).tolist() == [[0, 0, 0, 1, 4], [1, 0, 1, 2, 4]]
+
+
+@pytest.mark.parametrize(("block", "steps"), [(1, 3), (4, 4)])
+def test_a_window_takes_longer_where_the_cache_is_given_out_by_blocks(block, steps):
+    """Prompts of 1, responses of 3, a cache of 8: before the third step two sequences hold 2 x 3 tokens, or 2 x 5 with half blocks
+    of 4, and the second one decodes its last token when the first has ended."""
+    costs = Line(kv_capacity_tokens=8)
+    (record,) = run(tppo(setup_of([3], 3, slots=2, costs=costs, block_tokens=block), window=3, refill="step"), steps=1).records
+    assert record.decode_steps == steps
+
+
 def walk(context, new, places, capacity, following):
     """Token by token, as vLLM schedules: at each step the running ones first, the newest preempted while they do not fit, then the
     queue in order. Returns the stints, and the cache's tokens at each step."""
@@ -497,7 +512,9 @@ def test_the_clock_by_spans_is_the_clock_step_by_step(data):
         second += (1.0 + 0.3 * int(alive.sum()) + 0.01 * context) * bool(alive.any())
     ends[int(stints.stop_n.max())] = second
     assert times.time_E.tolist() == pytest.approx([ends[step] for step in loads.step_E.tolist()])
-    assert loads.peak_context_R[0] == max(int((context_n + s - begin_n)[(begin_n <= s) & (s < stints.stop_n)].sum()) for s in ends)
+    assert loads.peak_context_R()[0] == max(
+        int((context_n + s - begin_n)[(begin_n <= s) & (s < stints.stop_n)].sum()) for s in ends
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- laws of all systems

@@ -6,6 +6,7 @@ mini-batch. Twice the devices therefore do not halve the seconds.
 
 from __future__ import annotations
 
+import functools
 import heapq
 
 import numpy as np
@@ -26,11 +27,18 @@ def waiting_factor(work_n: NDArray[np.float64], *, ranks: int, updates: int = 1,
     row, the longest first, goes to the rank that has least. A real trainer comes close: its ranks have engines of their own, and go
     through micro-batches in step. The Trainer's wait 7 % at the 32B shape (benchmarks/at_32b.py) [M], where this says 0 to 1 %.
     """
-    total = copies * float(work_n.sum())
-    if ranks == 1 or total == 0:
+    if ranks == 1 or not work_n.any():
         return 1.0
+    return _waiting_factor(np.asarray(work_n, dtype=float).tobytes(), ranks, updates, copies)
+
+
+@functools.lru_cache(maxsize=256)
+def _waiting_factor(work: bytes, ranks: int, updates: int, copies: int) -> float:
+    """Kept, since methods that decode alike deal the same rows."""
+    work_n = np.frombuffer(work)
     ordered = np.repeat(np.sort(work_n)[::-1], copies)
-    return sum(fullest(np.ascontiguousarray(ordered[first::updates]), ranks) for first in range(updates)) * ranks / total
+    together = sum(fullest(np.ascontiguousarray(ordered[first::updates]), ranks) for first in range(updates))
+    return together * ranks / (copies * float(work_n.sum()))
 
 
 @compiled

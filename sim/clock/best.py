@@ -97,7 +97,7 @@ COLUMNS = " ".join(f"{name:<{-width}}" if width < 0 else f"{name:>{width}}" for 
 
 def row(found: Answer, one: Found) -> str:
     at, system = one.setting, one.system
-    window = f"{at.window:,}" if at.window else f"x{at.responses:,}" if at.responses else "-"
+    window = f"{at.window:,}{'*' * (at.refill == 'step')}" if at.window else f"x{at.responses:,}" if at.responses else "-"
     return (f"{one.method.name:15} {at.tp:>3} {at.slots:>6,} {window:>7} {system.middle.updates:>8.1f} "
             f"{_text(system.speed):>27} {gain(found, one).text():>22} {_text(system.step):>23} "
             f"{system.middle.updates_per_day:>6,.0f} {system.middle.lag_updates:>5.1f} {peak(one) / 1e9:>5.0f}")  # fmt: skip
@@ -118,8 +118,9 @@ def report(config: PlanConfig, found: Answer) -> list[str]:
     ]  # fmt: skip
     after = [
         f"Each at its best with at most {asked.most_updates} updates a step; of those within {100 * asked.slack:g} % of the "
-        "fastest, the freshest. Gain: trained tokens per second over `ppo`. Window: xN is N responses per step. A day: updates. "
-        "Lag: updates between a token's sampling and its training. GB: the largest phase on a device. Ranges: what the stated "
+        "fastest, the freshest. Gain: trained tokens per second over `ppo`. Window: xN is N responses per step; * has freed "
+        "slots wait for the next window. A day: updates. Lag: updates between a token's "
+        "sampling and its training. GB: the largest phase on a device. Ranges: what the stated "
         "efficiencies allow (sim/clock/efficiency.py); nothing was measured.",
     ]  # fmt: skip
     rows = [COLUMNS, *(row(found, one) for one in found.found)]

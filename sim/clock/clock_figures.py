@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from sim.clock.cluster import Setup
 from sim.clock.compare import Case, setup_of
-from sim.clock.decoding import Ints, Rollout, Stints, clock, load
+from sim.clock.decoding import clock
 from sim.clock.footprint import PHASES, TERMS
 from sim.clock.hardware import cluster
 from sim.clock.plan import Plan
@@ -57,20 +57,6 @@ def head(figure: Figure, title: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- slots over time
 
 
-class Watched(Windowed):
-    """Keeps when each slot decoded what, in seconds from the rollout's begin. One replica, whose cache is not full."""
-
-    def _window(self, replica: int) -> Ints:
-        self.rows = super()._window(replica)
-        return self.rows
-
-    def _time(self, stints: Stints, slot_n: Ints) -> tuple[Rollout, int]:
-        loads = load(stints, 1)
-        times = clock(self.setup.costs, loads)
-        self.second_at = dict(zip(loads.step_E.tolist(), times.time_E.tolist(), strict=True))
-        return super()._time(stints, slot_n)
-
-
 def timeline_rows(case: Case = TIMELINE, warm: int = 6) -> Rows:
     """Slots of PPO and of T-PPO over the same seconds, from a step in their routine on."""
     setup = setup_of(case)
@@ -82,15 +68,18 @@ def timeline_rows(case: Case = TIMELINE, warm: int = 6) -> Rows:
 
 
 def _spans(setup: Setup, name: str, window: int, refill: Any, warm: int) -> Iterator[dict[str, Any]]:
-    system = Watched(setup, window=window, refill=refill, name=name)
+    """When each slot decoded what, in seconds. One replica, whose cache is not full."""
+    system = Windowed(setup, window=window, refill=refill, name=name)
     records = [system.step() for _ in range(warm)]
     origin = records[-1].end_s
     for step in range(6):
         record = system.step()
         begin_s, rolled_s = record.rollout_begin_s - origin, record.rollout_begin_s + record.rollout_s - origin
-        for slot, sample, begin, stop, end in system.rows.tolist():
+        loads = system.latest.loads
+        second_at = dict(zip(loads.step_E.tolist(), clock(setup.costs, loads).time_E.tolist(), strict=True))
+        for slot, sample, begin, stop, end in system.latest.rows.tolist():
             yield {"method": name, "step": step, "kind": "decoding", "slot": slot, "response": sample, "end": End(end).name,
-                   "begin_s": begin_s + system.second_at[begin], "stop_s": begin_s + system.second_at[stop]}  # fmt: skip
+                   "begin_s": begin_s + second_at[begin], "stop_s": begin_s + second_at[stop]}  # fmt: skip
         yield {"method": name, "step": step, "kind": "training", "slot": -1, "response": -1, "end": "", "begin_s": rolled_s,
                "stop_s": record.end_s - origin}  # fmt: skip
 

@@ -77,12 +77,14 @@ class Setup:
     admission: Literal["room", "whole"] = "room"
     """An engine begins a sequence when what it holds so far fits, and preempts when the cache overflows; or when it fits at its
     longest, so that it never preempts."""
+    block_tokens: int = 1
+    """Tokens that the cache is given out by; vLLM's blocks have 16. A sequence's last block is half empty, in the mean."""
     verify_s: float = 0.0
     """Seconds of verification per step that decoding does not hide."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("slots", "num_replicas", "samples_per_prompt", "updates_per_step", "ranks", "copies"):
+        for name in ("slots", "num_replicas", "samples_per_prompt", "updates_per_step", "ranks", "copies", "block_tokens"):
             check_count(name, getattr(self, name))
         check_count("update_tokens", self.update_tokens, least=0)
         if self.admission not in ("room", "whole"):
@@ -93,6 +95,11 @@ class Setup:
             raise ValueError(f"verify_s: got {self.verify_s!r}; expected seconds, 0 or more, finite")
         if self.pipelined and self.train_costs is None:
             raise ValueError("pipelined needs train_costs: a step cannot train while the next decodes on the same devices")
+
+    @property
+    def half_block(self) -> int:
+        """Tokens of the cache that a sequence holds and does not use."""
+        return self.block_tokens // 2
 
     def places(self, replica: int, capacity: int) -> int:
         """Sequences that a replica with so many tokens of cache decodes at once, at most."""
@@ -116,7 +123,6 @@ class Rows(NamedTuple):
 
     length, prompt     tokens, known beforehand
     done               tokens sampled so far
-    pending            of these the deferred ones
     first_version      of the policy that sampled the first token
     version_sum        versions of the policies that sampled the tokens so far, summed over the tokens
     """
@@ -124,7 +130,6 @@ class Rows(NamedTuple):
     length: Ints
     prompt: Ints
     done: Ints
-    pending: Ints
     first_version: Ints
     version_sum: Ints
 

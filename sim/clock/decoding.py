@@ -69,10 +69,9 @@ class Loads(NamedTuple):
         """In the span's last step."""
         return self.context_E + self.active_E * np.maximum(self.length_E - 1, 0)
 
-    @property
-    def peak_context_R(self) -> Numbers:
-        """Most tokens in a replica's cache at once."""
-        return np.maximum.reduceat(self.last_context_E, self.first_R)
+    def peak_context_R(self, unused: int = 0) -> Numbers:
+        """Most tokens in a replica's cache at once, if each sequence holds so many more than it uses."""
+        return np.maximum.reduceat(self.last_context_E + unused * self.active_E, self.first_R)
 
     def at(self, replica_n: Ints, step_n: Ints) -> Ints:
         """The spans that begin with these decode steps of these replicas. Something has to begin or stop there."""

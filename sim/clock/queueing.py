@@ -13,20 +13,23 @@ from sim.clock.decoding import Ints
 Jobs = Sequence[int] | Ints
 
 
-def queued(context: Jobs, new: Jobs, *, places: int, capacity: int, following: Jobs | None = None) -> Ints:
+def queued(context: Jobs, new: Jobs, *, places: int, capacity: int, following: Jobs | None = None, unused: int = 0) -> Ints:
     """A row (job, ready, begin, stop, context) for each stint, by stop.
 
     context, new   per job: tokens to prefill (prompt and response so far), tokens to decode, at least one
     places         sequences that may decode at once
     capacity       tokens that the cache holds: at each decode step the sum of the context of those that decode
+    unused         tokens of the cache that each of them holds beside, in its last block
     following      per job: the job that comes when it ends, or -1 (the next response of a slot); None: none
 
     First come, first served, nobody overtakes: the head of the queue begins as soon as a place is free and its context fits. The
     cache of those that decode grows by a token each per step. When it overflows, whoever began last goes back to the head of the
-    queue, and its tokens so far are prefilled again (recompute preemption). Blocks of the cache and shared prefixes are left out.
+    queue, and its tokens so far are prefilled again (recompute preemption). Shared prefixes are left out.
     """
     followers = np.full(len(new), -1, dtype=np.int64) if following is None else np.asarray(following, dtype=np.int64)
-    return run_queue(np.asarray(context, dtype=np.int64), np.asarray(new, dtype=np.int64), places, capacity, followers)
+    stints = run_queue(np.asarray(context, dtype=np.int64) + unused, np.asarray(new, dtype=np.int64), places, capacity, followers)
+    stints[:, 4] -= unused
+    return stints
 
 
 @compiled
@@ -87,7 +90,9 @@ def _close(
     finish[job] = -1
     if written == len(stints):
         longer = np.empty((2 * written, 5), np.int64)
-        longer[:written] = stints
+        for row in range(written):  # by numbers: numba takes seconds to compile a copy of slices
+            for column in range(5):
+                longer[row, column] = stints[row, column]
         stints = longer
     stints[written, 0], stints[written, 1], stints[written, 2] = job, ready[job], begin[job]
     stints[written, 3], stints[written, 4] = now, held[job]

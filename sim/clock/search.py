@@ -3,17 +3,16 @@
     Question(shape, gpu, ...)      what is fixed
     search(question) -> Answer     every method at its preferred setting, fastest first, and the one that is recommended
 
-Searched: tensor parallelism, slots, windows, and with them how many mini-batches a step has, since every update trains the same
-number of tokens, `mini_batch` mean responses. The engine's share is what the trainer leaves, less a margin: a smaller one only
-shrinks the cache.
-Refill "step" is tried at each windowed method's best. A setting counts if it fits, makes one to `most_updates` updates between two
-syncs, and, where cut responses train, its window's weight of the cut (cuts.py) is within the tolerance.
+Searched: tensor parallelism, slots, windows, their refill, and with them how many mini-batches a step has, since every update
+trains the same number of tokens, `mini_batch` mean responses. The engine's share is what the trainer leaves, less a margin: a
+smaller one only shrinks the cache.
+A setting counts if it fits, makes one to `most_updates` updates between two syncs, and, where cut responses train, its window's
+weight of the cut (cuts.py) is within the tolerance.
 
 Of a method's settings that are within `slack` of its fastest the one with the smallest lag is preferred, and so among the methods:
 updates a day follow from tokens per second, and what else a step's size changes is how fresh its tokens are.
 
-To answer in seconds, a method of each kind climbs through the grid in short simulations (`climb`), and its kin, which decode alike
-and train differently, look at its SHORTLIST best places only, all of them in full.
+The whole grid is searched by branch and bound: a place is left out only where its ceiling (ceiling.py) is below what was found.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sim.clock.ceiling import ceiling
 from sim.clock.cluster import Setup
 from sim.clock.compare import SLOTS
 from sim.clock.cuts import cut_weight
@@ -34,7 +34,6 @@ from sim.clock.footprint import Budget, bytes_per_phase
 from sim.clock.hardware import Accelerator, Layout, ModelShape, Roofline
 from sim.clock.methods import ONCE, Method, method, routine, small_critic
 from sim.clock.ranges import Ranged
-from sim.clock.steady import SEGMENTS
 from tppo_ref.method.slots import Refill
 
 RUNNABLE = {
@@ -42,12 +41,15 @@ RUNNABLE = {
     "partial-is": ("partial-is+c", "partial-is"),
     "ppo": ("ppo+c", "ppo"),
 }
-"""By kind, the methods that tppo_ref and scale/ run; the first of each looks through the grid."""
+"""By kind, the methods that tppo_ref and scale/ run."""
 COSTS_LEARNING = frozenset("ab")
 """Levers that were measured to cost learning (a constant prefix, docs/log.md): such a method is recommended only by its name."""
 ELSEWHERE = ("partial+c", "partial+c/none", "ppo/none", "tail+c", "async:4")
 """Methods that need another trainer, for comparison."""
-SHORTLIST, SHORT = 5, SEGMENTS // 5
+DOUBT = 0.02
+"""A ceiling's own, as a share: it is of mean rows."""
+MOST_APART = 4
+"""Updates of a step of asynchronous training: more make it no faster once its trainer never waits, and its tokens older."""
 PROBE_PROMPTS, PROBE_TOKENS = 8, 16  # scale/'s start-up
 MARGIN = 0.02  # of a device, left for what formulas do not see (footprint.UNSEEN): the dry run traces 1.4 GB of it
 
@@ -192,61 +194,49 @@ def search(question: Question, wanted: str = "all", *, elsewhere: bool = True) -
     if wanted not in ("all", *RUNNABLE, *itertools.chain(*RUNNABLE.values())):
         known = ", ".join(("all", *RUNNABLE, *itertools.chain(*RUNNABLE.values())))
         raise ValueError(f"method: got {wanted!r}; expected one of {known}")
-    found = [one for kind, names in RUNNABLE.items() for one in preferred_of_kind(question, kind, names)]
+    grids = {name: list(settings_of(question, kind)) for kind, names in RUNNABLE.items() for name in names}
+    grids |= {name: grid_outside(question, name) for name in ELSEWHERE if elsewhere}
+    methods = [one for name, systems in explored(question, grids).items() if (one := chosen(question, name, systems))]
+    found = [one for one in methods if one.method.name not in ELSEWHERE]
     candidates = [one for one in found if one.method.name == wanted or
                   (wanted in ("all", one.method.kind) and not set(one.method.levers) & COSTS_LEARNING)]  # fmt: skip
     if not candidates:
         raise ValueError(f"method: got {wanted!r}, of which no setting trains a mini-batch of {question.mini_batch} responses in a "
                          f"step of at most {question.most_updates} updates; change --mini-batch or --window")  # fmt: skip
-    others = [one for name in ELSEWHERE if elsewhere and (one := outside(question, name))]
+    others = [one for one in methods if one.method.name in ELSEWHERE]
     found.sort(key=lambda one: -one.speed)
     others.sort(key=lambda one: -one.speed)
     near = [one for one in candidates if one.speed >= (1 - question.slack) * max(one.speed for one in candidates)]
     return Answer(question, tuple(found), tuple(others), min(near, key=lambda one: freshness(one.system)))
 
 
-def preferred_of_kind(question: Question, kind: str, names: Iterable[str]) -> Iterator[Found]:
-    """The methods of a kind: the first of them over the grid, in short; then all of them at its best places, in full."""
-    first, *_ = names = tuple(names)
-    rough = climb(list(settings_of(question, kind)), lambda at: _speed(question, first, at, SHORT))[:SHORTLIST]
-    for name in names:
-        which = method(name)
-        systems = {at: run_at(question, which, at) for at in rough}
-        systems = {at: run for at, run in systems.items() if run.middle.updates <= question.most_updates + 0.5}
-        if not systems:
-            continue
-        at = preferred(systems, question.slack)
-        if kind == "tppo":
-            waiting = at._replace(refill="step")
-            systems[waiting] = run_at(question, which, waiting)
-            at = max((at, waiting), key=lambda one: systems[one].middle.tokens_per_s)
-        yield make(question, which, at, systems[at])
+def explored(question: Question, grids: Mapping[str, Sequence[Setting]]) -> dict[str, dict[Setting, Ranged]]:
+    """Of each method the places of its grid that could be its preferred one, run.
 
-
-def _speed(question: Question, name: str, at: Setting, segments: int = SEGMENTS) -> float:
-    return run_at(question, method(name), at, segments=segments).middle.tokens_per_s
-
-
-def climb(grid: list[Setting], speed: Callable[[Setting], float]) -> list[Setting]:
-    """What was looked at, fastest first: from the grid's middle, always on to the fastest neighbour, until none is faster.
-
-    Neighbours are one step apart in tensor parallelism, or in slots, window or both. All of a small grid is looked at.
+    Branch and bound: places in the order of their ceilings (ceiling.py), and none whose ceiling is below what matters. A place is
+    run for all methods at once, since those that decode alike share its course (course.py).
     """
-    if len(grid) <= 8:
-        return sorted(grid, key=speed, reverse=True)
-    axes = [sorted({at[axis] for at in grid}) for axis in range(3)]
-    index = {tuple(values.index(x) for values, x in zip(axes, at[:3], strict=True)): at for at in grid}
-    middle = [len(values) / 2 for values in axes]
-    here = min(index, key=lambda place: sum((x - y) ** 2 for x, y in zip(place, middle, strict=True)))
-    seen = {here: speed(index[here])}
-    while True:
-        moves = [(1, 0, 0), (-1, 0, 0), *((0, i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j)]
-        near = [place for move in moves if (place := tuple(x + y for x, y in zip(here, move, strict=True))) in index]
-        seen |= {place: speed(index[place]) for place in near if place not in seen}
-        best = max(seen, key=seen.__getitem__)
-        if best == here:
-            return [index[place] for place in sorted(seen, key=seen.__getitem__, reverse=True)]
-        here = best
+    ceilings: dict[Setting, dict[str, float]] = {}
+    for name, grid in grids.items():
+        for at in grid:
+            setup = setup_of(question, at, Efficiency(), method(name).critic)
+            ceilings.setdefault(at, {})[name] = ceiling(method(name), setup, window=at.window, refill=at.refill)
+    found: dict[str, dict[Setting, Ranged]] = {name: {} for name in grids}
+    fastest = dict.fromkeys(grids, 0.0)
+    for at in sorted(ceilings, key=lambda at: max(ceilings[at].values()), reverse=True):
+        for name in (name for name, most in ceilings[at].items() if most >= (1 - question.slack - DOUBT) * fastest[name]):
+            run = run_at(question, method(name), at)
+            if run.middle.updates <= question.most_updates + 0.5:
+                found[name][at], fastest[name] = run, max(fastest[name], run.middle.tokens_per_s)
+    return found
+
+
+def chosen(question: Question, name: str, systems: dict[Setting, Ranged]) -> Found | None:
+    """A method at the place that it prefers of these; None where there is none."""
+    if not systems:
+        return None
+    at = preferred(systems, question.slack)
+    return make(question, method(name), at, systems[at])
 
 
 def preferred(systems: dict[Setting, Ranged], slack: float) -> Setting:
@@ -274,6 +264,7 @@ def settings_of(question: Question, kind: str) -> Iterator[Setting]:
                 updates = slots * min(window, question.lengths.cap) / question.update_tokens
                 if 0.9 <= updates <= question.most_updates + 0.5 and window < question.lengths.cap:
                     yield Setting(tp, slots, window)
+                    yield Setting(tp, slots, window, refill="step")
 
 
 def _slots(question: Question, replicas: int) -> list[int]:
@@ -282,27 +273,25 @@ def _slots(question: Question, replicas: int) -> list[int]:
     return [n for n in (*(2**k for k in range(4, 8)), *SLOTS) if n >= smallest and n % replicas == 0 and n % question.samples == 0]
 
 
-def outside(question: Question, name: str) -> Found | None:
-    """A method that this repository does not run, at its fastest of some places; None where it does not fit."""
+def grid_outside(question: Question, name: str) -> list[Setting]:
+    """The grid of a method that this repository does not run; empty where it does not fit."""
     which, grid = method(name), []
     engines = question.num_devices // 2 if which.kind == "async" else 0
     if which.kind == "async" and engines == 0:
-        return None
+        return []
     for tp in question.layouts:
         layout = question.layout(tp, engines) if engines % tp == 0 else None
         if layout is None or (engines and problems(question.shape, layout, question.budget, question.gpu)):
             continue
         for slots in _slots(question, layout.num_replicas):
-            responses = most if (most := question.most_updates * question.mini_batch) and which.kind == "ppo" else 0
+            most = question.most_updates * question.mini_batch
+            responses = most if which.kind == "ppo" else 0
             responses = max(1, slots // 2) if engines else responses
             batch = responses or which.batch(slots)
+            most = min(most, MOST_APART * question.mini_batch) if engines else most
             if 0.9 * question.mini_batch <= batch <= 1.05 * most and slots <= max(batch, slots if which.kind != "ppo" else 0):
                 grid.append(Setting(tp, slots, responses=responses, engine_devices=engines))
-    if not grid:
-        return None
-    systems = {at: run_at(question, which, at) for at in climb(grid, lambda at: _speed(question, name, at))[:SHORTLIST]}
-    at = preferred(systems, question.slack)
-    return make(question, which, at, systems[at])
+    return grid
 
 
 def setup_of(question: Question, at: Setting, efficiency: Efficiency, critic: str = "own") -> Setup:
@@ -318,12 +307,12 @@ def setup_of(question: Question, at: Setting, efficiency: Efficiency, critic: st
 
 
 @functools.lru_cache(maxsize=1024)
-def run_at(question: Question, which: Method, at: Setting, *, segments: int = SEGMENTS) -> Ranged:
+def run_at(question: Question, which: Method, at: Setting) -> Ranged:
     """A method at a place; each level of efficiency runs when it is asked for."""
 
     def run(efficiency: Efficiency) -> Any:
         setup = setup_of(question, at, efficiency, which.critic)
-        return routine(which, setup, window=at.window, responses=at.responses, refill=at.refill, segments=segments)
+        return routine(which, setup, window=at.window, responses=at.responses, refill=at.refill)
 
     return Ranged(run, apart=at.engine_devices > 0)
 

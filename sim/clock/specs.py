@@ -6,6 +6,7 @@ model("Qwen/Qwen2.5-32B")            by name, offline; or a config.json, or the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -50,7 +51,7 @@ class ModelShape:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_size
 
-    @property
+    @functools.cached_property
     def num_layer_matrix_parameters(self) -> int:
         """Of all layers' matrices: queries, keys, values, output, gate, up, down."""
         attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
@@ -61,7 +62,7 @@ class ModelShape:
         """Of one matrix [vocabulary, hidden]."""
         return self.vocab_size * self.hidden_size
 
-    @property
+    @functools.cached_property
     def num_body_parameters(self) -> int:
         """Without embedding and head: matrices, biases, norms."""
         biases = self.qkv_bias * (self.query_size + 2 * self.kv_size) + self.output_bias * self.hidden_size

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sim.clock.cluster import Setup
+from sim.clock.course import grows, kept
 from sim.clock.hardware import Costs, Seconds
 from sim.clock.schedule import System, ppo, run, tppo
 from sim.clock.systems import Synchronous
@@ -207,7 +208,8 @@ def in_routine(
     affordable = int(segments / (some.slots * (1 + window / mean)))
     warm = max(3, min(warm_steps(cap, window), affordable - LEAST_STEPS))
     steps = max(LEAST_STEPS, min(max(-(-cap // window), min(32, 4096 // some.slots)), affordable - warm))
-    system = tppo(some, window=window, refill=refill, **options)
+    course = None if grows(some) else kept(some, window=window, refill=refill)
+    system = tppo(some, window=window, refill=refill, course=course, **options)
     return steady(system, warm=warm, steps=steps, scale=scale)
 
 

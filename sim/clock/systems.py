@@ -61,11 +61,12 @@ class _Continuous:
         row = self.samples.at(id_n)
         stints = all_at_once(replica_n, row.prompt + row.done, row.length - row.done)
         capacity, parts = capacity_of(setup.costs, stints), []
-        peak_R = load(stints, setup.num_replicas).peak_context_R
+        peak_R = load(stints, setup.num_replicas).peak_context_R(setup.half_block)
         for replica, ids in enumerate(ids_R):
             part, places = stints.only(replica_n == replica), setup.places(replica, capacity)
             if len(ids) > places or peak_R[replica] > capacity:
-                job_n, *others = queued(part.context_n, part.stop_n, places=places, capacity=capacity).T
+                found = queued(part.context_n, part.stop_n, places=places, capacity=capacity, unused=setup.half_block)
+                job_n, *others = found.T
                 part = Stints(np.full(len(job_n), replica), part.job_n[job_n], *others)
             parts.append(part)
         stints = Stints(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
