@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from scale.checkpoint import DistributedCheckpointer
 from scale.config import FIXED_ON_RESUME, ScaleConfig, check_deal, named_in, own_base_model
+from scale.context import SharedScorer, context_of
 from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
@@ -24,6 +25,7 @@ from scale.sharding import load_sharded
 from scale.shutdown import under_torchrun
 from scale.vllm_engine import VLLMEngine
 from scale.watch import ClusterWatch, GapLimit
+from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.trainer import Scorer
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.method.slots import SlotSchedule
@@ -67,8 +69,10 @@ def build(config: ScaleConfig, world: World) -> Parts:
         check_sources(algo, task)
     policy, value = build_policy(config, world, task, weights=new), build_value(config, world, weights=new)
     engine = build_engine(config, world, task)
-    scorer = TaskScorer(task, algo.task)
-    leave_out_bad_references(task, scorer.verifier, out, resume=not new, progress=algo.run.progress, parallel=parallel)
+    scorer = build_scorer(config, world, task)
+    leave_out_bad_references(
+        task, scorer.verifier, out, resume=not new, progress=algo.run.progress, parallel=Collective(world.flat)
+    )
     training_scorer = shape(scorer, config)
     every = config.evaluation.every_steps
     return Parts(
@@ -112,6 +116,13 @@ def build_sampler(config: ScaleConfig, world: World, engine: RolloutEngine, scor
                    max_response_tokens=config.algo.rollout.max_response_tokens, make_batcher=group_of(world))  # fmt: skip
 
 
+def build_scorer(config: ScaleConfig, world: World, task: Task) -> TaskScorer:
+    """The task's verifier; of ranks that hold the same rows the first one asks it for all."""
+    if world.context_parallel > 1:
+        return SharedScorer(task, config.algo.task, context_of(world))
+    return TaskScorer(task, config.algo.task)
+
+
 def shape(scorer: TaskScorer, config: ScaleConfig) -> Shaped:
     """The scorer that training gets."""
     return Shaped(scorer, config.reward, cap=config.algo.rollout.max_response_tokens, graded=scorer.name == GRADE)
@@ -123,12 +134,12 @@ def slots_and_windows(config: ScaleConfig, world: World) -> SlotSchedule:
     return make_schedule(config.algo.rollout, world.num_engines)
 
 
-def with_base_model(config: ScaleConfig, parallel: Collective) -> ScaleConfig:
+def with_base_model(config: ScaleConfig, parallel: Parallel) -> ScaleConfig:
     """The config with a policy to start from: a built-in task makes its own, once for all ranks, in algo.run.cache."""
     if not own_base_model(config):
         return config
     for first in (True, False):  # the others find what rank 0 made; without a shared cache they make the same one
-        if (parallel.rank == 0) == first:
+        if parallel.first == first:
             folder = base_model(config.algo, load_task(config.algo.task.name))
         parallel.gather_objects(None)
     return replace_fields(config, {"algo.model.policy": folder})
@@ -168,10 +179,9 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     folder = source.parent if source.suffix == ".json" else source
     ends = end_token_ids(task, algo.model.policy)
     if engine.kind == "torch":
-        if world.tensor_parallel > 1:
-            raise UserError(
-                f"engine.tensor_parallel: got {world.tensor_parallel}; expected 1 with engine.kind torch; give 1, or kind vllm"
-            )
+        if world.tensor_parallel != world.context_parallel:  # each of its ranks has one, and decodes the same
+            expected = f"{world.context_parallel}, sharding.context_parallel, with engine.kind torch"
+            raise UserError(refusal("engine.tensor_parallel", str(world.tensor_parallel), expected, "give that, or kind vllm"))
         copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
         return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_ids=ends,
                            temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip

@@ -1,9 +1,9 @@
 """Distributed checkpoints: shards of both models and optimisers, and every response exactly once, on any number of ranks.
 
 A checkpoint is a folder `step-00000120`: `shards/` (torch.distributed.checkpoint: each rank writes its own), `rank-00003.json` per
-rank (its Trainer's state: in-flight and held responses, the sample stream, the ledger), `tokenizer/` where the task has one, and a
-manifest, which is written last, after every rank is done. A folder without one is not a checkpoint. Shards are written in the
-background while the next step runs.
+rank (its Trainer's state: in-flight and held responses, the sample stream, the ledger; ranks that hold the same rows write one),
+`tokenizer/` where the task has one, and a manifest, which is written last, after every rank is done. A folder without one is not a
+checkpoint. Shards are written in the background while the next step runs.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ class DistributedCheckpointer:
                 clear_for(beside)
                 save_tokenizer(self.tokenizer, beside / "tokenizer")
             self._agree("")
-            rank_state = {"trainer": trainer.state_dict()}
-            (beside / f"rank-{self.world.rank:05d}.json").write_text(json.dumps(rank_state))
+            if self.world.leads:
+                rank_state = {"trainer": trainer.state_dict()}
+                (beside / f"rank-{self.world.data_rank:05d}.json").write_text(json.dumps(rank_state))
             state = model_state(trainer)
         except OSError as error:
             failure = error.strerror or str(error)
@@ -134,11 +135,13 @@ class DistributedCheckpointer:
         anew, none lost and none twice, and the first rank takes over the counts, of which only the sums mean anything.
         """
         world, saved_on = self.world, read_manifest(checkpoint, digests=False)["world"]
-        same = (saved_on["world"], saved_on["tensor_parallel"]) == (world.world, world.tensor_parallel)
-        first = world.engine * world.tensor_parallel if same else 0  # in-flight responses are long: no rank reads more than it must
-        ranks = range(first, first + world.tensor_parallel) if same else range(saved_on["world"])
+        shared = saved_on.get("context_parallel", 1)
+        num_saved = saved_on["world"] // shared
+        same = (num_saved, saved_on["tensor_parallel"] // shared) == (world.data_world, world.parts)
+        first = world.engine * world.parts if same else 0  # in-flight responses are long: no rank reads more than it must
+        ranks = range(first, first + world.parts) if same else range(num_saved)
         states = [json.loads((checkpoint / f"rank-{rank:05d}.json").read_text()) for rank in ranks]
-        whole = len(ranks) == saved_on["world"]
+        whole = len(ranks) == num_saved
         found = broken_law([state["trainer"] for state in states], trainer, step=step_of(checkpoint), whole=whole)
         if law := next(filter(None, self._everyones(found)), ""):  # what one rank refuses, all refuse
             raise UserError(f"checkpoint {checkpoint}: got ranks' states in which {law}; expected what was written; {REMEDY}")

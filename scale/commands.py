@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scale.build import build_engine, build_evaluator, build_policy, build_sampler, build_value, shape
+from scale.build import build_engine, build_evaluator, build_policy, build_sampler, build_scorer, build_value, shape
 from scale.checkpoint import DistributedCheckpointer, load_models
 from scale.checkpoint import export as export_model
 from scale.config import ScaleConfig, named_in
@@ -42,7 +42,8 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
     """Fit the value model to responses of the frozen policy; `algo.run.out/value` is a folder for --algo.model.value."""
     out, parallel = Path(config.algo.run.out), Collective(world)
     with alone(config, world), frozen_policy(config, world) as (task, engine, scorer):
-        leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=config.algo.run.progress, parallel=parallel)
+        everyone = Collective(world.flat)
+        leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=config.algo.run.progress, parallel=everyone)
         pretrain(
             config.algo, build_sampler(config, world, engine, shape(scorer, config)), task.prompts("train"),
             make_value=lambda: build_value(config, world), parallel=parallel, device=world.device,
@@ -61,7 +62,7 @@ def frozen_policy(config: ScaleConfig, world: World) -> Iterator[tuple[Task, Rol
         check_sources(config.algo, task)
     engine = build_engine(config, world, task)
     engine.load_weights(build_policy(config, world, task).named_tensors(), 0)
-    with closing(TaskScorer(task, config.algo.task)) as scorer:
+    with closing(build_scorer(config, world, task)) as scorer:
         yield task, engine, scorer
 
 

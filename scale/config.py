@@ -71,6 +71,8 @@ class ShardingConfig:
     """Keep shards, gradients and optimiser states in host memory. [O]"""
     reshard_after_forward: bool = True
     """Free a layer's gathered parameters after its forward pass, and gather them again for the backward. [O]"""
+    context_parallel: Count = 1
+    """Ranks that share each row, of one engine: each computes a part of its tokens, in attention a part of the heads. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,8 @@ def graded(config: ScaleConfig) -> bool:
 IMPOSSIBLE = (
     Refusal("engine.tensor_parallel", lambda c: num_ranks(c) % c.engine.tensor_parallel != 0,
             "a divisor of the ranks (cluster.nodes {cluster.nodes} x cluster.devices_per_node {cluster.devices_per_node})"),
+    Refusal("sharding.context_parallel", lambda c: c.engine.tensor_parallel % c.sharding.context_parallel != 0,
+            "a divisor of engine.tensor_parallel ({engine.tensor_parallel}): ranks that share their rows share an engine"),
     Refusal("reward.format_penalty", lambda c: c.reward.format_penalty and not graded(c),
             f"0 with the verifier {{algo.task.verifier}} (None: a built-in one); only {GRADE} sees that an answer is missing",
             "leave algo.task.verifier out, and give algo.task.path"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import datetime
+import functools
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -26,14 +27,18 @@ class World:
     rank, world       among all ranks
     local_rank        on this machine; the accelerator's number
     tensor_parallel   ranks that share one engine: consecutive ones
+    context_parallel  ranks that hold the same rows: consecutive ones of one engine
     device            "cpu" or "cuda:N"
+    timeout_s         longest wait for another rank
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     tensor_parallel: int = 1
+    context_parallel: int = 1
     device: str = "cpu"
+    timeout_s: float = 600.0
 
     @property
     def engine(self) -> int:
@@ -46,11 +51,34 @@ class World:
 
     @property
     def part(self) -> int:
-        """This rank's place in its tensor-parallel group."""
-        return self.rank % self.tensor_parallel
+        """Which of its engine's `parts` this rank answers for."""
+        return self.rank % self.tensor_parallel // self.context_parallel
+
+    @property
+    def parts(self) -> int:
+        return self.tensor_parallel // self.context_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """Number of the rows that this rank holds."""
+        return self.rank // self.context_parallel
+
+    @property
+    def data_world(self) -> int:
+        return self.world // self.context_parallel
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank is the first of those that hold its rows."""
+        return self.rank % self.context_parallel == 0
+
+    @property
+    def flat(self) -> World:
+        """The same ranks, for what has nothing to do with rows."""
+        return dataclasses.replace(self, context_parallel=1)
 
 
-def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 600.0) -> World:
+def start(*, tensor_parallel: int = 1, context_parallel: int = 1, device: str = "auto", timeout_s: float = 600.0) -> World:
     """Join the process group that torchrun describes, or make one of a single rank.
 
     Host numbers travel over gloo, tensors on GPUs over nccl. Every wait is bounded by `timeout_s` and then fails by name.
@@ -75,24 +103,47 @@ def start(*, tensor_parallel: int = 1, device: str = "auto", timeout_s: float = 
         check_interfaces()
         backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(seconds=timeout_s)
         join(lambda: dist.init_process_group(backend, timeout=limit), lambda: first_word(sorted({"cpu", here})))
-    return World(rank=rank, world=world, local_rank=local_rank, tensor_parallel=tensor_parallel, device=here)
+    return World(rank=rank, world=world, local_rank=local_rank, tensor_parallel=tensor_parallel, context_parallel=context_parallel,
+                 device=here, timeout_s=timeout_s)  # fmt: skip
+
+
+def group_of_ranks(together: Sequence[Iterable[int]], world: World) -> Any:
+    """The process group of this rank, one of those `together`. All ranks take part."""
+    limit = datetime.timedelta(seconds=world.timeout_s)
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in together], timeout=limit)[0]
+
+
+@functools.lru_cache(maxsize=4)
+def peers_of(world: World) -> Any:
+    """The ranks that have other rows than this one, each row once: those at its place among the ranks with the same rows."""
+    size = world.context_parallel
+    return group_of_ranks([range(place, world.world, size) for place in range(size)], world) if size > 1 else None
 
 
 class Collective:
-    """`Parallel` over torch.distributed. FSDP averages gradients over ranks: loss_scale = world undoes that."""
+    """`Parallel` over torch.distributed. FSDP averages gradients over all ranks: loss_scale, how many there are, undoes that.
+
+    Where several ranks hold the same rows (context.py), each of them does what one would: sums and lists are over its peers, so
+    that each row counts once. A maximum is over all ranks, as it decides what all of them do next.
+    """
 
     def __init__(self, world: World):
-        self.rank, self.world, self.loss_scale = world.rank, world.world, float(world.world)
+        self.rank, self.world, self.loss_scale = world.data_rank, world.data_world, float(world.world)
+        self.leads, self._place, self._peers = world.leads, world.rank % world.context_parallel, peers_of(world)
+
+    @property
+    def first(self) -> bool:
+        return self.leads and self.rank == 0
 
     def sum(self, numbers: Iterable[float]) -> list[float]:
-        return self._reduce(numbers, dist.ReduceOp.SUM)
+        return self._reduce(numbers, dist.ReduceOp.SUM, self._peers)
 
     def max(self, numbers: Iterable[float]) -> list[float]:
-        return self._reduce(numbers, dist.ReduceOp.MAX)
+        return self._reduce(numbers, dist.ReduceOp.MAX, None)
 
     def gather_objects(self, thing: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, thing)
+        dist.all_gather_object(gathered, thing, group=self._peers)
         return gathered
 
     def rebalance(self, things: list[Thing], tokens: Sequence[int], movable: Sequence[bool]) -> list[Thing]:
@@ -103,11 +154,11 @@ class Collective:
         ):  # one order for all ranks: nobody waits in a circle
             going = [m.thing for m in transfers if (m.source, m.target) == (source, target)]
             if self.rank == source:
-                dist.send_object_list([[things[i] for i in going]], dst=target)
+                dist.send_object_list([[things[i] for i in going]], group_dst=target, group=self._peers)
                 leaving.update(going)
             elif self.rank == target:
                 box: list[Any] = [None]
-                dist.recv_object_list(box, src=source)
+                dist.recv_object_list(box, group_src=source, group=self._peers)
                 arrived += box[0]
         return [thing for i, thing in enumerate(things) if i not in leaving] + arrived
 
@@ -115,9 +166,9 @@ class Collective:
         return clip_gradients(module, max_norm, lambda norm: norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     @staticmethod
-    def _reduce(numbers: Iterable[float], how: Any) -> list[float]:
+    def _reduce(numbers: Iterable[float], how: Any, group: Any) -> list[float]:
         tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
-        dist.all_reduce(tensor, how)
+        dist.all_reduce(tensor, how, group=group)
         return tensor.tolist()
 
 

@@ -7,8 +7,10 @@ until it has ended: that rank counts its tokens, saves it and has it verified; w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from scale.context import context_of, refuse_other_rows
 from scale.distributed import World
 from tppo_ref.method.records import Prompt, Response, WindowSlice
 from tppo_ref.method.slots import Segment, SlotSchedule
@@ -19,11 +21,19 @@ from tppo_ref.rollout.engine import RolloutEngine
 class Group:
     """A rank's share of what its group's `batcher` decodes.
 
-    part, parts   this rank's place among those that share the engine, and how many they are. With parts = 1 everything is its share
+    part, parts   which of the engine's equal shares is this rank's. With parts = 1 everything is
+    check         sees each window's own slices
     """
 
-    def __init__(self, batcher: SuccessiveBatcher, *, part: int, parts: int):
-        self.batcher, self.part, self.parts = batcher, part, parts
+    def __init__(
+        self,
+        batcher: SuccessiveBatcher,
+        *,
+        part: int,
+        parts: int,
+        check: Callable[[Sequence[WindowSlice]], None] = lambda own: None,
+    ):
+        self.batcher, self.part, self.parts, self.check = batcher, part, parts, check
         self.num_generated_tokens = 0
 
     def owns(self, response: int) -> bool:
@@ -40,6 +50,7 @@ class Group:
                 on_end(response)
 
         own = [s for s in self.batcher.window(engine, version=version, on_end=told) if self.owns(s.response.id)]
+        self.check(own)
         self.num_generated_tokens += sum(s.stop - s.begin for s in own)
         return own
 
@@ -96,13 +107,17 @@ class Group:
 
 
 def group_of(world: World) -> Callable[..., Group]:
-    """tppo_ref's `MakeBatcher` for this rank: its engine draws every `num_engines`-th sample, of which it answers for its share."""
+    """tppo_ref's `MakeBatcher` for this rank: its engine draws every `num_engines`-th sample, of which it answers for its share.
+    Ranks that hold the same rows answer for the same share."""
+    same = {}
+    if world.context_parallel > 1:
+        same["check"] = partial(refuse_other_rows, context=context_of(world))
 
     def make(
         schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, limit: int | None = None
     ) -> Group:
         stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit, rank=world.engine,
                               world=world.num_engines)  # fmt: skip
-        return Group(SuccessiveBatcher(schedule, stream, run_seed=seed), part=world.part, parts=world.tensor_parallel)
+        return Group(SuccessiveBatcher(schedule, stream, run_seed=seed), part=world.part, parts=world.parts, **same)
 
     return make

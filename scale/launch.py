@@ -155,9 +155,10 @@ def work(command: str, config: object) -> int:
     world = None
     try:
         world = start(
-            tensor_parallel=config.engine.tensor_parallel, device=config.algo.model.device, timeout_s=config.cluster.timeout_s
-        )
-        getattr(commands, command.replace("-", "_"))(with_base_model(config, Collective(world)), world)
+            tensor_parallel=config.engine.tensor_parallel, context_parallel=config.sharding.context_parallel,
+            device=config.algo.model.device, timeout_s=config.cluster.timeout_s,
+        )  # fmt: skip
+        getattr(commands, command.replace("-", "_"))(with_base_model(config, Collective(world.flat)), world)
     except UserError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ def alone(config: ScaleConfig, world: World) -> Iterator[None]:
                 held.enter_context(own_folder(config.algo.run.out, "algo.run.out"))
             except UserError as error:
                 refused = str(error)
-        (refused, *_) = Collective(world).gather_objects(refused)
+        (refused, *_) = Collective(world.flat).gather_objects(refused)
         if refused:
             raise UserError(refused)
         yield

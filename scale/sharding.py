@@ -27,6 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint
 
 from scale.config import ShardingConfig
+from scale.context import Context, context_of, share_rows
 from scale.distributed import World
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import (
@@ -48,11 +49,21 @@ def decoder_layers(model: PolicyModel | ValueModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def shard(model: PolicyModel | ValueModel, mesh: DeviceMesh, config: ShardingConfig, sync_dtype: torch.dtype | None = None) -> None:
+def shard(
+    model: PolicyModel | ValueModel,
+    mesh: DeviceMesh,
+    config: ShardingConfig,
+    sync_dtype: torch.dtype | None = None,
+    context: Context | None = None,
+) -> None:
     """Shard a model in place over `mesh`; its parameters become DTensors under the names that they had.
+
+    context   the ranks that share each batch that the model is called with (context.py). None: each has batches of its own
 
     Invariant: forward, backward and `named_tensors` give what the whole model gave, up to the rounding of `compute_dtype`.
     """
+    if context is not None and context.parts > 1:
+        share_rows(model, context)
     dtype = getattr(torch, config.compute_dtype)
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -96,12 +107,13 @@ def load_sharded(
     """
     load = load_policy if kind is PolicyModel else load_value_model
     mesh = init_device_mesh("cuda" if world.device.startswith("cuda") else "cpu", (world.world,))
+    context = context_of(world) if world.context_parallel > 1 else None
     if str(source).endswith(".json"):
         model = load(str(source), seed=seed, device="cpu", **options)  # random: small, or nobody would start from it
-        shard(model.to(world.device), mesh, config, sync_dtype)
+        shard(model.to(world.device), mesh, config, sync_dtype, context)
         return model
     model = empty(kind, source, **options)
-    shard(model, mesh, config, sync_dtype)
+    shard(model, mesh, config, sync_dtype, context)
     model.to_empty(device="cpu" if config.offload else world.device)
     _restore_buffers(model, world.device)
     if weights:

@@ -34,7 +34,7 @@ class ClusterWatch:
     """Called with each step's number and metrics, on the rank that talks to people."""
 
     def __init__(self, config: ScaleConfig, world: World):
-        self.gap_limit, self.world = config.engine.gap_warning or thresholds(config)[0], world.world
+        self.gap_limit, self.world = config.engine.gap_warning or thresholds(config)[0], world.data_world
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         gap, ended = metrics["policy/logprob_gap"], metrics["response/ended"]

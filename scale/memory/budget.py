@@ -23,6 +23,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from scale.config import ScaleConfig, check_deal, num_ranks
+from scale.context import check_heads
 from scale.memory.fake_pass import Pass, Shape, terms
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.validation import never_cut
@@ -90,7 +91,7 @@ def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) 
     beside = decoding if awake else {"engine_asleep": ENGINE_ASLEEP_BYTES}  # the training passes
     size = number_bytes(config.engine.dtype)
     largest = max(math.prod(tensor) for tensor in policy.tensors)
-    split = config.engine.tensor_parallel
+    split = engine_split(config)
     phases: dict[str, dict[str, float]] = {
         "sync": states | engine | staying | {"sync_buffer": largest * (size + size / split)},
         "rollout": states | decoding,
@@ -176,11 +177,12 @@ def fed_rows(prompt: int, response: int, budget: int) -> tuple[tuple[int, int], 
 
 def batch_bytes(config: ScaleConfig) -> float:
     rollout = config.algo.rollout
-    return math.ceil(rollout.slots / num_ranks(config)) * rollout.max_response_tokens * BATCH_BYTES_PER_CELL
+    rows = math.ceil(rollout.slots * config.sharding.context_parallel / num_ranks(config))  # each rank has all of its group's
+    return rows * rollout.max_response_tokens * BATCH_BYTES_PER_CELL
 
 
 def engine_terms(config: ScaleConfig, shape: Shape) -> dict[str, float]:
-    weights = shape.num_parameters * number_bytes(config.engine.dtype) / config.engine.tensor_parallel
+    weights = shape.num_parameters * number_bytes(config.engine.dtype) / engine_split(config)
     return {"engine_weights": weights} | ({} if on_cpu(config) else {"engine_reserve": ENGINE_RESERVE_BYTES})
 
 
@@ -197,7 +199,7 @@ def kv_cache_bytes(config: ScaleConfig, shape: Shape) -> float:
 
 def kv_bytes_per_token(config: ScaleConfig, shape: Shape) -> float:
     """On one rank; key heads that are fewer than the ranks of an engine are copied."""
-    share = max(1 / config.engine.tensor_parallel, 1 / shape.num_kv_heads)
+    share = max(1 / engine_split(config), 1 / shape.num_kv_heads)
     kind = str(config.engine.vllm.get("kv_cache_dtype", "auto"))
     size = 1 if kind.startswith(("fp8", "int8")) else 2 if kind in ("float16", "bfloat16") else number_bytes(config.engine.dtype)
     return shape.kv_numbers_per_token * size * share
@@ -229,6 +231,11 @@ def host_bytes(config: ScaleConfig) -> float:
 
 def num_engines(config: ScaleConfig) -> int:
     return num_ranks(config) // config.engine.tensor_parallel
+
+
+def engine_split(config: ScaleConfig) -> int:
+    """Ranks among which an engine's weights are dealt: vLLM's. Those of engine.kind torch have whole ones."""
+    return config.engine.tensor_parallel if config.engine.kind == "vllm" else 1
 
 
 def longest_row(config: ScaleConfig) -> int:
@@ -281,8 +288,11 @@ def config_file(source: str | None) -> Path:
 
 
 def check_cuts(config: ScaleConfig, shape: Shape) -> None:
-    """UserError where ranks, heads or slots cannot be dealt out evenly."""
-    split = config.engine.tensor_parallel
+    """UserError where ranks, heads or slots cannot be dealt out evenly. shape: the policy's."""
+    split, sharing = config.engine.tensor_parallel, config.sharding.context_parallel
+    if sharing > 1:
+        for model, its in (("policy", shape), ("value model", shapes(config)[1])):
+            check_heads(model, its.num_heads, its.num_kv_heads, sharing)
     if shape.num_heads % split or (shape.num_kv_heads % split and split % shape.num_kv_heads):
         fitting = [n for n in range(1, shape.num_heads + 1)
                    if shape.num_heads % n == 0 and (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip

@@ -140,11 +140,13 @@ def heading(config: ScaleConfig) -> list[str]:
     file, engines = memory.config_file(source), memory.num_engines(config)
     fed = sum(map(sum, memory.passing(config, "policy_update").rows))
     by = "" if str(file).startswith(str(source)) else f" (the folder is not here: shape from {file.name})"
+    shared = config.sharding.context_parallel
+    sharing = f"; {shared} ranks share each row" if shared > 1 else ""
     name = f"The base model that task {config.algo.task.name} makes" if _is_built_in(config) else source
     return [
         f"{name}: {policy.num_parameters / 1e9:.4g} B parameters{by}",
         f"{memory.num_ranks(config)} ranks of {config.cluster.device_bytes / 1e9:.1f} GB; engines: {engines}, of "
-        f"{config.engine.tensor_parallel} each. The policy's update is fed {fed:,} tokens at a time; the longest row has "
+        f"{config.engine.tensor_parallel} each{sharing}. The policy's update is fed {fed:,} tokens at a time; the longest row has "
         f"{memory.longest_row(config):,}.",
     ]  # fmt: skip
 

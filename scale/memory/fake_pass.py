@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scale.config import ShardingConfig
+from scale.context import Context
 from scale.sharding import decoder_layers, from_config, shard
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel, ValueModel
@@ -150,7 +151,8 @@ def trace(config: Any, passing: Pass) -> Counter[str]:
         warnings.simplefilter("ignore")  # FSDP warns of views that ValueModel returns
         with torch.device("cpu"):
             model = from_config(kind, config, **options)
-        shard(model, mesh, dataclasses.replace(passing.sharding, offload=False))  # offloaded ones would be here, too
+        # Offloaded shards would be here, too. Rank 0 of a context group stands for all: pieces are of equal size.
+        shard(model, mesh, dataclasses.replace(passing.sharding, offload=False), context=fake_context(passing))
         if passing.train:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -165,6 +167,12 @@ def trace(config: Any, passing: Pass) -> Counter[str]:
         if num_bytes and (name := getattr(kind_of_memory, "name", None)) is not None:  # the rest is the sum
             found[TERMS[name]] += num_bytes
     return found
+
+
+def fake_context(passing: Pass) -> Context:
+    """The first context group of the fake ranks."""
+    size = passing.sharding.context_parallel
+    return Context(dist.new_group(range(size)), part=0, parts=size)
 
 
 @contextlib.contextmanager

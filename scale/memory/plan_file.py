@@ -74,5 +74,6 @@ def _differences(plan: dict[str, Any], config: ScaleConfig, num_parameters: int,
         "devices of an engine": (plan["layout"]["tensor_parallel"], config.engine.tensor_parallel),
         "engine's share": (plan["layout"]["memory_utilisation"], config.engine.gpu_memory_utilization),
         "refill": (inputs["refill"], rollout.refill),
+        "ranks that share a row": (1, config.sharding.context_parallel),  # the simulator knows of no others
     }
     return [f"{name} {theirs}, here {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]

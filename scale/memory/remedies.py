@@ -69,6 +69,9 @@ def _kinds(config: ScaleConfig) -> Iterator[dict[str, Any]]:
     for split in (2, 4, 8):
         if split > engine.tensor_parallel and split <= config.cluster.devices_per_node and engine.kind == "vllm":
             yield {"engine.tensor_parallel": split}
+    for sharing in (2, 4, 8):
+        if sharing > sharding.context_parallel and engine.tensor_parallel % sharing == 0:
+            yield {"sharding.context_parallel": sharing}
     if 0 < (longest := longest_response(config)) < config.algo.rollout.max_response_tokens:
         row = longest + config.algo.task.max_prompt_tokens
         shorter = {f"algo.{name}.micro_batch_tokens": row for name in ("policy", "value")

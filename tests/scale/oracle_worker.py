@@ -1,7 +1,8 @@
 """One rank of the whole-step oracle: scale's sharded models and `Collective` under the Trainer, the oracle on rank 0. Started by run_ranks.
 
-oracle_worker.py OUT [--wrong] METHOD...     OUT/METHOD.json: per step what the Trainer reports; a step that is not the oracle's ends the
-                                             rank. --wrong: gradients are averaged over ranks where they should be summed
+oracle_worker.py OUT CONTEXT [--wrong] METHOD...     OUT/METHOD.json: per step what the Trainer reports; a step that is not the oracle's
+                                                     ends the rank. CONTEXT: ranks that share their rows. --wrong: gradients are
+                                                     averaged over ranks where they should be summed
 
 Every rank decodes its own slots, ended responses move between ranks, gradients and norms are reduced over them. What the ranks
 recorded is put together into one window and one plan, and the oracle, which knows of no ranks, plays the step alone.
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from scale import sharding
 from scale.config import ShardingConfig
+from scale.context import context_of
 from scale.distributed import Collective, World, start
 from tppo_ref.runs.config import Config
 
@@ -57,12 +59,12 @@ class RankStage(Stage):
 
     def __init__(self, config: Config, world: World):
         policy, value, by_hand = real_models(config)
-        engine = real_engine(config, copy.deepcopy(policy), world.world)
+        engine = real_engine(config, copy.deepcopy(policy), world.data_world)
         averaged = copy.deepcopy(policy) if config.policy.ewma_decay else None
         mesh = init_device_mesh("cpu", (world.world,))
         for model in (policy, value, averaged):
             if model is not None:
-                sharding.shard(model, mesh, ShardingConfig(compute_dtype="float64"))
+                sharding.shard(model, mesh, ShardingConfig(compute_dtype="float64"), context=context_of(world))
         self.stored: dict[int, tuple[list[float], int]] = {}
         super().__init__(config, policy=policy, value=value, engine=engine, by_hand=by_hand, averaged=averaged,
                          parallel=lambda events: RecordingCollective(world, events))  # fmt: skip
@@ -100,10 +102,10 @@ class RankStage(Stage):
         return self.stored
 
 
-def main(out: Path, methods: list[str]) -> None:
+def main(out: Path, context_parallel: int, methods: list[str]) -> None:
     wrong, methods = "--wrong" in methods, [method for method in methods if method != "--wrong"]
     torch.set_num_threads(1)
-    world = start(device="cpu", timeout_s=120)
+    world = start(device="cpu", timeout_s=120, tensor_parallel=context_parallel, context_parallel=context_parallel)
     for method in methods:
         stage = RankStage(make_config(SMALL | FURTHER.get(method, {}), method), world)
         if wrong:
@@ -118,4 +120,4 @@ def main(out: Path, methods: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

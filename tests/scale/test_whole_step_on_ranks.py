@@ -8,13 +8,14 @@ import pytest
 from scale_helpers import HERE, run_ranks
 
 METHODS = ("tppo", "tppo-defer", "tppo-ewma", "tppo-once", "ppo", "ppo-dual", "partial-is")
+SHARED = ("tppo-defer", "tppo-once", "ppo")  # full and constant prefixes; cut, deferred and whole rows; both value updates
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     """Three steps of each method. oracle_worker.py compares after each; a rank that differs fails here, with what differs."""
     out = tmp_path_factory.mktemp("oracle")
-    run_ranks(HERE / "oracle_worker.py", 2, [str(out), *METHODS])
+    run_ranks(HERE / "oracle_worker.py", 2, [str(out), "1", *METHODS])
     return {method: json.loads((out / f"{method}.json").read_text()) for method in METHODS}
 
 
@@ -34,4 +35,21 @@ def test_the_cases_reach_what_ranks_add(played):
 
 def test_a_rank_that_differs_from_the_oracle_is_seen(tmp_path):
     with pytest.raises(AssertionError, match="off by"):
-        run_ranks(HERE / "oracle_worker.py", 2, [str(tmp_path), "--wrong", "tppo"])
+        run_ranks(HERE / "oracle_worker.py", 2, [str(tmp_path), "1", "--wrong", "tppo"])
+
+
+@pytest.fixture(scope="module")
+def played_in_pairs(tmp_path_factory):
+    """The same on two pairs of ranks, each of which shares its rows (context parallel). The Trainer and the oracle are the same."""
+    out = tmp_path_factory.mktemp("pairs")
+    run_ranks(HERE / "oracle_worker.py", 4, [str(out), "2", *SHARED])
+    return {method: json.loads((out / f"{method}.json").read_text()) for method in SHARED}
+
+
+def test_steps_on_ranks_that_share_their_rows_are_the_oracles(played_in_pairs):
+    for method, found in played_in_pairs.items():
+        assert len(found["steps"]) == 3
+        assert all(step["policy/updates"] >= 2 for step in found["steps"]), method
+        assert any(step["response/ended"] > 0 for step in found["steps"]), method
+    assert sum(found["moved"] for found in played_in_pairs.values()) > 0
+    assert any(step["response/cut_share"] > 0 for step in played_in_pairs["tppo-once"]["steps"])

@@ -40,11 +40,20 @@ def clip_gradients(
 
 
 class Parallel(Protocol):
-    """What the Trainer asks of the other ranks. `loss_scale` undoes the averaging of gradients over ranks (world under FSDP)."""
+    """What the Trainer asks of the other ranks. Ranks that hold the same rows count as one, with one `rank`.
+
+    loss_scale   undoes the averaging of gradients over ranks (under FSDP, how many there are)
+    leads        of those that hold the same rows, this one writes what they have to say
+    first        this one talks to people, and writes what is every rank's
+    """
 
     rank: int
     world: int
     loss_scale: float
+    leads: bool
+
+    @property
+    def first(self) -> bool: ...
 
     def sum(self, numbers: Iterable[float]) -> list[float]:
         """Element-wise sum over all ranks, in float64."""
@@ -74,6 +83,11 @@ class SingleProcess:
     rank = 0
     world = 1
     loss_scale = 1.0
+    leads = True
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
 
     def sum(self, numbers: Iterable[float]) -> list[float]:
         return [float(number) for number in numbers]

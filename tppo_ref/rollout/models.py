@@ -71,6 +71,10 @@ class _Backbone(nn.Module):
                 self.hidden(*packed.prefix)
         return self.hidden(packed.input_ids, packed.position_ids, packed.layout)
 
+    def packed(self, batch: TokenBatch) -> Packed:
+        """What `read` is fed of a batch; where several ranks share it, its piece is put in this place (scale/context.py)."""
+        return pack(batch, self.device)
+
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights under transformers' names: what a rollout engine loads."""
         return self.hf.named_parameters()
@@ -117,7 +121,7 @@ class PolicyModel(_Backbone):
         return self._forward(batch)
 
     def _forward(self, batch: TokenBatch) -> Tensor:
-        packed = pack(batch, self.device)
+        packed = self.packed(batch)
         hidden = self.read(packed).index_select(0, packed.predictor_M)
         chunk = self.logit_chunk_tokens
         if len(hidden) <= chunk:
@@ -164,13 +168,13 @@ class ValueModel(_Backbone):
         return self._forward(batch)
 
     def _forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        packed = pack(batch, self.device)
+        packed = self.packed(batch)
         hidden = self.read(packed)
         read = hidden.index_select(0, torch.cat([packed.predictor_M, packed.last_B]))
         head = value_head(self.hf)
         value = at_least_float32(head(read)[:, 0])
         num_tokens = len(packed.predictor_M)
-        return packed.unpack(value[:num_tokens]), value[num_tokens:].clone()  # no view: sharded modules must not return one
+        return packed.unpack(value[:num_tokens]), packed.unpack_last(value[num_tokens:])
 
 
 def load_policy(

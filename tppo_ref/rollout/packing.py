@@ -57,6 +57,7 @@ class Packed:
     column_M        its response column
     cell_M          its cell b * T + t in the padded result
     last_B          place of each row's last token
+    on_host         predictor_M and last_B again, where they can be read without waiting for a device
     """
 
     input_ids: Tensor
@@ -69,12 +70,17 @@ class Packed:
     cell_M: Tensor
     last_B: Tensor
     shape: tuple[int, int]
+    on_host: tuple[np.ndarray, np.ndarray]
 
     def unpack(self, x_M: Tensor) -> Tensor:
         """[M] -> [B, T], 0 in padding and where there is no output; differentiable."""
         rows, columns = self.shape
         # A copy at the end, not a view: sharded modules must not return views.
         return x_M.new_zeros(rows * columns).index_copy(0, self.cell_M, x_M).view(rows, columns).clone()
+
+    def unpack_last(self, x_B: Tensor) -> Tensor:
+        """A number of each row's last token, in the order of `last_B`, as a tensor of its own."""
+        return x_B.clone()
 
 
 def pack(batch: TokenBatch, device: torch.device) -> Packed:
@@ -99,6 +105,7 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     position_N = np.arange(len(ids)) - begin[row_N] + constant[row_N]
     column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
     response_M = np.flatnonzero((column_N >= 0) & (position_N > constant[row_N] if batch.live_from is not None else True))
+    predictor_M, last_B = response_M - 1, begin + lengths - constant - 1
     num_columns = int(num_response.max(initial=0))
     layout: PackedLayout | LiveLayout
     prefix = None
@@ -114,12 +121,13 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
         position_ids=to(position_N)[None],
         layout=layout,
         prefix=prefix,
-        predictor_M=to(response_M - 1),
+        predictor_M=to(predictor_M),
         target_M=to(ids[response_M]),
         column_M=to(column_N[response_M]),
         cell_M=to(row_N[response_M] * num_columns + column_N[response_M]),
-        last_B=to(begin + lengths - constant - 1),
+        last_B=to(last_B),
         shape=(len(batch), num_columns),
+        on_host=(predictor_M, last_B),
     )
 
 

@@ -142,7 +142,7 @@ def write_answers(path: Path, answers: Sequence[Response], task: Task) -> None:
 def evaluate_policy(evaluator: Evaluator, task: Task, out: Path) -> dict[str, float]:
     """The command `evaluate`: print the eval/ metrics, and write them and the answers to `out`. All ranks take part."""
     metrics, answers, _ = evaluator()
-    if evaluator.parallel.rank == 0:
+    if evaluator.parallel.first:
         write_answers(out / "answers.jsonl", answers, task)
         (out / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
         for name, number in metrics.items():

@@ -62,10 +62,11 @@ def pretrain_value(
     responses, held_out, failures = sample_responses(config, sampler, prompts)
     sampler.engine.sleep()
     name = "responses.jsonl" if parallel.world == 1 else f"responses-{parallel.rank:05d}.jsonl"
-    with (folder.parent / name).open("w") as file:
-        file.writelines(json.dumps(response.state_dict()) + "\n" for response in responses)
+    if parallel.leads:
+        with (folder.parent / name).open("w") as file:
+            file.writelines(json.dumps(response.state_dict()) + "\n" for response in responses)
     (all_failures,) = parallel.sum([failures])
-    if all_failures and parallel.rank == 0:
+    if all_failures and parallel.first:
         print(
             f"warning: {all_failures:.0f} verifications failed; these responses score {config.task.failure_score}", file=sys.stderr
         )
@@ -75,7 +76,7 @@ def pretrain_value(
     report = explained_by_position(value, test, config.advantage.gamma, parallel, device)
     (num_test,) = parallel.sum([len(test)])
     save(value, folder)
-    if parallel.rank == 0:
+    if parallel.first:
         write_report(report, int(num_test), folder)
     return folder
 
@@ -129,7 +130,7 @@ def fit_value(
     fed = [len(r.prompt.token_ids) + len(r) for r in responses]
     epochs = range(config.value.pretrain_epochs)
     for epoch in tqdm(
-        epochs, desc="value pre-training", unit="epoch", disable=not config.run.progress or parallel.rank > 0, leave=False
+        epochs, desc="value pre-training", unit="epoch", disable=not (config.run.progress and parallel.first), leave=False
     ):
         plan = learner.plan([len(r) for r in responses], fed, np.random.default_rng((PRETRAIN_SEED, epoch, parallel.rank)))
         update_value(learner, batch, [plan], step=epoch)

@@ -46,12 +46,10 @@ def leave_out_bad_references(
         num = len(task.prompts("train"))
         found = {"verifier": verifier.verifier, "inputs": inputs, "checked": num, "left_out": [], "evaluation": []}
         for name, split in (("left_out", "train"), ("evaluation", "test")):
-            mine = failing_rows(
-                task, verifier, task.prompts(split)[parallel.rank :: parallel.world], progress and parallel.rank == 0
-            )
+            mine = failing_rows(task, verifier, task.prompts(split)[parallel.rank :: parallel.world], progress and parallel.first)
             everyones = [row for rows in parallel.gather_objects(mine) for row in rows]
             found[name] = sorted(everyones, key=lambda row: row["prompt"])
-        if parallel.rank == 0:
+        if parallel.first:
             with writing(out):
                 write_json(file, found)
             _tell(found, len(task.prompts("test")), file)

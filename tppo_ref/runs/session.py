@@ -43,7 +43,7 @@ class Session:
         self.profiler = Profiler(self.out / "profile", self.config.run.profile_steps, self.trainer.meters, process_number())
         self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
         self.files: RunFiles | None = None  # on the first rank, which talks to people
-        if parts.parallel.rank == 0:
+        if parts.parallel.first:
             self.files = RunFiles(
                 self.out, parts.record, parts.glossary, resume_step=self.trainer.num_steps if parts.resume_from else None,
                 timeline=self.config.run.timeline, wandb_project=self.config.run.wandb_project,
