@@ -443,6 +443,22 @@ BUGS = [
         "reduce_dtype=torch.float32)",
         "reduce_dtype=dtype)",
         "scale/test_sharding.py::test_what_ranks_computed_in_bfloat16_is_added_up_in_float32[2-policy]"),
+    Bug("each rank's piece of a row begins at position 0", "scale/context.py",
+        "return ids_1n, positions_1n, SharedLayout",
+        "return ids_1n, positions_1n - positions_1n[:, :1], SharedLayout",
+        "scale/test_context.py::test_outputs_and_gradients_are_one_ranks[2 ranks-policy]"),
+    Bug("key heads are repeated one after the other", "scale/context.py",
+        "x_nHD.repeat_interleave(parts // x_nHD.shape[1], 1)",
+        "x_nHD.repeat(1, parts // x_nHD.shape[1], 1)",
+        "scale/test_context.py::test_outputs_and_gradients_are_one_ranks[4 ranks-policy]"),
+    Bug("a gradient counts once for each rank that shares the row", "scale/context.py",
+        "        return grad.index_select(0, own), None",
+        "        grad = grad.clone()\n        dist.all_reduce(grad)\n        return grad.index_select(0, own), None",
+        "scale/test_context.py::test_outputs_and_gradients_are_one_ranks[2 ranks-value]"),
+    Bug("a row counts once for each rank that shares it", "scale/distributed.py",
+        "self._reduce(numbers, dist.ReduceOp.SUM, self._peers)",
+        "self._reduce(numbers, dist.ReduceOp.SUM, None)",
+        "scale/test_context.py::test_each_row_counts_once[2 ranks]"),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from scale.config import ScaleConfig, ShardingConfig, check
 from scale.memory import budget as memory
-from scale.memory.dryrun import dry_run
+from scale.memory.dryrun import dry_run, table
 from scale.memory.fake_pass import Pass, Shape, terms, trace
 from scale.memory.plan_file import read_seconds
 from scale.memory.remedies import changes, longest_response
@@ -479,3 +479,27 @@ def test_a_dry_run_counts_its_parts_and_the_ways_to_make_a_run_fit(device_bytes,
         assert done == total
         assert disable is None
         assert leave is False
+
+
+def test_responses_of_128k_fit_on_64_devices_where_four_of_them_share_a_row(tmp_path):
+    """The command of docs/scale.md, and the table that it printed; one device to a row is far from enough."""
+    guide = (ROOT / "docs" / "scale.md").read_text()
+    shown = guide.partition("## Long rows over several ranks")[2].partition("\n## ")[0]
+    command = shown.partition("scale/launch.py --dry-run ")[2].partition("\n\n")[0].replace("\\\n", " ").split()
+    long = tmp_path / "long.json"
+    long.write_text((CONFIGS / "models" / "qwen2.5-32b.json").read_text().replace("131072", "262144"))
+    command[command.index("long.json")], command[1] = str(long), str(ROOT / command[1])
+    config = check(parse(ScaleConfig, command, prog="test"))
+    assert (config.algo.rollout.max_response_tokens, memory.num_ranks(config), config.cluster.device_bytes) == (131_072, 64, 80e9)
+    terms = memory.terms_per_phase(config)
+    assert max(sum(found.values()) for found in terms.values()) < 80e9
+    assert memory.kv_tokens(config, memory.shapes(config)[0]) > memory.longest_row(config)
+    for line in table(terms):
+        assert f"    {line.rstrip()}\n" in shown, line
+    needed = {}
+    for sharing in (1, 2):
+        fewer = replace_fields(config, {"sharding.context_parallel": sharing})
+        found = memory.working(fewer, memory.shapes(config)[1], "value_update") | {"batch": memory.batch_bytes(fewer)}
+        needed[sharing] = sum((terms["value_update"] | found).values()) / 1e9
+    assert f"would need {needed[1]:.0f} GB, with two {needed[2]:.0f} GB" in shown
+    assert min(needed.values()) > 80
