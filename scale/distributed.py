@@ -129,7 +129,7 @@ class Collective:
 
     def __init__(self, world: World):
         self.rank, self.world, self.loss_scale = world.data_rank, world.data_world, float(world.world)
-        self.leads, self._place, self._peers = world.leads, world.rank % world.context_parallel, peers_of(world)
+        self.leads, self._peers = world.leads, peers_of(world)
 
     @property
     def first(self) -> bool:

@@ -467,18 +467,20 @@ def test_a_critic_of_another_size_trains_and_goes_on_from_its_checkpoint(tmp_pat
 
 @pytest.fixture(scope="module")
 def groups(needs_vllm, tmp_path_factory, model, problems):
-    """One engine of eight slots, on one rank and on a tensor-parallel group of two. One mini-batch: which rows share one depends on ranks."""
+    """One engine of eight slots, on one rank, on a tensor-parallel group of two, and on two that share each row as well. One mini-batch:
+    which rows share one depends on ranks."""
     out = tmp_path_factory.mktemp("groups")
-    for ranks in (1, 2):
-        done = launch(*arguments(model, problems, out / f"tp{ranks}", "--engine.tensor_parallel", str(ranks), "--algo.policy.mini_batches", "1",
+    for name, ranks, more in (("tp1", 1, ()), ("tp2", 2, ()), ("cp2", 2, ("--sharding.context_parallel", "2"))):
+        done = launch(*arguments(model, problems, out / name, "--engine.tensor_parallel", str(ranks), "--algo.policy.mini_batches", "1", *more,
                                  "--algo.value.mini_batches", "1", "--algo.policy.lr", "1e-5", "--algo.value.lr", "1e-5", kind="vllm", ranks=ranks, steps=4))  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert not ranks_left(out)
     return out
 
 
-def test_a_tensor_parallel_group_samples_the_tokens_of_one_rank(groups):
-    one, two = (in_flight(complete_checkpoints(groups / name / "checkpoints")[-1]) for name in ("tp1", "tp2"))
+@pytest.mark.parametrize("several", ["tp2", "cp2"])
+def test_a_tensor_parallel_group_samples_the_tokens_of_one_rank(groups, several):
+    one, two = (in_flight(complete_checkpoints(groups / name / "checkpoints")[-1]) for name in ("tp1", several))
     assert {id: r["token_ids"] for id, r in one.items()} == {id: r["token_ids"] for id, r in two.items()} != {}
 
     def rows(name):
@@ -487,11 +489,12 @@ def test_a_tensor_parallel_group_samples_the_tokens_of_one_rank(groups):
             for r in responses_of(groups / name)
         )
 
-    assert rows("tp1") == rows("tp2") != []
+    assert rows("tp1") == rows(several) != []
 
 
-def test_each_response_of_a_group_is_trained_by_one_of_its_ranks(groups):
-    a, b = (check_conservation(groups / name) for name in ("tp1", "tp2"))
+@pytest.mark.parametrize("several", ["tp2", "cp2"])
+def test_each_response_of_a_group_is_trained_once(groups, several):
+    a, b = (check_conservation(groups / name) for name in ("tp1", several))
     for one, two in zip(a, b, strict=True):
         for name in (
             "ledger/generated",
@@ -505,6 +508,9 @@ def test_each_response_of_a_group_is_trained_by_one_of_its_ranks(groups):
         for name in ("policy/loss", "value/loss", "policy/grad_norm", "value/grad_norm"):
             assert (two[name] is None) == (one[name] is None), name  # NaN, in JSON: a step without an update
             assert one[name] is None or two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
+
+
+def test_the_ranks_of_a_group_share_its_responses(groups):
     shares = [
         json.loads(f.read_text())["trainer"]["batcher"]["in_flight"]
         for f in sorted((groups / "tp2").glob("checkpoints/step-*4/rank-*.json"))
