@@ -7,6 +7,7 @@ oracle's to say (test_whole_step_on_ranks.py).
 from __future__ import annotations
 
 import ast
+import csv
 import json
 from pathlib import Path
 
@@ -147,6 +148,21 @@ def test_a_checkpoint_holds_each_row_once(runs):
     for name in runs:
         for checkpoint in (runs[name] / "checkpoints").iterdir():
             assert [file.name for file in checkpoint.glob("rank-*.json")] == ["rank-00000.json"]
+
+
+def test_value_pretraining_by_two_ranks_that_share_rows_is_one_ranks(model, problems, tmp_path):
+    reports = {}
+    for name, options, ranks in (("one", (), 1), ("two", SHARED, 2)):
+        few = ("--algo.value.pretrain_responses", "16", "--algo.value.pretrain_epochs", "1")
+        done = launch("pretrain-value", *arguments(model, problems, tmp_path / name, *options, *few, ranks=ranks))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("value model: ") == 1, "one rank speaks"
+        assert [file.name for file in (tmp_path / name).glob("responses*.jsonl")] == ["responses.jsonl"]
+        with (tmp_path / name / "explained_variance.csv").open() as file:
+            reports[name] = [[float(x or "nan") for x in row.values()] for row in csv.DictReader(file)]
+    assert len(reports["one"]) >= 2
+    for one, two in zip(reports["one"], reports["two"], strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------- refusals
