@@ -95,7 +95,7 @@ BUGS = [
         "train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=config.tail_tokens)",
         "train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=0)",
         "test_trainer.py::test_F1_generated_is_trained_plus_excluded_plus_pending_at_every_step"),
-    Bug("values are read one token late", "tppo_ref/rollout/packing.py", "to(response_M - 1)", "to(response_M)",
+    Bug("values are read one token late", "tppo_ref/rollout/packing.py", "last_B = response_M - 1,", "last_B = response_M,",
         "test_models.py::test_values_equal_plain_unpadded_forward"),
     Bug("all tokens of a request are drawn with one number", "tppo_ref/rollout/torch_engine.py", "uniform(state[SEED] + state[DONE])",
         "uniform(state[SEED])", "test_engines.py::test_tokens_and_logprobs_equal_a_naive_loop"),
