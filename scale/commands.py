@@ -19,6 +19,7 @@ from scale.run import train as run_training
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.engine import RolloutEngine
 from tppo_ref.runs.build import TaskScorer, check_sources
+from tppo_ref.runs.checkpoint import what_is_left
 from tppo_ref.runs.evaluate import evaluate_policy
 from tppo_ref.runs.pretrain import pretrain_value as pretrain
 from tppo_ref.runs.references import leave_out_bad_references
@@ -27,7 +28,10 @@ from tppo_ref.tasks import Task
 
 def train(config: ScaleConfig, world: World) -> None:
     """Train, or go on with `--algo.run.resume true`; every step is one window."""
-    folder = run_training(config, world)
+    try:
+        folder = run_training(config, world)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(what_is_left(Path(config.algo.run.out), "the same command and --algo.run.resume true")) from None
     if world.rank == 0:
         print(f"checkpoints: {folder}")
 

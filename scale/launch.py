@@ -161,8 +161,8 @@ def work(command: str, config: object) -> int:
         getattr(commands, command.replace("-", "_"))(with_base_model(config, Collective(world.flat)), world)
     except UserError as error:
         code, message = 2, f"error: {error}"
-    except KeyboardInterrupt:
-        code, message = 130, "stopped"
+    except KeyboardInterrupt as stop:
+        code, message = 130, str(stop) or "stopped"
     except Exception as error:
         code, message = 1, shutdown.message_of_a_lost_rank(error)
         if message and not shutdown.under_torchrun():

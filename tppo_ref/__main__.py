@@ -38,18 +38,14 @@ def resume(config: Config, given: set[str]) -> None:
 
 
 def _train(config: Config) -> None:
-    from tppo_ref.runs.checkpoint import complete_checkpoints
+    from tppo_ref.runs.checkpoint import what_is_left
     from tppo_ref.runs.commands import train as run_train
 
     check(config)
     try:
         print(f"checkpoint: {run_train(config)}")
     except KeyboardInterrupt:
-        kept = complete_checkpoints(Path(config.run.out) / "checkpoints")
-        told = f"stopped before the first checkpoint: {config.run.out} holds nothing to go on from"
-        if kept:
-            told = f"stopped: {kept[-1]} holds everything; go on with: tppo resume {config.run.out}"
-        raise KeyboardInterrupt(told) from None
+        raise KeyboardInterrupt(what_is_left(Path(config.run.out), f"tppo resume {config.run.out}")) from None
 
 
 def compare(config: Config, given: set[str]) -> None:

@@ -409,6 +409,8 @@ def test_ctrl_c_once_ends_at_a_steps_edge_with_a_checkpoint(tmp_path, model, pro
     assert "Traceback" not in said
     newest = complete_checkpoints(out / "checkpoints")[-1]
     assert step_of(newest) == metrics_of(out)[-1]["step"]
+    lines = [line for line in said.splitlines() if line.startswith("stopped")]
+    assert lines == [f"stopped: {newest} holds everything; go on with: the same command and --algo.run.resume true"]
     assert not ranks_left(out)
 
 

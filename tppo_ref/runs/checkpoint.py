@@ -141,6 +141,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
+def what_is_left(out: Path, go_on: str) -> str:
+    """One line about a run that was stopped: its newest checkpoint, and the command that goes on from it."""
+    kept = complete_checkpoints(out / "checkpoints")
+    if not kept:
+        return f"stopped before the first checkpoint: {out} holds nothing to go on from"
+    return f"stopped: {kept[-1]} holds everything; go on with: {go_on}"
+
+
 def clear_for(beside: Path) -> None:
     """An empty folder `beside` to write a checkpoint in; what a kill left of earlier ones goes."""
     beside.parent.mkdir(parents=True, exist_ok=True)
