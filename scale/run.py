@@ -15,6 +15,7 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import PolicyModel
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.runs.session import Session
+from tppo_ref.runs.watch import forewarn
 from tppo_ref.tasks import Task
 
 log = logging.getLogger("scale")
@@ -35,6 +36,8 @@ def open_session(config: ScaleConfig, world: World) -> Session:
 
 def train(config: ScaleConfig, world: World) -> Path:
     """Run or resume, and leave a checkpoint; the folder of checkpoints."""
+    if world.rank == 0:
+        forewarn(config.algo)
     with alone(config, world), closing(open_session(config, world)) as session:
         session.train()
         return session.parts.checkpointer.folder

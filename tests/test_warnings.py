@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs import commands
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
@@ -68,6 +70,17 @@ def test_settings_that_are_legal_and_hardly_meant_are_told_before_the_first_step
     assert (not told) if said is None else (len(told) == 1 and told[0].startswith(said))
 
 
+def test_they_are_told_before_anything_is_made(caplog, monkeypatch, tmp_path):
+    def build(config):
+        raise UserError("nothing is made in this test")
+
+    monkeypatch.setattr(commands, "build", build)
+    config = replace_fields(Config(), {"run.out": str(tmp_path), "value.warmup_steps": 10, "run.steps": 10})
+    with caplog.at_level(logging.WARNING, logger="tppo_ref"), pytest.raises(UserError, match="nothing is made"):
+        commands.train(config)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["value.warmup_steps 10"]
+
+
 def test_a_limit_ends_the_run_on_every_rank_and_not_on_the_first_alone():
     """A rank that talks to nobody (no files) leaves by it, too; what the limit is told are the step's number and metrics."""
     told = []
@@ -77,7 +90,7 @@ def test_a_limit_ends_the_run_on_every_rank_and_not_on_the_first_alone():
         raise UserError("enough")
 
     session = Session.__new__(Session)
-    session.files = None
+    session.files, session.profiler = None, lambda step: contextlib.nullcontext()
     session.trainer = SimpleNamespace(step=lambda: {"policy/logprob_gap": 1.0}, train_s=0.0, num_steps=4, slices=[])
     session.parts = SimpleNamespace(parallel=SingleProcess(), limits=[limit])
     with pytest.raises(UserError, match="enough"):

@@ -28,6 +28,7 @@ from tppo_ref.runs.pretrain import pretrain_value as pretrain
 from tppo_ref.runs.references import failing_rows, leave_out_bad_references
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.runs.session import Session
+from tppo_ref.runs.watch import forewarn
 from tppo_ref.tasks.jsonl import JsonlTask
 
 
@@ -40,6 +41,7 @@ def settle_libraries(config: Config) -> None:
 def train(config: Config) -> Path:
     """Run `config` to its end; returns the newest checkpoint."""
     settle_libraries(config)
+    forewarn(config)  # before a base model is made
     with own_folder(config.run.out), closing(Session(build(config))) as session:
         session.train()
         return complete_checkpoints(session.parts.checkpointer.folder)[-1]

@@ -25,7 +25,6 @@ from tppo_ref.runs.parts import Parts
 from tppo_ref.runs.profiler import Profiler
 from tppo_ref.runs.run_files import RunFiles
 from tppo_ref.runs.stop import PoliteStop
-from tppo_ref.runs.watch import forewarn
 
 
 class Session:
@@ -55,8 +54,6 @@ class Session:
         """Step until run.steps or run.train_seconds, or until Ctrl-C, which ends at the step's edge; then a checkpoint."""
         config, trainer = self.config.run, self.trainer
         evaluations = self._due_evaluations()
-        if self.files:
-            forewarn(self.parts.config)
         with PoliteStop(self.parts.stop_signals) as stop, self._progress() as bar, self._guarded():
             if trainer.num_steps == 0:
                 self.evaluate()
