@@ -900,3 +900,16 @@ def test_refuted_the_nearest_mixture_has_the_smallest_gradient_error():
             error = gradient_errors(rollouts, value_N, ESTIMATORS[name], [4], average_offsets=True)[4]
             squares[name].append(error.relative**2)
     assert 1.3 < math.sqrt(np.mean(squares["mixture"]) / np.mean(squares["cut-gae"])) < 1.8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_lies_at_the_cut_is_what_gets_there(seed):
+    """at_the_cut of a payoff of 1, averaged over where responses begin, is the chance of a live node at the edge; tokens with
+    several outcomes included."""
+    mdp, policy_NA, _ = instances.random(seed=seed, outcomes=3, num_states=4, max_tokens=6)
+    rollouts, visits_N = Rollouts(mdp, policy_NA), mdp.visits(policy_NA)
+    for edge in range(1, mdp.max_tokens):
+        q_NA = at_the_cut(rollouts, np.ones(mdp.num_nodes), np.array([edge]))
+        reached = float((mdp.start_N * (policy_NA * q_NA).sum(1)).sum())
+        assert reached == pytest.approx(visits_N[mdp.depth_N == edge].sum(), abs=1e-12)
+        assert 0 < reached < 1

@@ -233,6 +233,16 @@ def test_weights_trained_in_place_are_what_decodes_next():
     assert run(engine, [request(0, [1, 2], 12)])[0].token_ids == tokens
 
 
+@pytest.mark.parametrize("least", [0, 1, 2])
+def test_a_response_has_at_least_its_least_tokens_before_the_end_token(least):
+    model = policy_of()
+    with torch.no_grad():
+        model.hf.lm_head.weight.zero_()
+    model.hf.lm_head.bias = torch.nn.Parameter(torch.full((40,), -50.0).index_fill(0, torch.tensor([END]), 50.0))
+    done = run(engine_of(model, min_response_tokens=least), [request(0, [1], 10)])[0]
+    assert (len(done.token_ids), done.end_token) == (least + 1, True)
+
+
 def test_min_response_tokens_counts_from_the_response_not_the_request(policy):
     """A policy that wants to end at once: it may at response position 3, in whichever request that falls."""
     model = policy_of()
@@ -257,7 +267,7 @@ def test_non_finite_logits_name_response_and_position():
     engine.step()
     with torch.no_grad():
         model.hf.lm_head.weight[3, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"response 4[12].* position [13]$"):
+    with pytest.raises(FloatingPointError, match=r"response (41: .* position 1|42: .* position 3)$"):
         engine.step()
 
 

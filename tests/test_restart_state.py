@@ -129,3 +129,16 @@ def test_the_walk_sees_an_attribute_that_nobody_restores():
     other = restored(trainer, "tppo")
     trainer.batcher.stream.something_new = 1
     assert differences(trainer, other) == [".batcher.stream.something_new"]
+
+
+def test_a_rank_takes_its_own_reused_responses_back_and_no_other_ranks():
+    ranks = [make_trainer("geppo", run__seed=seed) for seed in (1, 2)]
+    for trainer in ranks:
+        trainer.step()
+    states = [trainer.state_dict() for trainer in ranks]
+    again = make_trainer("geppo", run__seed=1)
+    again.load_state_dict(states, own=1)
+    said = [[(r.id, r.token_ids) for r in batch] for batch in again.past]
+    assert said == [[(r.id, r.token_ids) for r in batch] for batch in ranks[1].past]
+    assert said != [[(r.id, r.token_ids) for r in batch] for batch in ranks[0].past]
+    assert any(said)

@@ -208,3 +208,9 @@ def test_the_reference_is_read_from_its_box_its_mark_or_whole():
         final_answer("There are several steps here that nobody wants to read again, and at the end of them we have $x = 28$.")
         == "x = 28"
     )
+
+
+def test_whole_numbers_of_41_digits_that_differ_by_one_are_two_numbers():
+    number = 10**40 + 7
+    assert same(str(number), str(number))
+    assert not same(str(number), str(number + 1))

@@ -119,6 +119,9 @@ def test_a_hub_split_is_read_from_the_files_of_its_folder(monkeypatch, tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     task = make_task(config_for("some/set:main/train"))
     assert [task.describe(p.token_ids) for p in (*task.prompts("train"), *task.prompts("test"))] == ["one", "two", "three"]
+    write(tmp_path / "train-00000.jsonl", ["of the set", "itself"])
+    task = make_task(config_for("some/set"))  # no split is named: train
+    assert [task.describe(p.token_ids) for p in (*task.prompts("train"), *task.prompts("test"))] == ["of the set", "itself"]
     with pytest.raises(UserError, match="validation"):
         make_task(config_for("some/set:main/validation"))
 
