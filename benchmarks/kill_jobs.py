@@ -69,7 +69,7 @@ class RankPlan(Plan):
 
     @property
     def leave_s(self) -> float:
-        return 2 * self.timeout_s + shutdown.QUIET_S + shutdown.CLAIM_S + launch.GRACE_S + 10.0
+        return 2 * self.timeout_s + shutdown.QUIET_S + shutdown.CLAIM_S + launch.GRACE_S + 60.0
 
     @property
     def inside(self) -> str:
