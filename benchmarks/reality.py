@@ -2,15 +2,16 @@
 
     python -m benchmarks.reality [--share 1.0] [--out runs/reality] [--results benchmarks/results]
 
-Costs come from the first base run alone (T-PPO on the chain task, window 64, 32 slots; clock/calibrate.py). The other runs differ
-in window, slots, task or method; what is taken from them is how long their responses were: input to the clock and no cost. A run's
+Costs come from the first base run (T-PPO on the chain task, window 64, 32 slots; clock/calibrate.py) and, of training, from one
+with a quarter of its tokens per update, which tells an update's own cost from that of its tokens. The other runs differ in window,
+slots, task or method; what is taken from them is how long their responses were: input to the clock and no cost. A run's
 seconds per step are its mean over all steps but the first. The base run is repeated with the same seed, between the others:
 (largest - smallest) / median of its repeats is what this machine does to equal work.
 
 `low` and `high` are the ends of what the costs of the base run's repeats predict, `predicted` is the first one's.
 A prediction is within tolerance when its relative error is at most max(10 %, that spread). Ratios are of T-PPO to PPO, on the same
 task. Writes results/reality.csv, misses included, and the costs to results/reality-costs.csv. Run it alone, it measures seconds,
-about five minutes of them; a run that is finished is kept, so it goes on where it was stopped. For a try: --share 0.3 of the steps,
+about six minutes of them; a run that is finished is kept, so it goes on where it was stopped. For a try: --share 0.3 of the steps,
 and --results, another folder for the tables.
 """
 
@@ -61,6 +62,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("base-1", 48, TPPO),
+    Setting("small-updates", 24, TPPO | {"policy.mini_batch_tokens": 125, "value.mini_batch_tokens": 125}),  # default: 500
     Setting("window-32", 64, TPPO | {"rollout.window": 32}),
     Setting("window-128", 20, TPPO | {"rollout.window": 128}),
     Setting("ppo", 40, PPO),
@@ -72,6 +74,7 @@ SETTINGS = (
     Setting("base-3", 48, TPPO),
 )
 BASES = tuple(s.name for s in SETTINGS if s.name.startswith("base"))
+CALIBRATION = (BASES[0], "small-updates")
 RATIOS = (("base-1", "ppo"), ("fork", "ppo-fork"))
 
 
@@ -187,7 +190,7 @@ def compare(
     """A row. `others`: predictions from the costs of the base run's repeats; the range is over them."""
     error, tolerance = predicted / measured - 1, max(TOLERANCE, spread_of_equals)
     return {
-        "run": name, "role": "calibration" if name == BASES[0] else "repeat" if name in BASES else "prediction",
+        "run": name, "role": "calibration" if name in CALIBRATION else "repeat" if name in BASES else "prediction",
         "quantity": quantity, "predicted": f"{predicted:.4g}", "low": f"{min(predicted, *others, predicted):.4g}",
         "high": f"{max(predicted, *others, predicted):.4g}", "measured": f"{measured:.4g}", "error": round(error, 4),
         "tolerance": round(tolerance, 4), "spread": round(spread_of_equals, 4), "within": abs(error) <= tolerance,
@@ -233,11 +236,11 @@ def main() -> None:
     for setting in SETTINGS:
         print(f"{setting.name} ({time.monotonic() - begin:.0f} s)", flush=True)
         folders[setting.name] = make_run(setting, arguments.share, arguments.out)
-    costs = Measured.from_run(folders[BASES[0]])
+    costs, *others = (Measured.from_run(folders[base], folders[CALIBRATION[1]]) for base in BASES)
     report("reality-costs", cost_rows(costs), arguments.results / "reality-costs.csv")
     measured = {name: measured_means(folder) for name, folder in folders.items()}
-    all_costs = [costs, *(Measured.from_run(folders[base]) for base in BASES[1:])]
-    rows = rows_of(measured, [{name: predicted_means(folder, one) for name, folder in folders.items()} for one in all_costs])
+    by_costs = [{name: predicted_means(folder, one) for name, folder in folders.items()} for one in (costs, *others)]
+    rows = rows_of(measured, by_costs)
     report("reality", rows, arguments.results / "reality.csv")
     print(f"{sum(not row['within'] for row in rows)} of {len(rows)} predictions miss; {time.monotonic() - begin:.0f} s in all")
 

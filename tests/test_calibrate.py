@@ -275,8 +275,13 @@ def decode_row(step: int, i: int, active: int, context: int, prefill: int, slow:
     return step, i, active, context, prefill, f"{slow * seconds:.9f}"
 
 
-def write_run(folder: Path, *, steps: int = 16, stalls: bool = False, shrinks: bool = True, config: dict | None = None) -> Path:
-    """A run's folder in which every second follows from the costs above; `stalls`: but in every sixth step and at odd places."""
+def write_run(
+    folder: Path, *, steps: int = 16, stalls: bool = False, shrinks: bool = True, config: dict | None = None, alike: int = 0
+) -> Path:
+    """A run's folder in which every second follows from the costs above; `stalls`: but in every sixth step and at odd places.
+
+    alike    not 0: every step feeds the same tokens, in so many updates
+    """
     rng = np.random.default_rng(7)
     settings = {"policy": {"train_on": "window", "epochs": 1}, "run": {"timeline": True},
                 "value": {"batch_responses": 0, "epochs": 1, "update": "independent"}}  # fmt: skip
@@ -293,7 +298,10 @@ def write_run(folder: Path, *, steps: int = 16, stalls: bool = False, shrinks: b
             decode.append(row)
             seconds += float(row[-1])
         prefix, ended, updates, value_updates = int(rng.integers(50, 400)), int(rng.integers(2, 9)), step % 3 + 2, step % 4 + 1
-        value_tokens, fed = int(rng.integers(100, 900)), tokens + prefix
+        value_tokens = int(rng.integers(100, 900))
+        if alike:
+            prefix, ended, updates, value_updates, value_tokens = 200, 5, alike, alike, 600
+        fed = tokens + prefix
         joint = settings["value"]["update"] == "joint"  # on the policy's rows, in the policy's epochs
         value_epochs = settings["policy" if joint else "value"]["epochs"]
         value_fed = fed if joint else value_tokens / value_epochs + PROMPT * ended
@@ -334,6 +342,23 @@ def assert_the_costs_by_hand(found: Measured, rel: float) -> None:
 def test_costs_chosen_by_hand_are_found_again(epochs, tmp_path) -> None:
     folder = write_run(tmp_path / "run", config={"policy.epochs": epochs, "value.epochs": epochs})
     assert_the_costs_by_hand(Measured.from_run(folder), rel=1e-4)
+
+
+def test_a_run_with_other_mini_batches_tells_an_updates_cost_from_its_tokens(tmp_path) -> None:
+    """Its training alone counts: what it decoded may be another engine's."""
+    one, other = write_run(tmp_path / "one", alike=4), write_run(tmp_path / "other", alike=16)
+    (other / "decode.csv").write_text("")
+    alone = Measured.from_run(one)
+    known = 4 * POLICY.update_s + 328 * POLICY.token_s  # of 128 tokens and a prefix of 200: all that one run says
+    assert 4 * alone.policy.update_s + 328 * alone.policy.token_s == pytest.approx(known, rel=1e-4)
+    assert tuple(alone.policy) != pytest.approx(tuple(POLICY), rel=0.1)
+    assert_the_costs_by_hand(Measured.from_run(one, other), rel=1e-4)
+
+
+def test_another_run_is_read_as_carefully_as_the_first(tmp_path) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", config={"policy.train_on": "ended"})
+    with pytest.raises(UserError, match=r"policy\.train_on: .*other has ended"):
+        Measured.from_run(one, other)
 
 
 def test_a_joint_critic_has_the_policys_epochs(tmp_path) -> None:

@@ -10,8 +10,9 @@ Coefficients minimise the absolute error, so that they describe the middle of th
 machine only ever makes a step slower. What such outliers add to every window is put back as one factor on the engine's costs, the
 median over the windows of seconds measured / seconds fitted. The first step of a run is left out: it fills caches.
 
-A window with immediate refill decodes with all its slots always, which leaves the cost of a step and the cost of a row
-indistinguishable; the run's evaluations, whose batch shrinks to one, tell them apart.
+Steps that make the same number of updates each leave the cost of an update and the cost of its tokens indistinguishable: a second
+run with other mini-batches tells them apart. A window with immediate refill decodes with all its slots always, which leaves the
+cost of a step and the cost of a row indistinguishable; the run's evaluations, whose batch shrinks to one, tell them apart.
 """
 
 from __future__ import annotations
@@ -72,28 +73,22 @@ class Measured:
     once_s: float
 
     @classmethod
-    def from_run(cls, folder: Path | str) -> Measured:
+    def from_run(cls, folder: Path | str, *others: Path | str) -> Measured:
         """From a finished run's config.json, metrics.jsonl, decode.csv and eval_decode.csv.
+
+        others    runs of the same model on the same machine with another `mini_batch_tokens`: where every step makes as many
+                  updates, the cost of an update cannot be told from that of its tokens. Their training counts, their decoding not
 
         UserError: a missing or unreadable file, a run that has not ended, fewer than 8 steps beside the first, settings that
         hide what a step was fed (NEEDED), a batch that never changes.
         """
-        folder = Path(folder)
-        config = _read_config(folder)
-        steps, prompt_tokens = _read_steps(folder)
-        fed_N = value_fed_N = steps["rollout/tokens"] + steps["policy/prefix_tokens"]
-        value_epochs = config["policy"]["epochs"]  # "joint": on the policy's rows, as often as the policy
-        if config["value"]["update"] == "independent":  # on ended responses
-            value_epochs = config["value"]["epochs"]
-            value_fed_N = steps["value/tokens"] / value_epochs + prompt_tokens * steps["value/responses"]
-        updates_N, value_updates_N = steps["policy/updates"], steps["value/updates"]
+        runs = [(_read_config(path), *_read_steps(path)) for path in map(Path, (folder, *others))]
+        steps = runs[0][1]
+        forward, policy, value = (np.concatenate(phase, axis=1) for phase in zip(*(_passes(*run) for run in runs), strict=True))
         return cls(
-            **_fit_engine(folder, steps),
-            forward=_fit_passes(updates_N / config["policy"]["epochs"], fed_N, steps["time/forward_s"]),
-            policy=_fit_passes(updates_N, config["policy"]["epochs"] * fed_N, steps["time/policy_s"]),
-            value=_fit_passes(value_updates_N, value_epochs * value_fed_N, steps["time/value_s"]),
+            **_fit_engine(Path(folder), steps), forward=_fit_passes(forward), policy=_fit_passes(policy), value=_fit_passes(value),
             once_s=float(np.median(steps["time/sync_s"] + steps["time/verify_s"] + steps["time/other_s"])),
-        )
+        )  # fmt: skip
 
     @property
     def kv_capacity_tokens(self) -> None:
@@ -146,7 +141,22 @@ def least_absolute(features_NK: Array, target_N: Array, rounds: int = 300) -> Ar
     return found_K / scale_K
 
 
-def _fit_passes(updates_N: Array, tokens_N: Array, seconds_N: Array) -> Passes:
+def _passes(config: Mapping[str, Any], steps: Mapping[str, Array], prompt_tokens: float) -> tuple[Array, Array, Array]:
+    """Of forward, policy and value: updates, tokens fed and seconds of each step [3, N]."""
+    epochs = value_epochs = config["policy"]["epochs"]
+    fed_N = value_fed_N = steps["rollout/tokens"] + steps["policy/prefix_tokens"]  # "joint": on the policy's rows, as often
+    if config["value"]["update"] == "independent":  # on ended responses
+        value_epochs = config["value"]["epochs"]
+        value_fed_N = steps["value/tokens"] / value_epochs + prompt_tokens * steps["value/responses"]
+    return (
+        np.stack([steps["policy/updates"] / epochs, fed_N, steps["time/forward_s"]]),
+        np.stack([steps["policy/updates"], epochs * fed_N, steps["time/policy_s"]]),
+        np.stack([steps["value/updates"], value_epochs * value_fed_N, steps["time/value_s"]]),
+    )
+
+
+def _fit_passes(work: Array) -> Passes:
+    updates_N, tokens_N, seconds_N = work
     return Passes(*least_absolute(np.stack([updates_N, tokens_N], axis=1), seconds_N).tolist())
 
 
