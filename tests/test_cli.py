@@ -483,7 +483,8 @@ def test_a_broken_checkpoint_ends_the_process_with_one_line_and_exit_code_2(tmp_
     del state["trainer"]
     (newest / "state.json").write_text(json.dumps(state))
     (newest / "manifest.json").write_text("{}")
-    process = start("train", *options(run__resume="true", run__steps=3, advantage__tail_tokens=2), "--run.out", str(out), "--run.cache", str(cache))
+    given = options(run__resume="true", run__steps=3, advantage__tail_tokens=2, run__out=out, run__cache=cache)
+    process = start("train", *given)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2, stderr
     assert "Traceback" not in stderr
