@@ -101,7 +101,9 @@ def test_the_command_prints_the_table_and_leaves_it_behind(run, capsys):
     assert "No " not in printed
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": "another/1"}', "3", '{"schema": "tppo-sim-plan/1", "seconds": [{}]}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": "another/1"}', "3", '{"schema": "tppo-sim-plan/1", "seconds": [{}]}',
+                                  *(f'{{"schema": "tppo-dry-run/1", "bytes_per_phase": {wrong}}}'
+                                    for wrong in ("null", "[1]", '{"rollout": "many"}', '{"rollout": {"a": 1}}'))])  # fmt: skip
 @pytest.mark.parametrize("name", ["plan.json", "dry_run.json"])
 def test_a_prediction_that_cannot_be_read_is_one_line(run, name, text, capsys):
     (run / name).write_text(text)
@@ -109,6 +111,19 @@ def test_a_prediction_that_cannot_be_read_is_one_line(run, name, text, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: report: got ")
     assert name in line
+
+
+def test_a_phase_that_is_predicted_to_take_nothing_has_no_ratio(run):
+    (run / "dry_run.json").write_text(json.dumps(DRY_RUN | {"bytes_per_phase": {"rollout": 0, "sync": 30 * GB}}))
+    assert rows(run)["rollout"]["used_over_predicted"] is None
+    assert rows(run)["sync"]["used_over_predicted"] == pytest.approx(40 / 30)
+
+
+def test_a_metric_that_is_no_number_is_refused(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 4, "time/step_s": "long"}) + "\n")
+    with pytest.raises(UserError, match=r"report: got time/step_s 'long'.*; expected a number; "):
+        measured_rows(run, 64)
 
 
 def test_a_run_without_a_step_has_nothing_to_report(run):

@@ -10,15 +10,15 @@ Seconds and MFU are medians over the run's steps, bytes the most of any step and
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from tppo_ref.method.errors import UserError, refusal
+from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.sinks import read_metrics
 
 PLAN, DRY_RUN = ("plan.json", "tppo-sim-plan/1"), ("dry_run.json", "tppo-dry-run/1")
@@ -52,10 +52,7 @@ def write_measured(out: Path, window: int) -> None:
     UserError for a folder without a finished step, and for a prediction that cannot be read.
     """
     rows = measured_rows(out, window)
-    with (out / "measured.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "measured.csv", rows)
     print("\n".join([*table(rows), "", *notes(rows), str(out / "measured.csv")]))
 
 
@@ -64,24 +61,26 @@ def measured_rows(out: Path, window: int) -> list[dict[str, Any]]:
     steps = [record for record in read_metrics(out / "metrics.jsonl") if "time/step_s" in record]
     if not steps:
         raise UserError(refusal("report", str(out), "the folder of a run with a finished step", "wait for one"))
-    seconds, memory = predicted_seconds(out, window), _predicted(out, *DRY_RUN).get("bytes_per_phase", {})
+    seconds, memory = predicted_seconds(out, window), predicted_bytes(out)
     rows = []
     for phase, names in PHASES.items():
         used = _of(steps, f"memory/{phase}_used", max)
-        fits = [float(memory[name]) for name in names.memory if name in memory]
+        fits = max((memory[name] for name in names.memory if name in memory), default=0.0)
         rows.append({
             "phase": phase, "seconds": _of(steps, f"time/{phase}_s", median),
             "predicted_s": sum(seconds[name] for name in names.seconds if name in seconds) if seconds else None,
             "mfu": _of(steps, f"mfu/{phase}", median), "allocated_bytes": _of(steps, f"memory/{phase}_allocated", max),
             "reserved_bytes": _of(steps, f"memory/{phase}_reserved", max), "used_bytes": used,
-            "predicted_bytes": max(fits, default=None), "used_over_predicted": used / max(fits) if used and fits else None,
+            "predicted_bytes": fits or None, "used_over_predicted": used / fits if used and fits else None,
         })  # fmt: skip
     whole = {"phase": "step", "seconds": _of(steps, "time/step_s", median), "predicted_s": seconds.get("step")}
     return [*rows, dict.fromkeys(COLUMNS) | whole]
 
 
-def _of(steps: Sequence[Mapping[str, Any]], name: str, how: Any) -> float | None:
+def _of(steps: Sequence[Mapping[str, Any]], name: str, how: Callable[[list[float]], float]) -> float | None:
     known = [step[name] for step in steps if step.get(name) is not None]
+    if wrong := [x for x in known if not isinstance(x, int | float)]:
+        raise UserError(refusal("report", f"{name} {wrong[0]!r} in metrics.jsonl", "a number", "restore the file"))
     return float(how(known)) if known else None
 
 
@@ -96,6 +95,14 @@ def predicted_seconds(out: Path, window: int) -> dict[str, float]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _unreadable(out / name, schema) from None
     return {}
+
+
+def predicted_bytes(out: Path) -> dict[str, float]:
+    """Phase of the dry run -> bytes of one device; empty where none was made."""
+    try:
+        return {phase: float(num_bytes) for phase, num_bytes in _predicted(out, *DRY_RUN).get("bytes_per_phase", {}).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise _unreadable(out / DRY_RUN[0], DRY_RUN[1]) from None
 
 
 def _predicted(out: Path, name: str, schema: str) -> dict[str, Any]:
