@@ -134,7 +134,7 @@ def test_no_mfu_is_made_up_where_the_peak_or_the_model_is_not_known():
 
 @pytest.mark.parametrize(("name", "peak"), [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None),
+    ("NVIDIA B200", 2250e12), ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None),
     ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None), ("NVIDIA GeForce RTX 4090", None),
 ])  # fmt: skip
 def test_a_peak_is_known_by_the_drivers_name_of_the_device_or_not_at_all(name, peak):

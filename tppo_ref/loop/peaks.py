@@ -9,7 +9,7 @@ import re
 
 PEAK_FLOPS_PER_S = {"H100": 989e12, "H800": 989e12, "H200": 989e12, "B200": 2250e12, "H20": 148e12, "A100": 312e12}
 
-SLOWER = re.compile(r"\b(H100|H800) (PCIe|NVL)|MIG")
+SLOWER = re.compile(r"\b(H100|H800|H200) (PCIe|NVL)|MIG")
 """Other devices under the same names, whose peak is not the table's."""
 
 
