@@ -8,6 +8,8 @@ import logging
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from oracle_stage import make_config, real_stage
 
 from tppo_ref.loop.meters import Held
 from tppo_ref.loop.peaks import PEAK_FLOPS_PER_S
+from tppo_ref.method.errors import UserError
 from tppo_ref.runs import profiler
 from tppo_ref.runs.glossary import GLOSSARY
 from tppo_ref.runs.profiler import Profiler
+from tppo_ref.runs.session import Session
 from tppo_ref.runs.validation import MOST_STEPS, steps_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +78,30 @@ def test_a_run_that_ends_earlier_leaves_what_was_traced(tmp_path):
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["steps-2-3-rank1.json.gz"]
     found.close()  # a second time there is nothing to write
     assert len(list((tmp_path / "profile").iterdir())) == 1
+
+
+def test_a_run_that_goes_on_among_the_steps_says_which_it_traced(tmp_path):
+    trainer = real_stage(make_config(SMALL)).trainer
+    found = Profiler(tmp_path, "2:4", trainer.meters, 0)
+    for step in (3, 4):
+        with found(step):
+            trainer.step()
+    assert [file.name for file in tmp_path.iterdir()] == ["steps-3-4-rank0.json.gz"]
+
+
+def test_a_profile_that_cannot_be_written_keeps_neither_verifier_nor_files():
+    closed = []
+
+    def full() -> None:
+        raise UserError("the disk is full")
+
+    parts = SimpleNamespace(scorer=SimpleNamespace(close=lambda: closed.append("scorer")))
+    session: Any = SimpleNamespace(
+        parts=parts, profiler=SimpleNamespace(close=full), files=SimpleNamespace(close=lambda: closed.append("files"))
+    )
+    with pytest.raises(UserError, match="the disk is full"):
+        Session.close(session)
+    assert closed == ["scorer", "files"]
 
 
 def test_nothing_is_traced_where_nothing_was_asked_for(tmp_path):

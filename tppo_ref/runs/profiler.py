@@ -38,7 +38,8 @@ class Profiler:
 
     def __init__(self, folder: Path, steps: str, meters: Meters, rank: int):
         self.folder, self.meters, self.rank = folder, meters, rank
-        self.steps, self.step = steps_of(steps) or range(0), 0
+        self.steps = steps_of(steps) or range(0)
+        self.first = self.step = 0  # of those that are traced: a run may end, or go on, among them
         self.cuda = meters.device.type == "cuda"
         self.traces: list[Any] = []
         self.now: ExitStack | None = None  # what is being traced
@@ -49,8 +50,10 @@ class Profiler:
         if step not in self.steps:
             yield
             return
-        if self.cuda and not self.traces:
-            torch.cuda.memory._record_memory_history(max_entries=EVENTS)
+        if not self.traces:
+            self.first = step
+            if self.cuda:
+                torch.cuda.memory._record_memory_history(max_entries=EVENTS)
         self.step, self.meters.witness = step, self
         try:
             yield
@@ -85,7 +88,7 @@ class Profiler:
         if not self.traces:
             return
         self.folder.mkdir(exist_ok=True)
-        name = self.folder / f"steps-{self.steps[0]}-{self.step}-rank{self.rank}"
+        name = self.folder / f"steps-{self.first}-{self.step}-rank{self.rank}"
         with writing(self.folder):
             if self.cuda:
                 torch.cuda.memory._dump_snapshot(f"{name}.pickle")
@@ -94,7 +97,7 @@ class Profiler:
                 json.dump(joined(self.traces), file)
         self.traces = []
         if self.rank == 0:
-            log.info("profile of steps %d to %d, a file of each rank: %s.json.gz", self.steps[0], self.step, name)
+            log.info("profile of steps %d to %d, a file of each rank: %s.json.gz", self.first, self.step, name)
 
 
 def joined(traces: list[Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,11 @@ class Session:
         return self.parts.checkpointer.save(self.trainer)
 
     def close(self) -> None:
-        self.profiler.close()
-        self.parts.scorer.close()
-        if self.files:
-            self.files.close()
+        with ExitStack() as leaving:  # each, whatever becomes of the others: a full disk must not keep the verifiers alive
+            if self.files:
+                leaving.callback(self.files.close)
+            leaving.callback(self.parts.scorer.close)
+            self.profiler.close()
 
     # ----------------------------------------------------------------------------------------------------------- when, and how
 
