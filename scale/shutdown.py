@@ -30,21 +30,13 @@ def claim_the_report() -> bool:
     The store in which they agree may be gone with rank 0: then whoever started the ranks tells, and where nobody did, each of them.
     Or it stands still with rank 0, and answers nobody for ever: then each tells.
     """
-    import torch.distributed as dist
-
-    answers: queue.Queue[bool] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            answers.put(dist.distributed_c10d._get_default_store().add("tppo/failures", 1) == 1)
-        except Exception:  # no process group yet, or no store
-            answers.put(int(os.environ.get("RANK", "0")) == 0 or not (under_torchrun() or "TPPO_PARENT_PIPE" in os.environ))
-
-    threading.Thread(target=ask, daemon=True).start()
     try:
-        return answers.get(timeout=CLAIM_S)
+        claims = _claims(1, within_s=CLAIM_S)
     except queue.Empty:
         return True
+    if claims is None:
+        return int(os.environ.get("RANK", "0")) == 0 or not (under_torchrun() or "TPPO_PARENT_PIPE" in os.environ)
+    return claims == 1
 
 
 def keep_quiet() -> None:
@@ -52,16 +44,34 @@ def keep_quiet() -> None:
 
     Where rank 0 has left and the store with it, a second is enough for the launcher to see which one was first.
     """
-    import torch.distributed as dist
-
     end = time.monotonic() + QUIET_S
-    while time.monotonic() < end:
+    while (left_s := end - time.monotonic()) > 0:
         try:
-            if dist.distributed_c10d._get_default_store().add("tppo/failures", 0):
-                return
-        except Exception:  # as in claim_the_report
+            claims = _claims(0, within_s=left_s)
+        except queue.Empty:
+            return
+        if claims:
+            return
+        if claims is None:
             end = min(end, time.monotonic() + 1.0)
         time.sleep(0.1)
+
+
+def _claims(more: int, *, within_s: float) -> int | None:
+    """How often the report has been claimed, `more` times now; None where there is no store. queue.Empty where it does not answer
+    in time: it stands still with rank 0, and torch would wait for it as long as for any other rank."""
+    import torch.distributed as dist
+
+    answers: queue.Queue[int | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(dist.distributed_c10d._get_default_store().add("tppo/failures", more))
+        except Exception:  # no process group yet, or its store has gone with rank 0
+            answers.put(None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answers.get(timeout=within_s)
 
 
 def tells_before_the_start() -> bool:

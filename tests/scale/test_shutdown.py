@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -35,3 +36,17 @@ def test_a_rank_keeps_quiet_until_another_has_spoken_or_cannot(answers, sleeps, 
     shutdown.keep_quiet()
     assert now[0] == pytest.approx(0.1 * sleeps, abs=0.15)
     assert set(asked) == {("tppo/failures", 0)}, "asking must not claim the report"
+
+
+@pytest.mark.parametrize(("claims", "within"), [(shutdown.keep_quiet, "QUIET_S"), (shutdown.claim_the_report, "CLAIM_S")])
+def test_a_store_that_stands_still_is_not_waited_for(claims, within, monkeypatch):
+    """Rank 0 is frozen, and its store with it: torch's client would wait as long as for any other rank."""
+    thawed = threading.Event()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=lambda *_: thawed.wait() or 1))
+    monkeypatch.setattr(shutdown, within, 0.2)
+    asked = threading.Thread(target=claims, daemon=True)
+    asked.start()
+    asked.join(20)
+    stuck = asked.is_alive()
+    thawed.set()
+    assert not stuck
