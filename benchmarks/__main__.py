@@ -17,7 +17,7 @@ python -m benchmarks.fuzz             thousands of bad inputs: each one line and
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task
 python -m benchmarks.fair_headline    PPO with every lever and at its best against T-PPO, on the CPU or the wall clock, twelve seeds
 python -m benchmarks.dropped_gradient the policy gradient with and without the way through the prefix
-python -m benchmarks.prefix_learning  what a constant prefix costs in learning, at equal tokens
+python -m benchmarks.lever_learning   what each lever of training once costs in learning, at equal tokens
 python -m benchmarks.levers           CPU seconds per token of each lever, and docs/levers.md
 python -m benchmarks.unchanged        no speed: whether a re-arrangement changed a number, against those of an earlier commit
 """

@@ -7,7 +7,7 @@ does touches all alike; seconds are this process's CPU seconds, one thread. The 
 seconds per generated token over the lever's, round by round: geometric mean and 95 % Student-t interval of logarithms.
 
 Keeps results/levers.csv, a row per lever, and writes docs/levers.md, whose other columns are of throughput_methods.csv (the cluster
-clock: setup R1, over T-PPO as published) and of prefix_learning.csv. `--rounds 0` only writes the page.
+clock: setup R1, over T-PPO as published) and of lever_learning.csv and fair-headline-choice.csv. `--rounds 0` only writes the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks import fair_headline, prefix_learning
+from benchmarks import fair_headline, lever_learning
 from benchmarks.common import RESULTS, report
 from benchmarks.equal_tokens import SHARED, prepare, quiet, read_whole
 from benchmarks.fair_headline import small_critic
@@ -91,14 +91,21 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def choice_prices() -> dict[str, str]:
-    """Of the candidates for `tppo-once`, at equal tokens."""
-    rows = {r["candidate"]: r for r in rows_of("fair-headline-choice") if (r["score"], r["task"]) == ("tokens", "all")}
-    return {
-        lever: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(float(rows[name][k]) for k in ("difference", "low", "high")))
-        + " of area, {verdict}, {seeds} seeds".format(**rows[name])
-        for lever, name in (("tppo+c", "c"), ("tppo+ac", "ac"), ("tppo-once/small", "cf"))
-    }
+PRICES = {"tppo+a": "constant-prefix", "tppo+c": "engine", "tppo+f": "filled", "tppo/small": "small-critic",
+          "tppo-once/small": "once-small"}  # fmt: skip
+"""Lever -> its name in lever_learning."""
+
+
+def prices() -> dict[str, str]:
+    """What levers cost in learning, at equal tokens: the area's difference, its interval, verdict and seeds."""
+    runs = read_whole(lever_learning.PATH)[0]
+    found = {lever: r for lever, name in PRICES.items() for r in lever_learning.table(runs, name)
+             if (r["score"], r["task"]) == ("area", "all")}  # fmt: skip
+    for r in rows_of("fair-headline-choice"):
+        if (r["score"], r["task"], r["candidate"]) == ("tokens", "all", "ac"):
+            found["tppo+ac"] = {k: float(r[k]) for k in ("difference", "low", "high")} | {"verdict": r["verdict"], "n": r["seeds"]}
+    form = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of area, {verdict}, {n} seeds"
+    return {"tppo": "0, the reference", "tppo+b": "it drops what a drops"} | {lever: form.format(**r) for lever, r in found.items()}
 
 
 def page() -> str:
@@ -106,9 +113,7 @@ def page() -> str:
     laptop = {r["lever"]: r for r in rows_of("levers")}
     clock = {r["system"]: float(r["gain_same_critic"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     own_best = {r["system"]: float(r["gain"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
-    learning = {r["task"]: r for r in prefix_learning.table(read_whole(prefix_learning.PATH)[0]) if r["score"] == "area"}
-    prefix = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of area, {verdict}, {n} seeds".format(**learning["all"])
-    price = {"tppo": "0, the reference", "tppo+a": prefix, "tppo+b": f"{NOT}; it drops what a drops"} | choice_prices()
+    price = prices()
     lines = []
     for name, (what, _) in LEVERS.items():
         mine = laptop[name]
@@ -153,11 +158,11 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
   machine busy: caches are shared, so intervals are wide.
 - **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
   best.
-- **Price**: the area under the learning curve at equal generated tokens, three tasks. Of a: `python -m benchmarks.prefix_learning`
-  ([plan](../benchmarks/prestated/2026-11-21-constant-prefix.md),
-  [what is dropped](../benchmarks/results/dropped_gradient.png)). Of c and its company:
-  `python -m benchmarks.fair_headline --choose`, 128 slots and the small critic in both arms
-  ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
+- **Price**: the area under the learning curve at equal generated tokens, three tasks, paired by seed; equal means within 0.005:
+  `python -m benchmarks.lever_learning` (plans: [a](../benchmarks/prestated/2026-11-21-constant-prefix.md),
+  [the others](../benchmarks/prestated/2026-11-22-prices-of-levers.md);
+  [what a drops](../benchmarks/results/dropped_gradient.png)). Of a and c: `python -m benchmarks.fair_headline --choose`, 128 slots
+  and the small critic in both arms ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
 - Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
   short beside fixed costs: gains on large models are not these.
 

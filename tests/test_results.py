@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fair_headline, findings, prefix_learning
+from benchmarks import fair_headline, findings, lever_learning
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
 from benchmarks.fair_headline import shown
@@ -257,7 +257,7 @@ def test_the_gradient_that_a_constant_prefix_drops():
 
 
 def test_what_a_constant_prefix_costs_in_learning():
-    rows = prefix_learning.table(read_whole(prefix_learning.PATH)[0])
+    rows = lever_learning.table(read_whole(lever_learning.PATH)[0], "constant-prefix")
     found = {r["task"]: r for r in rows if r["score"] == "area"}
     result, aim = line(
         f"what a constant prefix costs in learning: area at equal tokens, constant - full, three tasks, {found['all']['n']} seeds"
