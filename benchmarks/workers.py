@@ -97,6 +97,9 @@ def run_all(jobs: Sequence[Job], path: Path, num_workers: int, command: Sequence
                 bar.set_postfix_str(f"last: {job.task} {job.arm} seed {job.seed}; {len(failed)} failed", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
+            with contextlib.suppress(queue.Empty):  # before the kills: a worker replaces a process that died while runs wait
+                while True:
+                    waiting.get_nowait()
             for worker in workers:
                 worker.kill()
             raise

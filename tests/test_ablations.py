@@ -135,7 +135,8 @@ def test_ctrl_c_keeps_what_is_whole_and_leaves_no_worker_behind(tmp_path, monkey
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        ablations.run_all([fake(job()), fake(job(arm="tail-defer"))], path, 1, COMMAND)
+        ablations.run_all([fake(job()), fake(job(arm="tail-defer")), fake(job(arm="ppo"))], path, 1, COMMAND)
+    time.sleep(0.5)  # in which nobody may begin the third
     assert [process.wait(timeout=5) for process in started] == [-signal.SIGKILL]
     assert len(equal_tokens.read_whole(path)[0]) == NUM_MARKS + 1
 
