@@ -30,7 +30,6 @@ from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.models import PolicyModel, ValueModel
 from tppo_ref.rollout.packing import TokenBatch
 
-sharding.MixedPrecisionPolicy = lambda param_dtype, reduce_dtype: MixedPrecisionPolicy(param_dtype, torch.float64)  # type: ignore
 VOCAB, END = 31, 0
 LENGTHS = {
     "a mixture": [(3, 17), (1, 4), (5, 1), (2, 9)],
@@ -161,6 +160,8 @@ def rows_and_scores(world: World) -> dict[str, Any]:
 
 def main(out: Path, context_parallel: int) -> None:
     torch.set_num_threads(1)
+    # Here and not above: a test that imports this file must not change what is behind it.
+    sharding.MixedPrecisionPolicy = lambda param_dtype, reduce_dtype: MixedPrecisionPolicy(param_dtype, torch.float64)  # type: ignore
     world = start(device="cpu", timeout_s=120, tensor_parallel=context_parallel, context_parallel=context_parallel)
     whole = whole_models()
     shared = copy.deepcopy(whole)

@@ -32,7 +32,6 @@ from scale.context import context_of
 from scale.distributed import Collective, World, start
 from tppo_ref.runs.config import Config
 
-sharding.MixedPrecisionPolicy = lambda param_dtype, reduce_dtype: MixedPrecisionPolicy(param_dtype, torch.float64)  # type: ignore
 SMALL: dict[str, Any] = {
     "rollout.slots": 6, "rollout.window": 4, "rollout.max_response_tokens": 10, "advantage.tail_tokens": 1, "policy.lr": 0.02,
     "policy.mini_batch_tokens": 0, "policy.mini_batches": 2, "value.lr": 0.02, "value.mini_batch_tokens": 0, "value.mini_batches": 2,
@@ -105,6 +104,8 @@ class RankStage(Stage):
 def main(out: Path, context_parallel: int, methods: list[str]) -> None:
     wrong, methods = "--wrong" in methods, [method for method in methods if method != "--wrong"]
     torch.set_num_threads(1)
+    # Here and not above, where whoever imports this file would have it, too.
+    sharding.MixedPrecisionPolicy = lambda param_dtype, reduce_dtype: MixedPrecisionPolicy(param_dtype, torch.float64)  # type: ignore
     world = start(device="cpu", timeout_s=120, tensor_parallel=context_parallel, context_parallel=context_parallel)
     for method in methods:
         stage = RankStage(make_config(SMALL | FURTHER.get(method, {}), method), world)

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from scale import sharding
 from scale.config import ScaleConfig, ShardingConfig, check
 from scale.memory import budget as memory
 from scale.memory.dryrun import dry_run, table
@@ -72,6 +74,10 @@ def training(value: bool, **changes) -> Pass:
 
 
 # --------------------------------------------------------------------------------------------------------------- fake passes
+
+
+def test_what_is_traced_is_what_runs():
+    assert sharding.MixedPrecisionPolicy is MixedPrecisionPolicy, "another test file left its own reduction here"
 
 
 @pytest.mark.parametrize(
