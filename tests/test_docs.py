@@ -63,8 +63,10 @@ def test_the_demo_runs_with_the_cells_that_the_fair_headline_chose(name: str) ->
 def test_the_readme_says_what_the_fair_headline_found() -> None:
     flowing = " ".join(README.replace("\n> ", "\n").split())
     assert fair_headline.sentence("chain") in flowing
-    fork = fair_headline.found("fork", "seconds")
-    assert "{once} of {seeds} seeds of `tppo-once` arrive, {ppo} of PPO".format(**fork) in flowing
+    for task in ("fork", "length"):
+        row = fair_headline.found(task, "seconds")
+        said = "{ratio} times {the}on `{task}` ({once} and {ppo} of {seeds} seeds arrive)"
+        assert said.format(ratio=fair_headline.shown(row), the="the CPU seconds " * (task == "fork"), task=task, **row) in flowing
     assert README.index("PPO takes") < README.index("PPO reaches it"), "what came out against PPO at its best comes first"
 
 
