@@ -1,4 +1,5 @@
-"""What the site does beside mkdocs: files that the pages link to become pages, notebooks too, and mathematics becomes MathML.
+"""What the site does beside mkdocs: files that the pages link to become pages, notebooks too, mathematics becomes MathML, and drawn
+pictures follow the page's light and dark.
 
 The pages of docs/ link to sources, notebooks and tables by their paths in the checkout, so that they read as they are on a
 code-hosting page. Here each such file gets a place of its own in the site: Python and other text under source/, with a heading for
@@ -24,6 +25,8 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+DRAWN = re.compile(r'<img ([^>]*?)src="([^":]*)\.svg"([^>]*)>')
+DARK = re.compile(r"@media\(prefers-color-scheme:dark\)\{((?:[^{}]*\{[^{}]*\})*)\}")
 TEXT = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash", ".txt": "text", ".json": "json"}
 SHOWN = {*TEXT, ".md", ".ipynb", ".csv", ".png", ".svg"}
 ASIDE = "---\nsearch: {exclude: true}\nhide: [navigation]\n---\n\n"
@@ -125,6 +128,9 @@ def on_files(files: Files, config: Any) -> Files:
     waiting = ["notebooks/README.md"]
     for path in [path for path in PLACES if path.endswith(".md")]:
         waiting += linked(path, (ROOT / path).read_text())
+    for file in [file for file in files if file.src_uri.endswith(".svg")]:
+        for scheme, drawn in in_schemes(file.content_string).items():
+            files.append(File.generated(config, file.src_uri.replace(".svg", f".{scheme}.svg"), content=drawn))
     while waiting:
         path = waiting.pop()
         if path in PLACES or path.startswith("docs/"):
@@ -158,8 +164,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML, which browsers show by themselves: no script, no fonts."""
-    return FORMULA.sub(lambda match: formula(html.unescape(match[2]), match[1] == "div"), content)
+    """Formulas as MathML, which browsers show by themselves: no script, no fonts. Drawn pictures once in light and once in dark."""
+    content = FORMULA.sub(lambda match: formula(html.unescape(match[2]), match[1] == "div"), content)
+    return DRAWN.sub(
+        lambda match: "".join(
+            f'<img class="drawn of-{scheme}" {match[1]}src="{match[2]}.{scheme}.svg"{match[3]}>' for scheme in ("light", "dark")
+        ),
+        content,
+    )
+
+
+def in_schemes(drawn: str) -> dict[str, str]:
+    """An SVG that asks the system for its scheme, as two that do not: the page's own switch chooses between them (theme.css)."""
+    return {"light": DARK.sub("", drawn), "dark": DARK.sub(r"\1", drawn)}
 
 
 def formula(tex: str, block: bool) -> str:

@@ -128,6 +128,27 @@ def test_a_page_is_whole_at_every_width_and_in_both_schemes(browser, address, pa
     )
 
 
+GROUNDS = """
+const shown = [...document.querySelectorAll('article img')].filter(i => i.src.endsWith('.svg') && i.checkVisibility());
+const mean = c => (c[0] + c[1] + c[2]) / 3, page = getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).map(Number);
+return [mean(page), ...shown.map(i => { const c = document.createElement('canvas'); [c.width, c.height] = [60, 60];
+  c.getContext('2d').drawImage(i, 0, 0, 60, 60); return mean(c.getContext('2d').getImageData(30, 1, 1, 1).data); })];
+"""
+
+
+@pytest.mark.parametrize("system_is_dark", [False, True], ids=["light system", "dark system"])
+@pytest.mark.parametrize("switch", ["__palette_0", "__palette_1", "__palette_2"], ids=["as the system", "light", "dark"])
+def test_drawn_pictures_follow_the_pages_own_switch(browser, address, switch, system_is_dark):
+    """Their ground is as bright as the page, whatever the system prefers."""
+    look(browser, address, "index.html", dark=system_is_dark)
+    browser.execute_script(f"document.getElementById('{switch}').click()")
+    page, *grounds = browser.execute_script(GROUNDS)
+    dark = {"__palette_0": system_is_dark, "__palette_1": False, "__palette_2": True}[switch]
+    assert (page < 80) == dark
+    assert len(grounds) == 3
+    assert all((ground < 80) == dark for ground in grounds)
+
+
 def test_mathematics_is_shown_without_a_script(browser, address):
     for page in ("index.html", PAGES["mathematics"]):
         assert look(browser, address, page).seen["formulas"] >= 1, page
