@@ -2,6 +2,7 @@
 ppo-dual, PPO's window with T-PPO's critic and PPO's settings, stands between them.
 
     python -m benchmarks.headline [--tasks chain fork] [--methods ppo ppo-dual tppo] [--seconds 60]
+    python -m benchmarks.headline --redraw [--tasks chain fork]      the figures of the committed tables anew; nothing is run
 
 Settings of each method: the best cell of results/sweep-chain.csv by mean accuracy over the clock, averaged over tuning seeds that
 are not used here. Target and time are as tppo_ref/runs/report.py defines them and summary.md repeats. Keeps summary.md,
@@ -17,9 +18,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from benchmarks.common import RESULTS, provenance
 from benchmarks.sweep import best_cells, cell_of
+from tppo_ref.runs.comparison import Comparison, Crossing
+from tppo_ref.runs.config import Config
+from tppo_ref.runs.figures import draw_learning_curves, draw_lengths
 
 KEPT = ("summary.md", "summary.csv", "learning_curves.png", "learning_curves.csv", "timeline.png", "lengths.png", "lengths.csv")
 SEEDS = 5
@@ -57,13 +63,51 @@ def sentence(summary: Path) -> str:
     )
 
 
+def redraw(folder: Path) -> list[Path]:
+    """Learning curves and lengths from their CSV; the timeline, whose table is too large to keep, stays as it is."""
+    summary, methods = rows_of(folder / "summary.csv"), list[str]()
+    found: dict[tuple[str, str], list[float]] = {}
+    for r in summary:
+        if r["statistic"].startswith("seed "):
+            found.setdefault((r["method"], r["quantity"]), []).append(float(r["value"]))
+            methods += [] if r["method"] in methods else [r["method"]]
+    curves, lengths = rows_of(folder / "learning_curves.csv"), rows_of(folder / "lengths.csv")
+    (target, *_) = [r["accuracy"] for r in curves if r["line"] == "median crossing"]
+    runs: Any = {m: [SimpleNamespace(seed=seed) for seed in range(SEEDS)] for m in methods}
+    crossings = {m: [Crossing(*pair) for pair in zip(found[m, "time to target"], found[m, "tokens to target"], strict=True)]
+                 for m in methods}  # fmt: skip
+    comparison = Comparison(runs=runs, share=Config().compare.target, target=target, void="", crossings=crossings)
+    paths = [folder / "learning_curves.png", folder / "lengths.png"]
+    draw_learning_curves(paths[0], curves, comparison)
+    draw_lengths(paths[1], lengths, comparison)
+    return paths
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """A table's rows, numbers as numbers."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with path.open(newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["chain", "fork"])
     parser.add_argument("--methods", nargs="+", default=["ppo", "ppo-dual", "tppo"])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("runs/headline"))
+    parser.add_argument("--redraw", action="store_true", help="only draw the figures of the committed tables")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        for path in (path for task in arguments.tasks for path in redraw(RESULTS / f"headline-{task}")):
+            print(path)
+        return
     settings = best_settings(RESULTS / "sweep-chain.csv")
     for task in arguments.tasks:
         out = arguments.out / task

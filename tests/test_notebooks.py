@@ -170,9 +170,8 @@ def test_the_first_code_cell_prints_versions_and_seed_and_the_last_asserts(path)
     assert sum(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(last.source))) >= 3
 
 
-@pytest.mark.parametrize("path", PATHS[:5], ids=[path.stem for path in PATHS[:5]])
+@each_notebook
 def test_the_picture_comes_within_the_first_three_cells(path):
-    """06 begins with three slots drawn in letters."""
     assert any(cell.cell_type == "code" and pictures(cell) for cell in refresh.read(path).cells[:3])
 
 

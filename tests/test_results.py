@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fair_headline, findings, lever_learning
+from benchmarks import fair_headline, findings, headline, lever_learning
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
 from benchmarks.fair_headline import shown
@@ -285,3 +285,22 @@ def test_the_mutants():
     result, aim = line("small changes of the code")
     assert result == f"{percent(share)} of those that change something; {len(rows)} of {int(whole['mutants']):,} mutants were tried"
     verdict(aim, share >= 0.95)
+
+
+def test_redrawn_headline_figures_say_what_the_summary_says(monkeypatch):
+    """Medians that the summary states are those of the comparison that is drawn; no table changes."""
+    drawn = {}
+    monkeypatch.setattr(
+        headline, "draw_learning_curves", lambda path, rows, comparison: drawn.update({path.parent.name: comparison})
+    )
+    monkeypatch.setattr(headline, "draw_lengths", lambda *_: None)
+    for task in ("chain", "fork"):
+        folder = FOLDER / "results" / f"headline-{task}"
+        headline.redraw(folder)
+        comparison = drawn[folder.name]
+        stated = {
+            (r["method"], r["quantity"]): r["value"] for r in headline.rows_of(folder / "summary.csv") if r["statistic"] == "median"
+        }
+        for method in comparison.runs:
+            assert comparison.median_crossing(method).train_s == stated[method, "time to target"]
+            assert comparison.median_crossing(method).tokens == stated[method, "tokens to target"]

@@ -1,6 +1,6 @@
 """The figures of `python -m sim throughput` and `plan`. `*_rows` makes the numbers, which go into a CSV, and `draw_*` draws those.
 
-Colours, line styles, markers and hatches are tppo_ref.runs.figures' and differ together: readable in grey.
+A method looks as tppo_ref.runs.colours says; line styles, markers and hatches differ with the colours: readable in grey.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sim.clock.schedule import Windowed
 from sim.clock.throughput import CLAIM, PPO_INTENSITY, TPPO_INTENSITY
 from tppo_ref.method.records import End
 from tppo_ref.runs.colours import COLOURS, LINES, MARKERS, look
-from tppo_ref.runs.comparison import write_csv
+from tppo_ref.runs.comparison import display, write_csv
 from tppo_ref.runs.figures import DPI, FONT, SMALL, Rows, below, select, tidy, values
 from tppo_ref.runs.validation import writable_folder
 
@@ -158,17 +158,17 @@ def draw_roofline(path: Path, rows: Rows) -> None:
     )
     for at, counted in enumerate(ACCOUNTS):
         pair = [select(rows, counted=counted, method=method)[0] for method in ("ppo", "tppo")]
-        x_pair, colour = values(pair, "operations_per_byte"), COLOURS[(6, 2, 1, 3, 0)[at]]
-        bottom.plot(x_pair, [at, at], color=colour, linewidth=1.5, zorder=1)
+        x_pair = values(pair, "operations_per_byte")
+        bottom.plot(x_pair, [at, at], color="#7F7F7F", linewidth=1.5, zorder=1)
         for number, row in enumerate(pair):
-            face = colour if number else "white"
-            bottom.plot(x_pair[number], at, MARKERS[at], color=colour, markerfacecolor=face, markersize=8)
+            dot = look(row["method"]).line(linestyle="", markersize=8)
+            bottom.plot(x_pair[number], at, **dot)
             bottom.annotate(f"{x_pair[number]:.0f}", (x_pair[number], at), xytext=((-9, 9)[number], 0), textcoords="offset points",
                             ha=("right", "left")[number], va="center", fontsize=SMALL)  # fmt: skip
             if counted in ("claim", "kv"):
-                top.plot(x_pair[number], row["tflops_per_s"], MARKERS[at], color=colour, markerfacecolor=face, markersize=8)
-                top.annotate(f"{x_pair[number]:.0f}", (x_pair[number], row["tflops_per_s"]), xytext=(-7, 5),
-                textcoords="offset points",
+                top.plot(x_pair[number], row["tflops_per_s"], **dot)
+                words = f"{x_pair[number]:.0f}" + (", stated" if counted == "claim" else "")
+                top.annotate(words, (x_pair[number], row["tflops_per_s"]), xytext=(-7, 5), textcoords="offset points",
                              ha="right", fontsize=SMALL)  # fmt: skip
     for axes in (top, bottom):
         axes.axvline(first["ridge"], color="#888888", linewidth=0.8, linestyle=(0, (4, 4)))
@@ -178,13 +178,15 @@ def draw_roofline(path: Path, rows: Rows) -> None:
     tidy(top, title=f"roof of one {first['device']}; lengths whose mean is a third of the cap", x="", y="roof (TFLOP/s)")
     tidy(
         bottom,
-        title="Qwen2.5-32B, 256 slots for each pair of devices; hollow: PPO, filled: T-PPO",
+        title="Qwen2.5-32B, 256 slots for each pair of devices",
         x="operations per byte read in decoding",
         y="",
     )
     kv = [select(rows, counted="kv", method=m)[0]["operations_per_byte"] for m in ("ppo", "tppo")]
     head(figure, "84 to 249 operations per byte is what weights alone would give;\n"
                  f"with keys and values read it is {kv[0]:.0f} to {kv[1]:.0f}")  # fmt: skip
+    handles = [Line2D([], [], **look(m).line(linestyle="", markersize=8), label=display(m)) for m in ("ppo", "tppo")]
+    below(figure, handles)
     figure.savefig(path)
 
 

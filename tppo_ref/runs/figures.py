@@ -19,9 +19,6 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tppo_ref.runs.colours import COLOURS as COLOURS
-from tppo_ref.runs.colours import LINES as LINES
-from tppo_ref.runs.colours import MARKERS as MARKERS
 from tppo_ref.runs.colours import look
 from tppo_ref.runs.comparison import Comparison, Run, display, mean_interval, read_table, running_mean
 
