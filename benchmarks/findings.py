@@ -4,14 +4,15 @@
 
 A number on the page stands before a comment that names its source, its key there, its column and its format:
 
-    0.0481<!-- exact "calm-chain egae 8" relative .4f -->     a function of this module: nothing is sampled
+    0.0481<!-- exact "calm-chain egae 8" relative .4f -->     the laboratory's: nothing is sampled
     -0.02 [-0.03, 0.01]<!-- text "all window-32 tppo area" difference .3f -->     a mean and its interval
     undecided<!-- text "all window-32 tppo area" verdict s -->     words come from the CSV, too
 
 and a table between `<!-- begin NAME -->` and `<!-- end -->`. So new seeds change the page by one command, and a test
 (tests/test_findings.py) fails where the page and its sources differ.
 
-Sources: exact; text and runs (ablations_summary.csv, ablations.csv); early (early_decision.csv); headline (headline-*/summary.csv);
+Sources: exact (benchmarks/exact_numbers.py); text and runs (ablations_summary.csv, ablations.csv); early (early_decision.csv);
+headline (headline-*/summary.csv); fair (fair-headline-*.csv); bound (bound_in_practice.csv);
 throughput tables by their file's name. Text comparisons also get Holm's correction over the whole summary.
 """
 
@@ -29,99 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ablations, critic_batches, cut_rules, early_decision
+from benchmarks import ablations, bound_in_practice, critic_batches, cut_rules, early_decision, fair_headline
 from benchmarks.common import RESULTS
+from benchmarks.exact_numbers import exact
 from benchmarks.paired import PAIRED, geometric
-from sim.lab import instances
-from sim.lab.bias import AtDistance, by_distance
-from sim.lab.critics import critic
-from sim.lab.estimators import Estimator, named
-from sim.lab.gradients import GradientError, gradient_errors, knee
-from sim.lab.rollouts import Rollouts, older_policy
 
 PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
 VALUE = r"[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"
 MARK = re.compile(rf'(?P<value>{VALUE})(?P<mark><!-- (?P<source>\w+) "(?P<key>[^"]+)" (?P<column>\w+) (?P<form>\S+) -->)')
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-NUM_RANDOM = 40
-
-# ----------------------------------------------------------------------------------------------------------------- exact numbers
-
-
-@functools.cache
-def world(name: str) -> Rollouts:
-    """`early-0`: of benchmarks.early_decision; `random-7`: of seed 7; `thinking/1`: earlier windows' sampler is one step behind."""
-    name, _, behind = name.partition("/")
-    kind, _, number = name.rpartition("-")
-    if kind == "early":
-        made = early_decision.instance(int(number))
-    elif kind == "random":
-        made = instances.load("random", seed=int(number), num_states=4, num_tokens=2, max_tokens=8, every_token=False)
-    else:
-        made = instances.load(name)
-    older_NA = older_policy(made.mdp, made.policy_NA, float(behind)) if behind else None
-    return Rollouts(made.mdp, made.policy_NA, older_NA)
-
-
-def estimator(name: str) -> Estimator:
-    """sim's, with lambda 0.95; `egae-defer4` has a tail of 4 tokens."""
-    plain = name.rstrip("0123456789")
-    tail = name[len(plain) :]
-    return named(plain) if not tail else Estimator(**{**vars(named(plain)), "tail_tokens": int(tail)})
-
-
-@functools.cache
-def gradient(key: str) -> GradientError:
-    """ "calm-chain egae 8": the exact critic, responses that begin at an edge. More words: a critic; `anywhere` in a window."""
-    name, rule, window, *more = key.split()
-    rollouts, anywhere = world(name), "anywhere" in more
-    spec = next((word for word in more if word != "anywhere"), "exact")
-    value_N = critic(spec, rollouts.mdp, rollouts.solution, seed=int(name.rpartition("-")[2]) if name.startswith("random") else 0)
-    return gradient_errors(rollouts, value_N, estimator(rule), [int(window)], average_offsets=anywhere)[int(window)]
-
-
-@functools.cache
-def bias(key: str) -> tuple[AtDistance, ...]:
-    name, rule, window, *spec = key.split()
-    rollouts = world(name)
-    value_N = critic(spec[0] if spec else "exact", rollouts.mdp, rollouts.solution)
-    return tuple(by_distance(rollouts, value_N, estimator(rule), int(window)))
-
-
-@functools.cache
-def knee_of(key: str) -> int | None:
-    """ "calm-chain egae": the knee at 5 %, exact critic, over powers of 2 and the cap, as `python -m sim bias` has it."""
-    name, rule = key.split()
-    cap = world(name).mdp.max_tokens
-    windows = sorted({*(2**i for i in range(cap.bit_length())), cap})
-    return knee({w: gradient(f"{name} {rule} {w}") for w in windows}, 0.05)
-
-
-def over_random(key: str, measure: str = "relative") -> list[float]:
-    """ "random egae 4 ...": errors on the forty random MDPs of notebook 03."""
-    return [getattr(gradient(key.replace("random", f"random-{seed}", 1)), measure) for seed in range(NUM_RANDOM)]
-
-
-def exact(key: str, column: str) -> float | int | None:
-    """A number of the laboratory. `near` and `far`: at the last token before the cut, at the first of the window."""
-    if column == "knee":
-        return knee_of(key)
-    if column in ("median", "median_rescaled"):
-        return float(np.median(over_random(key, "rescaled" if column == "median_rescaled" else "relative")))
-    if column == "wins":  # "random cut-gae:egae 4 ...": in how many of the MDPs the first has the smaller error
-        ours, theirs = (over_random(re.sub(r"[\w-]+:[\w-]+", name, key, count=1)) for name in key.split()[1].split(":"))
-        return sum(a < b * (1 - 1e-6) for a, b in zip(ours, theirs, strict=True))
-    if column.startswith(("near_", "far_")):
-        end, _, what = column.partition("_")
-        found: float = getattr(bias(key)[0 if end == "near" else -1], what)
-        return found
-    if column == "ended":  # "early-0 8": the share of the responses that end within so many tokens
-        name, tokens = key.split()
-        return float(world(name).solution.length_T[: int(tokens) + 1].sum())
-    error = gradient(key)  # along: the part that points along the true gradient, in units of its length
-    value: float = error.length * error.cosine if column == "along" else getattr(error, column)
-    return value
-
 
 # -------------------------------------------------------------------------------------------------------------- committed numbers
 
@@ -157,6 +74,8 @@ def text(key: str, column: str) -> Any:
     """ "all window-32 tppo area": a row of the summary; "every": counts over all of them."""
     if key == "every":
         decided = {"plain": "verdict", "holm": "holm"}
+        if column == "strawman":  # decided ones of the arm that waits for ten of its fifteen steps
+            return sum(r["holm"] != "undecided" and r["arm"] == "cold-critic-warmup" for r in text_rows().values())
         if column in decided:
             return sum(r[decided[column]] != "undecided" for r in text_rows().values())
         return len(text_rows()) if column == "tests" else min(int(r["n"]) for r in text_rows().values())
@@ -237,6 +156,27 @@ def batches(key: str, column: str) -> Any:
     return (row["difference"], row["low"], row["high"]) if column == "difference" else row[column]
 
 
+def fair(key: str, column: str) -> Any:
+    """ "chain seconds": PPO / tppo-once with its interval; `ppo` and `seeds`: how many seeds of PPO arrive, of how many."""
+    row = fair_headline.found(*key.split())
+    if row is None:
+        raise KeyError(f"fair: {key}")
+    return (row["value"], row["low"], row["high"]) if column == "ratio" else row[column]
+
+
+@functools.cache
+def bound_table() -> dict[str, dict[str, Any]]:
+    return {f"{r['task']} {r['critic']} {r['window']}": r for r in bound_in_practice.table(table("bound_in_practice"))}
+
+
+def bound(key: str, column: str) -> Any:
+    """ "chain 1024 16 mean": a column of bound_in_practice for a task ("all": their mean), critic and window; without "mean" the
+    interval over seeds, too."""
+    *cell, mean = [*key.split(), ""][:4]
+    found = bound_table()[" ".join(cell)][column]
+    return found[0] if mean and column != "seeds" else found
+
+
 def throughput(name: str, key: str, column: str) -> float:
     return float(next(r for r in table(f"throughput_{name}") if r["what"] == key)[column])
 
@@ -244,7 +184,7 @@ def throughput(name: str, key: str, column: str) -> float:
 Sources, Blocks = dict[str, Callable[[str, str], Any]], dict[str, Callable[[], str]]
 SOURCES: Sources = {
     "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
-    "batches": batches,
+    "batches": batches, "fair": fair, "bound": bound,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 
@@ -305,8 +245,27 @@ def lines_of_cuts() -> str:
     return "\n".join(lines) + "\n"
 
 
+def lines_of_bound() -> str:
+    """P4's Lip beside what happens at cuts, windows of 64; intervals over seeds."""
+    head = "| task | V(s_l) − V(s_{l−1}), mean | its size | 95 % below | Lip seen | left out by EGAE, mean | its size |"
+    lines = [head, "|" + " --- |" * 7]
+    for row in bound_table().values():
+        if row["window"] == 64:
+            forms = {
+                "step_mean": "+.3f",
+                "step_size": ".2f",
+                "step_high": ".2f",
+                "lip": ".2f",
+                "gap_mean": "+.3f",
+                "gap_size": ".2f",
+            }
+            lines.append(f"| {row['task']} | " + " | ".join(written(row[name], form) for name, form in forms.items()) + " |")
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS: Blocks = {
     "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early, "cuts": lines_of_cuts,
+    "bound": lines_of_bound,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import fair_headline, findings, pictures
+from benchmarks import findings, pictures
 from benchmarks.common import RESULTS
 from tppo_ref.method.advantages import CutValue, egae, gae
 from tppo_ref.runs.config import Config
@@ -102,15 +102,7 @@ def motion(key: str, name: str) -> Any:
     return {"ended": len(run.ended(shown)), "busy": run.busy(shown), "windows": sum(edge <= shown for edge in run.edges[1:])}[name]
 
 
-def fair(key: str, name: str) -> Any:
-    """ "chain seconds": PPO / tppo-once with its interval; `ppo` and `seeds`: how many seeds of PPO arrive, of how many."""
-    row = fair_headline.found(*key.split())
-    if row is None:
-        raise KeyError(f"fair: {key}")
-    return (row["value"], row["low"], row["high"]) if name == "ratio" else row[name]
-
-
-SOURCES: findings.Sources = {**findings.SOURCES, "response": response, "rule": rule, "motion": motion, "fair": fair}
+SOURCES: findings.Sources = {**findings.SOURCES, "response": response, "rule": rule, "motion": motion}
 
 
 # ------------------------------------------------------------------------------------------------------------- tables, pictures

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks import ablations, early_decision, equal_tokens, findings
+from benchmarks import ablations, early_decision, equal_tokens, exact_numbers, findings
 from benchmarks.common import RESULTS
 from benchmarks.early_decision import METHODS, World
 from benchmarks.paired import geometric
@@ -31,7 +31,7 @@ from tppo_ref.runs.parsing import parse
 ROOT = Path(__file__).parents[1]
 PAGE = findings.PAGE.read_text()
 MARKS = list(findings.MARK.finditer(PAGE))
-PARAGRAPHS = dict(re.findall(r"^\*\*(\d+)\. (.*?)(?=^\*\*|^## )", PAGE, flags=re.MULTILINE | re.DOTALL))
+ANSWERS = dict(re.findall(r"^### (\d+)\. (.*?)(?=^### |^## )", PAGE, flags=re.MULTILINE | re.DOTALL))
 COMMANDS_OF_PAGE = [line.strip() for line in re.findall(r"^ {4}(python .*)$", PAGE, flags=re.MULTILINE)]
 COMMANDS_OF_PAGE += re.findall(r"`(python -m [^`]+)`", PAGE)
 
@@ -55,7 +55,7 @@ def test_every_mark_is_read_and_every_source_is_used():
 
 
 SETTINGS = {"0", "0.005", "0.1", "0.3", "0.95", "1", "2", "2.5", "3", "4", "5", "6", "8", "9", "10", "12", "16", "32", "40", "63", "64", "95", "128",
-            "256", "320", "0.70", "2,048", "8,192", "30,720"}  # fmt: skip
+            "256", "320", "0.70", "1,024", "2,048", "8,192", "30,720"}  # fmt: skip
 
 
 def test_what_stands_without_a_mark_is_a_setting():
@@ -64,7 +64,7 @@ def test_what_stands_without_a_mark_is_a_setting():
         r"`[^`]*`",
         r"^ {4}.*$",
         r"\]\([^)]*\)",
-        r"^\*\*\d+\.",
+        r"^### \d+\.",
         r"\b[PVs]_?\d\b|δ_0|\b0[2-5]\b|[63]e-4|\b32B|\b8k",
     ):
         text = re.sub(noise, "", text, flags=re.MULTILINE)
@@ -84,8 +84,9 @@ def test_settings_that_the_page_names_are_those_of_the_code():
         "independent",
     )
     assert (early_decision.TARGET, early_decision.LENGTH - 1, early_decision.WINDOW) == (0.70, 63, 8)
-    assert findings.NUM_RANDOM == 40
-    assert {findings.estimator(name).lam for name in ("egae", "cut-gae", "egae-defer4", "gae")} == {0.95}
+    assert exact_numbers.NUM_RANDOM == 40
+    assert {r["critic"] for r in findings.table("bound_in_practice")} == {"1024"}
+    assert {exact_numbers.estimator(name).lam for name in ("egae", "cut-gae", "egae-defer4", "gae")} == {0.95}
     assert ablations.ARMS["cold-critic-warmup"].fields["value.warmup_steps"] == 10
     assert ablations.ARMS["value-batch-64"].fields["value.batch_responses"] == 64
 
@@ -93,15 +94,15 @@ def test_settings_that_the_page_names_are_those_of_the_code():
 def test_sentences_that_no_mark_can_hold():
     """What the prose says of numbers that cannot change with new seeds of the text tasks."""
     for name, length in (("calm-chain", 12), ("thinking", 10)):
-        assert round(float(findings.world(name).solution.visits_N.sum())) == length
+        assert round(float(exact_numbers.world(name).solution.visits_N.sum())) == length
     for seed in range(0, 40, 8):  # "the exact critic has no error (P2)", "1"
-        assert findings.gradient(f"random-{seed} cut-gae 4 anywhere").relative < 1e-12
-    assert findings.gradient("early-0 gae 64 exact").length == pytest.approx(1, abs=1e-12)
+        assert exact_numbers.gradient(f"random-{seed} cut-gae 4 anywhere").relative < 1e-12
+    assert exact_numbers.gradient("early-0 gae 64 exact").length == pytest.approx(1, abs=1e-12)
     for rule in ("cut-gae 9", "cut-gae 8", "egae 8"):
-        assert findings.gradient(f"cliff {rule}").relative < 1e-12
-    assert findings.gradient("cliff egae 9").relative == pytest.approx(1, abs=1e-12)
-    assert findings.gradient("cliff egae 9 anywhere").relative == pytest.approx(1 / 9, abs=1e-12)
-    assert findings.gradient("early-0 egae 8 exact anywhere").length == pytest.approx(7 / 8, abs=1e-12)
+        assert exact_numbers.gradient(f"cliff {rule}").relative < 1e-12
+    assert exact_numbers.gradient("cliff egae 9").relative == pytest.approx(1, abs=1e-12)
+    assert exact_numbers.gradient("cliff egae 9 anywhere").relative == pytest.approx(1 / 9, abs=1e-12)
+    assert exact_numbers.gradient("early-0 egae 8 exact anywhere").length == pytest.approx(7 / 8, abs=1e-12)
     assert findings.headline("chain ppo-dual speed-up", "value") < 1
     assert (
         next(
@@ -110,14 +111,14 @@ def test_sentences_that_no_mark_can_hold():
         == "4"
     )
     assert findings.throughput("lengths", "constant:8192", "gain") < 1  # "with equal lengths it loses"
-    wins = findings.exact("random cut-gae:egae 4 anywhere noise:0.3", "wins")
+    wins = exact_numbers.exact("random cut-gae:egae 4 anywhere noise:0.3", "wins")
     assert isinstance(wins, int)
     assert stats.binomtest(wins, 40).pvalue > 0.3  # "a draw"
     for key in ("thinking {} 8", "random {} 4 anywhere"):
         tail = {"exclude": "exclude4", "defer": "defer4"} if "thinking" in key else {"exclude": "exclude2", "defer": "defer2"}
         column = "relative" if "thinking" in key else "median"
         defer, none, exclude = (
-            findings.exact(key.format(rule), column) for rule in (f"egae-{tail['defer']}", "egae", f"egae-{tail['exclude']}")
+            exact_numbers.exact(key.format(rule), column) for rule in (f"egae-{tail['defer']}", "egae", f"egae-{tail['exclude']}")
         )
         assert defer < none < exclude
 
@@ -129,6 +130,19 @@ def test_the_critics_batch_is_what_the_page_says():
         assert findings.batches(f"6 {start} setback", "verdict") == "equal"  # "no sign of instability"
         assert abs(findings.batches(f"6 {start} area", "difference")[0]) < 0.005  # "a small effect"
     assert findings.batches("7 zero area", "n") == 64
+
+
+@pytest.mark.parametrize("window", [16, 64])
+def test_the_bound_on_text_is_what_the_page_says(window):
+    step, mean, lip, gap = (
+        abs(findings.bound(f"all 1024 {window} mean", name)) for name in ("step_size", "step_mean", "lip", "gap_mean")
+    )
+    size, live = (findings.bound(f"all 1024 {window} mean", name) for name in ("gap_size", "live_size"))
+    assert step == pytest.approx(live, rel=0.1)  # "no more than over any token"
+    assert mean < step / 10  # "holds nearly on average, and on no single row"
+    assert lip > 5 * step  # "an upper limit far from what happens"
+    assert gap < size / 10
+    assert size > step  # "larger than the step's"
 
 
 def test_early_decision_is_what_the_page_says():
@@ -144,9 +158,9 @@ def test_early_decision_is_what_the_page_says():
         assert early(f"network zero 12 {quantity}", "ratio")[0] < early(f"network zero 0 {quantity}", "ratio")[0]
     assert early("every", "n") >= 5
     assert all(row["reached"] == row["runs"] for row in findings.early_table())
-    ended = findings.exact("early-0 8", "ended")
+    ended = exact_numbers.exact("early-0 8", "ended")
     assert ended == pytest.approx(1 - 0.95**7)  # the first token ends nothing
-    zero = findings.gradient("early-0 egae 8 zero")
+    zero = exact_numbers.gradient("early-0 egae 8 zero")
     assert zero.length * zero.cosine == pytest.approx(
         sum(0.05 * 0.95**k * 0.95 ** (k + 1) for k in range(7))
     )  # lambda^k, and p_end
@@ -217,12 +231,33 @@ def test_the_committed_summary_is_that_of_the_committed_runs():
 # ------------------------------------------------------------------------------------------------- questions, commands, links
 
 
-def test_all_ten_questions_have_an_answer_a_number_and_a_command():
-    assert list(PARAGRAPHS) == [str(n) for n in range(1, 11)]
-    for number, text in PARAGRAPHS.items():
-        assert findings.MARK.search(text), number
-        assert re.search(r"^ {4}python -m ", text, flags=re.MULTILINE), number
-        assert "\n\n" not in text.split("\n\n    python")[0] or "<!-- begin" in text, f"question {number}: one paragraph"
+def test_all_ten_questions_have_an_answer():
+    assert list(ANSWERS) == [str(n) for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("number", [str(n) for n in range(1, 11)])
+def test_an_answer_is_one_bold_line_with_a_number_its_interval_a_command_and_an_objection(number):
+    question, bold, commands, objection, rest = ANSWERS[number].strip().split("\n\n", 4)
+    assert question.endswith("?")
+    assert re.fullmatch(r"\*\*[^*\n]+\*\*", bold), "one line, all of it bold"
+    assert len(findings.MARK.sub("number", bold).split()) <= 70
+    assert findings.MARK.search(bold)
+    assert any(re.search(r"\[[-+\d.]+, [-+\d.]+\]", mark["value"]) for mark in findings.MARK.finditer(bold)), "an interval"
+    assert all(line.startswith("    python -m ") for line in commands.splitlines())
+    assert set(map(str.strip, commands.splitlines())) <= set(COMMANDS_OF_PAGE)
+    assert re.fullmatch(
+        r"\*Objection:\* [^\n]+? \*(Answered( in part| on one task)?|Granted|Granted, and open|Open)\.\* [^\n]+", objection
+    )
+    assert rest.startswith("<details markdown><summary>In full</summary>\n\n")  # blank lines: Markdown inside, here and on GitHub
+    assert rest.endswith("\n\n</details>")
+
+
+def test_the_strawman_and_the_largest_of_the_others_are_those_that_the_answer_names():
+    decided = [r for r in findings.text_rows().values() if r["holm"] != "undecided"]
+    others = [r for r in decided if r["arm"] != "cold-critic-warmup" and r["metric"] == "area"]
+    largest = max(others, key=lambda r: abs(float(r["mean_difference"])))
+    assert (largest["task"], largest["arm"], largest["base"]) == ("fork", "window-16", "tppo")
+    assert ablations.ARMS["cold-critic-warmup"].fields["value.warmup_steps"] > findings.runs("all cold-critic-warmup", "steps") / 2
 
 
 def test_losing_choices_are_named_with_their_flags():
@@ -254,7 +289,7 @@ def test_every_command_exists_and_parses(command, capsys):
     elif name == "headline":
         assert words in ([], ["--tasks", "chain"])
     else:
-        assert name in ("findings", "early_decision", "cut_rules", "critic_batches")
+        assert name in ("findings", "early_decision", "cut_rules", "critic_batches", "bound_in_practice")
         assert words in ([], ["--check"] if name == "findings" else [])
 
 

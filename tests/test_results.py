@@ -304,3 +304,15 @@ def test_redrawn_headline_figures_say_what_the_summary_says(monkeypatch):
         for method in comparison.runs:
             assert comparison.median_crossing(method).train_s == stated[method, "time to target"]
             assert comparison.median_crossing(method).tokens == stated[method, "tokens to target"]
+
+
+def test_the_bound_in_practice():
+    step, mean, lip = (findings.written(findings.bound("all 1024 64", name), form)
+                       for name, form in (("step_size", ".2f"), ("step_mean", "+.3f"), ("lip", ".2f")))  # fmt: skip
+    shares = [findings.written(findings.bound(f"all 1024 {window} mean", "cut_token_share"), "%") for window in (64, 16)]
+    seeds = findings.bound("all 1024 64", "seeds")
+    row, _ = line(f"P4 beside what happens: how far V moves over a cut, and at most over any token; text, {seeds} seeds")
+    assert f"{step} in size, {mean} in the mean; Lip seen {lip}" in row
+    assert "{} % of the tokens lie in cut rows at a window of 64, {} % at 16".format(*shares) in row
+    log = " ".join((FOLDER.parent / "docs" / "log.md").read_text().split())
+    assert f"V moves by {step} in size, as over any token, and by {mean} in the mean" in log
