@@ -175,6 +175,18 @@ def test_the_picture_comes_within_the_first_three_cells(path):
     assert any(cell.cell_type == "code" and pictures(cell) for cell in refresh.read(path).cells[:3])
 
 
+@pytest.mark.parametrize("path", [PATHS[i] for i in (1, 3, 4, 5)], ids=[PATHS[i].stem for i in (1, 3, 4, 5)])
+def test_code_cells_are_short_and_draw_nothing_by_themselves(path):
+    """Machinery is imported: what a cell computes fits on a screen, and its figures are made in a module beside the notebook."""
+    first, *cells, last = code_cells(refresh.read(path))
+    for cell in cells:
+        if not cell.metadata.get("tags") or cell.metadata.tags == ["volatile"]:
+            assert len(cell.source.splitlines()) <= 24, cell.source
+        assert "plt.subplots" not in cell.source
+    assert len(first.source.splitlines()) <= 32
+    assert len(last.source.splitlines()) <= 46
+
+
 @each_notebook
 def test_a_figure_takes_a_methods_colour_from_its_name_and_not_from_its_place(path):
     """`look("tppo")`, never `COLOURS[i]` in a loop over rules, arms or methods."""
