@@ -16,7 +16,8 @@ from tppo_ref.tasks import TASKS, DemonstratedTask, Task, chain, fork, length, l
 from tppo_ref.tasks.jsonl import ByteTokenizer, verify
 from tppo_ref.tasks.synthetic import END, draw_steps
 
-BUILT_IN = ("chain", "fork", "length")
+STEPPED = ("chain", "fork", "length")  # one right answer, in steps of a counter and a token
+BUILT_IN = (*STEPPED, "maze", "brackets")
 BUILT = {name: load_task(name, num_train=2000, num_test=256) for name in BUILT_IN}
 SOLVED = {name: [(p, task.answer(p), task.solve(p)) for p in task.problems("train", 300, 5, 0.1)] for name, task in BUILT.items()}
 
@@ -99,7 +100,7 @@ def test_any_change_of_one_token_is_refused(name, data):
     assert check(answer, changed, None) == -1.0
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", STEPPED)
 def test_shortcuts_are_refused(name):
     task = BUILT[name]
     check = verify_of(task)
@@ -157,7 +158,7 @@ def test_the_answer_of_another_problem_is_refused(name):
 # Lengths, splits, seeds.
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", STEPPED)
 def test_right_responses_have_a_long_tail(name):
     task = load_task(name)
     lengths = sorted(len(task.solve(p)) for p in task.problems("train", task.num_train, task.seed, task.long_share))
@@ -205,13 +206,15 @@ def test_prompts_are_the_same_on_every_machine():
         "chain": ["1 9 1", "1 12 11", "0 2 16", "1 7 13"],
         "fork": ["1 5", "3 3", "0 10", "4 3"],
         "length": ["9 3", "12 3", "15 4", "10 3"],
+        "maze": ["0 2 2 2 0 1 7", "2 0 1 2 1 1 33", "0 0 1 1 2 1 50", "0 1 1 2 2 2 11"],
+        "brackets": ["0 0 3 2 0 45", "3 2 3 1 0 2", "2 1 2 2 2 12", "0 0 3 0 3 3"],
     }
 
 
 # The imperfect base.
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", STEPPED)
 def test_demonstrations_are_imperfect_alike_for_short_and_long_problems(name):
     """Pass rates of 0.3 to 0.5 in both halves: where the long ones failed, they would get no signal and shrink."""
     task = BUILT[name]
@@ -223,7 +226,7 @@ def test_demonstrations_are_imperfect_alike_for_short_and_long_problems(name):
         assert 0.3 < rate < 0.5, long_share
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", STEPPED)
 def test_demonstrations_are_well_formed(name):
     task = BUILT[name]
     for prompt, response in task.demonstrations(2, 500):
@@ -281,8 +284,8 @@ def test_built_in_tasks_keep_the_protocol(name):
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, jsonl; did you mean chain?"),
-     ("xyz", {}, "chain, fork, length, jsonl"),
+    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, maze, brackets, jsonl; did you mean chain?"),
+     ("xyz", {}, "chain, fork, length, maze, brackets, jsonl"),
      ("chain", {"num_tran": 3}, "task: got the option 'num_tran'; expected one of the options of chain: "),
      ("chain", {"num_tran": 3}, "; did you mean num_train?"),
      ("fork", {"num_test": 0}, "task fork: num_test: got 0; expected at least 1"), ("length", {"long_share": 1.5}, "long_share: got 1.5; expected a share")],

@@ -65,6 +65,8 @@ TASKS: dict[str, str] = {
     "chain": "tppo_ref.tasks.chain:ChainTask",
     "fork": "tppo_ref.tasks.fork:ForkTask",
     "length": "tppo_ref.tasks.length:LengthTask",
+    "maze": "tppo_ref.tasks.maze:MazeTask",
+    "brackets": "tppo_ref.tasks.brackets:BracketsTask",
     "jsonl": "tppo_ref.tasks.jsonl:JsonlTask",
 }
 """Name -> "module:class"; a module is imported when its task is asked for."""
