@@ -45,6 +45,11 @@ def walked(prompt, doors):
     return " ".join([*words, "END"]), gained > moves / 2
 
 
+def bar_keeps(word, depth):
+    """Whether it is the barred form that keeps the sense there."""
+    return depth <= 3 and brackets.KEEPS[depth - 1]["([{<".index(word[depth - 1][1])] == 1
+
+
 def nested(prompt, bars):
     """Text that closes the word with a stack, barred where `bars` says so; and how many of the outermost turn the sense."""
     word, depth = prompt
@@ -52,8 +57,7 @@ def nested(prompt, bars):
     words, turns = [], 0
     for bar in bars:
         n, opener = stack.pop()
-        keeps = brackets.KEEPS[n - 1]["([{<".index(opener)] == 1 if n <= 3 else False
-        turns += bar != keeps
+        turns += bar != bar_keeps(word, n)
         words += [f"{n:02}", PAIRS[opener] + "!" * bar]
     assert not stack
     return " ".join([*words, "END"]), turns
@@ -200,15 +204,15 @@ def test_a_demonstrated_word_errs_in_its_outermost_brackets_alone():
         assert nested((word, depth), bars)[0] == text
         for n, bar in zip(range(depth, 0, -1), bars, strict=True):
             seen[n] += 1
-            turned[n] += bar != (n <= 3 and brackets.KEEPS[n - 1]["([{<".index(word[n - 1][1])] == 1)
+            turned[n] += bar != bar_keeps(word, n)
     assert turned[4:] == [0] * 96
     for n in (1, 2, 3):
-        assert turned[n] / seen[n] == pytest.approx(1 - brackets.KEEP_PROBABILITY, abs=0.04)
+        assert turned[n] / seen[n] == pytest.approx(1 - brackets.KEEP_PROBABILITY[n - 1], abs=0.04)
 
 
 @given(st.integers(1, 6), st.floats(0.0, 1.0))
 def test_the_value_of_a_word_that_stands_straight(k, q):
-    """The docstring's formula against all outcomes."""
+    """The docstring's formula for k closers that turn with probability q, against all outcomes."""
     even = sum(q ** sum(t) * (1 - q) ** (k - sum(t)) for t in itertools.product((0, 1), repeat=k) if sum(t) % 2 == 0)
     assert even == pytest.approx((1 + (1 - 2 * q) ** k) / 2)
 

@@ -7,10 +7,10 @@ A closer has two forms, plain and with a bar. At the three outermost brackets on
 round: which, a fixed table of depth and kind says; further inside the plain form keeps. A response is right if everything is
 closed in order and the sense has been turned an even number of times: the last symbol can spoil all, or save it.
 
-The base model closes without fault, and knows the table poorly: at each of the three the form that keeps has probability 0.65. So
-the value stays where it is for the whole mechanical inside, and swings up and down over the last three closers, however long the
-word is: with k of them to come and turns of probability q each, a response that stands straight has the probability
-(1 + (1 - 2q)^k) / 2 to be right.
+The base model closes without fault, and knows the table poorly: the last closer keeps the sense with probability 0.4, the two
+before it with 0.85 each. So the value stays where it is for the whole mechanical inside, and swings up and down over the last
+closers, however long the word is: where the ones to come turn with probabilities q_i, a response that stands straight is right
+with probability (1 + prod(1 - 2 q_i)) / 2, and one that stands turned with the rest.
 
 Test problems are (word, depth) that are in no train prompt; the table is shared, it is what is learnt.
 """
@@ -30,7 +30,9 @@ NUM_LATE = 3
 """The outermost brackets, closed last, whose form is doubtful."""
 LONG_SHARE = 0.25
 """More long problems than the other tasks have: most tokens lie in rows that a window of 64 cuts."""
-KEEP_PROBABILITY = 0.65
+KEEP_PROBABILITY = (0.4, 0.85, 0.85)
+"""Of the base model's forms, the outermost bracket first. Were all three as doubtful as the last, the odds of an even number would
+be even whatever one of them does: nothing to learn from."""
 
 _CLOSER = FIRST_OWN_TOKEN  # of each kind the plain form, then of each the barred one
 _OPENER = _CLOSER + 2 * NUM_KINDS  # then a token for each place in the word with each kind
@@ -39,9 +41,9 @@ KEEPS = [[_WORLD.randrange(2) for _ in OPENERS] for _ in range(NUM_LATE)]
 """Per depth (the outermost first) and kind: the form that keeps the sense, 0 plain or 1 barred."""
 
 
-def keeping_form(depth: int, kind: int) -> int:
+def keeping_form(word: Sequence[int], depth: int) -> int:
     """The form that keeps the sense at a depth of 1 or more."""
-    return KEEPS[depth - 1][kind] if depth <= NUM_LATE else 0
+    return KEEPS[depth - 1][word[depth - 1]] if depth <= NUM_LATE else 0
 
 
 def closed(word: Sequence[int], forms: Sequence[int]) -> tuple[tuple[int, ...], bool]:
@@ -49,9 +51,8 @@ def closed(word: Sequence[int], forms: Sequence[int]) -> tuple[tuple[int, ...], 
     ids: list[int] = []
     straight = True
     for depth, form in zip(range(len(forms), 0, -1), forms, strict=True):
-        kind = word[(depth - 1) % WORD_LENGTH]
-        straight ^= form != keeping_form(depth, kind)
-        ids += (*two_digits(depth), _CLOSER + NUM_KINDS * form + kind)
+        straight ^= form != keeping_form(word, depth)
+        ids += (*two_digits(depth), _CLOSER + NUM_KINDS * form + word[(depth - 1) % WORD_LENGTH])
     return (*ids, END), straight
 
 
@@ -92,12 +93,12 @@ class BracketsTask(SyntheticTask):
     def solve(self, problem: Problem) -> tuple[int, ...]:
         """The response that never turns the sense: one right response of several."""
         *word, depth = problem
-        return closed(word, [keeping_form(d, word[(d - 1) % WORD_LENGTH]) for d in range(depth, 0, -1)])[0]
+        return closed(word, [keeping_form(word, d) for d in range(depth, 0, -1)])[0]
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> tuple[int, ...]:
         """Closed in order; at each of the outermost the form may be the one that turns."""
         *word, depth = problem
-        forms = [keeping_form(d, word[(d - 1) % WORD_LENGTH]) for d in range(depth, 0, -1)]
-        for late in range(max(0, depth - NUM_LATE), depth):
-            forms[late] ^= rng.random() >= KEEP_PROBABILITY
+        forms = [keeping_form(word, d) for d in range(depth, 0, -1)]
+        for d in range(1, min(depth, NUM_LATE) + 1):
+            forms[-d] ^= rng.random() >= KEEP_PROBABILITY[d - 1]
         return closed(word, forms)[0]
