@@ -1,12 +1,14 @@
 """Cut rule x critic x window: does the best rule at the cut depend on how good the critic is? On text, at equal generated tokens.
 
     python -m benchmarks.factorial [--seeds 32] [--jobs 2]      # says how long it will take; --seeds 0 only prints what is there
+    python -m benchmarks.factorial --tasks maze brackets        # the same of two tasks whose value moves fast: a study of its own
 
-Arms, contrasts, verdicts and stopping rule: prestated/2026-11-21-factorial.md, written before the first run. No tail; runs and
-scores are those of benchmarks/equal_tokens.py, with four answers per prompt at each evaluation. Seeds are outermost: what is there
-is balanced at any time, and the same command goes on where it was stopped. Until all seeds are there no verdict is printed.
+Arms, contrasts, verdicts and stopping rules: prestated/2026-11-21-factorial.md, and for maze and brackets
+2026-11-22-factorial-new-tasks.md, each written before its first run. No tail; runs and scores are those of
+benchmarks/equal_tokens.py, with four answers per prompt at each evaluation. Seeds are outermost: what is there is balanced at any
+time, and the same command goes on where it was stopped. Until all seeds are there no verdict is printed.
 
-Writes results/factorial.csv, a row per evaluation.
+Writes results/factorial.csv or factorial-new-tasks.csv, a row per evaluation.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from benchmarks.critic_batches import contrast
 from benchmarks.equal_tokens import BUDGET, KEY, NUM_MARKS, SHARED, Arm, Job, Row, keep_whole, prepare, quiet, read_whole, score
 from benchmarks.workers import run_all
 
-TASKS = ("chain", "fork")
+TASKS, NEW_TASKS = ("chain", "fork"), ("maze", "brackets")
+STUDIES = {TASKS: "factorial.csv", NEW_TASKS: "factorial-new-tasks.csv"}  # tasks of a plan -> its table
 CUTS = {"previous": "tppo", "critic": "tppo-critic-cut", "zero": "tppo-zero-cut"}  # rule at the cut -> method
 CRITICS = {"weak": 1024, "strong": 8192}  # responses that it was pre-trained on
 WINDOWS = (16, 64)
@@ -67,15 +70,15 @@ def arm(cell: Cell) -> Arm:
     return Arm(CUTS[cut], {"advantage.tail_tokens": 0, "rollout.window": window})
 
 
-def table(rows: Sequence[Row], wanted: int = SEEDS) -> list[dict[str, Any]]:
+def table(rows: Sequence[Row], wanted: int = SEEDS, tasks: Sequence[str] = TASKS) -> list[dict[str, Any]]:
     """A row per contrast: of the area's mean over tasks, seed by seed, over the seeds that lack no run; verdict "not yet" until
     `wanted` of them are there."""
     area = {key[:3]: score(list(group)).area for key, group in itertools.groupby(rows, key=lambda r: tuple(r[k] for k in KEY))}
     seeds = sorted({seed for _, _, seed in area})
-    seeds = [s for s in seeds if all((t, name(c), s) in area for t in TASKS for c in CELLS)]
+    seeds = [s for s in seeds if all((t, name(c), s) in area for t in tasks for c in CELLS)]
     out = []
     for what, weight in CONTRASTS.items() if seeds else ():
-        of_seed = [sum(w * float(np.mean([area[t, name(c), s] for t in TASKS])) for c, w in weight.items()) for s in seeds]
+        of_seed = [sum(w * float(np.mean([area[t, name(c), s] for t in tasks])) for c, w in weight.items()) for s in seeds]
         out.append({"contrast": what} | contrast(of_seed, LEVEL) | ({"verdict": "not yet"} if len(seeds) < wanted else {}))
     return out
 
@@ -85,7 +88,7 @@ def plan(arguments: argparse.Namespace, rows: Sequence[Row]) -> list[Job]:
     there = {tuple(row[k] for k in KEY) for row in rows}
     keys = [
         k
-        for k in itertools.product(range(arguments.seeds), CELLS, TASKS)
+        for k in itertools.product(range(arguments.seeds), CELLS, arguments.tasks)
         if (k[2], name(k[1]), k[0], arguments.budget) not in there
     ]
     shared = {"run.cache": arguments.cache, "run.eval_prompts": 256, "run.eval_samples": 4, **SHARED}
@@ -104,11 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 runs failed, 2 a user's mistake, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 0 to this less 1; 0 only prints")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="of one study: chain fork, or maze brackets")
     parser.add_argument("--budget", type=int, default=BUDGET, help="generated tokens of a run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
-    parser.add_argument("--out", type=Path, default=RESULTS / "factorial.csv")
+    parser.add_argument("--out", type=Path, help="default: the study's own table")
     arguments = parser.parse_args(argv)
+    arguments.tasks = tuple(arguments.tasks)
+    if arguments.tasks not in STUDIES:  # contrasts are means over all tasks of a plan
+        parser.error(f"--tasks: got {' '.join(arguments.tasks)}; expected {' or '.join(map(' '.join, STUDIES))}")
+    arguments.out = arguments.out or RESULTS / STUDIES[arguments.tasks]
     for field, least in (("seeds", 0), ("budget", NUM_MARKS), ("jobs", 1)):
         if getattr(arguments, field) < least:
             parser.error(f"--{field}: got {getattr(arguments, field)}; expected an integer of at least {least}")
@@ -123,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped; whole runs are in {arguments.out}, and the same command goes on with the others", file=sys.stderr)
         return 130
-    for r in table([row for row in read_whole(arguments.out)[0] if row["budget_tokens"] == arguments.budget]):
+    rows = [row for row in read_whole(arguments.out)[0] if row["budget_tokens"] == arguments.budget]
+    for r in table(rows, tasks=arguments.tasks):
         more = f", {r['seeds_needed']} seeds would decide" if r["verdict"] == "undecided" else ""
         print(
             f"{r['contrast']:<40}{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]  {r['verdict']}, {r['n']} seeds{more}"

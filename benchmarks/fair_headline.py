@@ -4,7 +4,8 @@
     python -m benchmarks.fair_headline --task chain [--seeds 12] tunes both methods, then measures
     python -m benchmarks.fair_headline --report [--task chain fork length]     the tables of the committed runs, nothing is run
 
-Plan, verdicts and stopping rule: prestated/2026-11-21-fair-headline.md, written before the first run.
+Plan, verdicts and stopping rule: prestated/2026-11-21-fair-headline.md, and for maze and brackets 2026-11-22-headline-new-tasks.md,
+each written before its first run.
 
     clock      CPU seconds of one process and one thread, evaluation excluded: other work on the machine hardly changes them
     tuning     the same number of runs for each method and task, half as long, on a seed that the headline does not use: a grid of
@@ -47,10 +48,10 @@ from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.runs.warmstart import tiny_policy_config
 
-TASKS = ("chain", "fork", "length")
-BUDGETS_S = {"chain": 20.0, "fork": 14.0, "length": 8.0}  # CPU seconds of a run of the headline; a tuning run has half of it
-CHOICE_S = {"chain": 10.0, "fork": 10.0, "length": 6.0}
-EVAL_EVERY_S = {"chain": 2.0, "fork": 1.5, "length": 1.0}  # CPU seconds
+TASKS = ("chain", "fork", "length", "maze", "brackets")
+BUDGETS_S = {"chain": 20.0, "fork": 14.0, "length": 8.0, "maze": 20.0, "brackets": 20.0}  # CPU seconds of a run; of tuning, half
+CHOICE_S = {"chain": 10.0, "fork": 10.0, "length": 6.0}  # the choice was made before the other two tasks were there
+EVAL_EVERY_S = {"chain": 2.0, "fork": 1.5, "length": 1.0, "maze": 2.0, "brackets": 2.0}  # CPU seconds
 EVAL_PROMPTS = 256
 
 ENGINE, FILLED = {"policy.old_logprobs": "engine"}, {"policy.min_new_tokens": 64}  # as many as a window holds
@@ -208,7 +209,7 @@ def choice_jobs() -> list[Job]:
     """Seeds outermost: a run that is stopped leaves whole pairs."""
     return [
         Job("choose", task, name, json.dumps(levers | CHOICE_CELL), seed, CHOICE_S[task])
-        for seed, task, (name, levers) in itertools.product(CHOICE_SEEDS, TASKS, CANDIDATES.items())
+        for seed, task, (name, levers) in itertools.product(CHOICE_SEEDS, CHOICE_S, CANDIDATES.items())
     ]
 
 
@@ -219,8 +220,8 @@ def choice(runs: Runs) -> list[Fields]:
     for job in choice_jobs():
         with contextlib.suppress(KeyError):
             curves[job.arm, job.task, job.seed] = runs(job)
-    seeds = [s for s in CHOICE_SEEDS if all((arm, task, s) in curves for arm in CANDIDATES for task in TASKS)]
-    tokens = {(t, s): min(curves[arm, t, s].generated[-1] for arm in CANDIDATES) for t in TASKS for s in seeds}
+    seeds = [s for s in CHOICE_SEEDS if all((arm, task, s) in curves for arm in CANDIDATES for task in CHOICE_S)]
+    tokens = {(t, s): min(curves[arm, t, s].generated[-1] for arm in CANDIDATES) for t in CHOICE_S for s in seeds}
 
     def areas(score: str, arm: str, of: Sequence[str]) -> list[float]:
         """Of each seed the mean over tasks."""
@@ -232,8 +233,8 @@ def choice(runs: Runs) -> list[Fields]:
         return [float(np.mean([one(t, s) for t in of])) for s in seeds]
 
     rows = []
-    for score, task, arm in itertools.product(("seconds", "tokens"), (*TASKS, "all"), CANDIDATES):
-        mine, base = (areas(score, a, TASKS if task == "all" else (task,)) for a in (arm, "tppo"))
+    for score, task, arm in itertools.product(("seconds", "tokens"), (*CHOICE_S, "all"), CANDIDATES):
+        mine, base = (areas(score, a, CHOICE_S if task == "all" else (task,)) for a in (arm, "tppo"))
         difference, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
         rows.append({"score": score, "task": task, "candidate": arm, "seeds": len(seeds), "area": float(np.mean(mine)),
                      "difference": difference, "low": low, "high": high,

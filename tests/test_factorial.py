@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import factorial
+from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import NUM_MARKS, Job
-from benchmarks.factorial import CELLS, CONTRASTS, CRITICS, CUTS, TASKS, WINDOWS, arm, main, name, table
+from benchmarks.factorial import CELLS, CONTRASTS, CRITICS, CUTS, NEW_TASKS, TASKS, WINDOWS, arm, main, name, table
 
 BUDGET = 3000
+PLANS = {TASKS: "2026-11-21-factorial.md", NEW_TASKS: "2026-11-22-factorial-new-tasks.md"}
 
 
 def rows_of(task, cell, seed, accuracy):
@@ -21,10 +24,10 @@ def rows_of(task, cell, seed, accuracy):
     return [job.row(mark, accuracy=accuracy, generated_tokens=BUDGET * mark // NUM_MARKS) for mark in range(NUM_MARKS + 1)]
 
 
-def world(effect, seeds):
+def world(effect, seeds, tasks=TASKS):
     return [
         row
-        for seed, cell, task in itertools.product(range(seeds), CELLS, TASKS)
+        for seed, cell, task in itertools.product(range(seeds), CELLS, tasks)
         for row in rows_of(task, cell, seed, effect(task, cell, seed))
     ]
 
@@ -69,6 +72,24 @@ def test_a_seed_that_lacks_a_run_is_left_out():
     rows = world(lambda task, cell, seed: 0.5, 3)
     short = [r for r in rows if not (r["seed"] == 1 and r["arm"] == name(CELLS[3]) and r["task"] == "fork")]
     assert {r["n"] for r in table(short)} == {2}
+
+
+def test_the_new_tasks_are_a_study_of_their_own(monkeypatch, capsys):
+    """No run of one study counts in the other, and no half of a study is run: its contrasts are over both of its tasks."""
+    both = world(lambda task, cell, seed: 0.5 + 0.1 * (cell[0] == "critic") * (task in NEW_TASKS), 2, (*TASKS, *NEW_TASKS))
+    for tasks, effect in ((TASKS, 0.0), (NEW_TASKS, 0.1)):
+        assert table(both, tasks=tasks)[1]["difference"] == pytest.approx(effect)
+        assert (RESULTS.parent / "prestated" / PLANS[tasks]).read_text().count("\n")
+    asked = []
+    monkeypatch.setattr(factorial, "prepare", lambda task, fields: ({"task.name": task}, {}))
+    monkeypatch.setattr(factorial, "run_all", lambda jobs, path, num: asked.append(({job.task for job in jobs}, path.name)) or [])
+    monkeypatch.setattr(factorial, "keep_whole", lambda path: [])
+    assert main(["--tasks", *NEW_TASKS, "--seeds", "1"]) == 0
+    assert main(["--seeds", "1"]) == 0
+    assert asked == [(set(NEW_TASKS), "factorial-new-tasks.csv"), (set(TASKS), "factorial.csv")]
+    with pytest.raises(SystemExit):
+        main(["--tasks", "maze"])
+    assert "--tasks: got maze; expected chain fork or maze brackets" in capsys.readouterr().err
 
 
 def test_wrong_numbers_are_refused(capsys):
