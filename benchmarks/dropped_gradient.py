@@ -43,7 +43,7 @@ from sim.lab.learning import write_csv
 from tppo_ref.loop.rows import Rows
 from tppo_ref.rollout.models import PolicyModel
 from tppo_ref.runs.build import build
-from tppo_ref.runs.colours import COLOURS, MARKERS
+from tppo_ref.runs.colours import COLOURS, MARKERS, SERIES
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
@@ -225,7 +225,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for task, window in lines:
             i = tasks.index(task)
             points = [(x, r["cosine"]) for x in places for r in rows if (r["task"], r["window"]) == (task, window) and chosen(r, x)]
-            axes.plot(*zip(*points, strict=True), color=COLOURS[i], marker=MARKERS[i], linestyle=styles[window],
+            axes.plot(*zip(*points, strict=True), color=COLOURS[SERIES[i]], marker=MARKERS[i], linestyle=styles[window],
                       label=f"{task}, window {window}")  # fmt: skip
         axes.set_xlabel(name)
         axes.axhline(1, color="#7F7F7F", linewidth=0.6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sim.lab.estimators import ESTIMATORS, CutValue
-from tppo_ref.runs.colours import LOOKS, OTHER, look
+from tppo_ref.runs.colours import COLOURS, LOOKS, OTHER, SERIES, look
 from tppo_ref.runs.config import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,11 @@ def test_the_five_stand_out_from_the_page_and_from_one_another_for_every_eye(pag
         seen = {name: lab(np.clip(matrix @ linear(colour), 0, 1)) for name, colour in colours.items()}
         for a, b in itertools.combinations(FIVE, 2):
             assert np.linalg.norm(seen[a] - seen[b]) > 10, (eye, a, b)  # 2.3 is a difference that one just sees
+
+
+def test_series_without_a_name_have_no_colour_of_the_five():
+    assert len(set(SERIES)) == len(SERIES)
+    assert not {COLOURS[i] for i in SERIES} & {look(name).colour for name in FIVE}
 
 
 def test_red_and_green_of_one_lightness_would_be_noticed():

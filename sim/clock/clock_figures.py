@@ -25,7 +25,7 @@ from sim.clock.plan_report import COLUMNS, by_column
 from sim.clock.schedule import Windowed
 from sim.clock.throughput import CLAIM, PPO_INTENSITY, TPPO_INTENSITY
 from tppo_ref.method.records import End
-from tppo_ref.runs.colours import COLOURS, LINES, MARKERS, look
+from tppo_ref.runs.colours import COLOURS, LINES, MARKERS, SERIES, look
 from tppo_ref.runs.comparison import display, write_csv
 from tppo_ref.runs.figures import DPI, FONT, SMALL, Rows, below, select, tidy, values
 from tppo_ref.runs.validation import writable_folder
@@ -206,7 +206,7 @@ def draw_windows(path: Path, rows: Rows) -> None:
             axes.plot(
                 values(mine, "window") / 1024,
                 values(mine, column),
-                color=COLOURS[at],
+                color=COLOURS[SERIES[at]],
                 linestyle=LINES[at],
                 marker=MARKERS[at],
                 linewidth=1.8,
@@ -222,7 +222,7 @@ def draw_windows(path: Path, rows: Rows) -> None:
                  f"the step;\nwhere responses are long in the mean, no window brings more than {most:.2f}x")  # fmt: skip
     handles = []
     for at, spec in enumerate(specs):
-        style: dict[str, Any] = {"color": COLOURS[at], "linestyle": LINES[at], "marker": MARKERS[at]}
+        style: dict[str, Any] = {"color": COLOURS[SERIES[at]], "linestyle": LINES[at], "marker": MARKERS[at]}
         handles.append(Line2D([], [], **style, label=f"{spec}: mean {select(rows, lengths=spec)[0]['mean_tokens']:,.0f}"))
     below(figure, handles)
     figure.savefig(path)
@@ -248,7 +248,7 @@ def draw_tails(path: Path, rows: Rows) -> None:
     axes.annotate("longest / mean", (4.0, 4.4), rotation=27, fontsize=SMALL, ha="center", va="bottom")
     for at, (counted, column, label) in enumerate(TAIL_LINES):
         mine = select(rows, counted=counted)
-        style: dict[str, Any] = {"color": COLOURS[at], "linestyle": LINES[at], "marker": MARKERS[at]}
+        style: dict[str, Any] = {"color": COLOURS[SERIES[at]], "linestyle": LINES[at], "marker": MARKERS[at]}
         axes.plot(values(mine, "longest_over_mean"), values(mine, column), **style, linewidth=1.8)
         handles.append(Line2D([], [], **style, label=label))
     _reference_lines(axes)

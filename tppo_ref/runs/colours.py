@@ -4,7 +4,7 @@
 
 A colour never stands alone: looks differ in line and marker too, for readers in grey. The five that share figures (PPO, T-PPO with
 EGAE, the critic's own value, 0, and the whole response) are told apart by protan, deutan and tritan readers as well, on white and
-on the site's dark page. Series without a name of their own, such as worlds and tasks, take COLOURS, LINES and MARKERS in order.
+on the site's dark page. Series without a name of their own, such as worlds and tasks, take COLOURS in the order of SERIES.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")  # Okabe and Ito's, and grey
 LINES = ("--", "-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SERIES = (4, 3, 6, 7, 5)
+"""Of COLOURS those that neither PPO nor T-PPO nor a cut rule has, for series without a name of their own."""
 
 
 class Look(NamedTuple):
