@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sim.clock.lengths import load_lengths
+from sim.clock.windows import windows_of
 from tppo_ref.method.records import End
 from tppo_ref.method.slots import Segment, SlotSchedule
 from tppo_ref.runs.colours import look
@@ -84,24 +85,12 @@ class Play:
 
 def play(schedule: SlotSchedule, lengths: Sequence[int], until: int) -> Play:
     """Windows of a schedule whose responses have these lengths, until so many decode steps have gone by."""
-    ids, sampled, segments, edges, base = iter(range(len(lengths))), Counter[int](), [], [0], 0
-    while base < until:
-        due: dict[int, int] = {}
-        now, grants = 0, schedule.open_window(lambda: next(ids, None))
-        while schedule.running:
-            due |= {g.response: now + min(lengths[g.response] - sampled[g.response], g.max_new_tokens) for g in grants}
-            now = min(due.values())
-            stopped = [response for response, stop in due.items() if stop == now]
-            finished = []
-            for response in stopped:
-                new = now - schedule.running[response][3]
-                sampled[response] += new
-                finished.append((response, new, sampled[response] == lengths[response]))
-                del due[response]
-            found, grants = schedule.finish(now, finished, lambda: next(ids, None))
-            segments += [s._replace(begin=base + s.begin, stop=base + s.stop) for s in found]
-        base += now
-        edges.append(base)
+    segments, edges = list[Segment](), [0]
+    for window in windows_of(schedule, lengths):
+        segments += [s._replace(begin=edges[-1] + s.begin, stop=edges[-1] + s.stop) for s in window]
+        edges.append(segments[-1].stop)
+        if edges[-1] >= until:
+            break
     return Play(segments, edges)
 
 
@@ -119,9 +108,11 @@ ROW, SPACE = 15, 62
 """Units of the picture: a slot's height, and what lies between the two panels."""
 COUNT = 22
 """Units between two numbers on the strip that counts the ended responses."""
+SECONDS, PLAYED = 14, 0.82
+"""Of the film, and the share of it in which time goes by; then the whole stands."""
 
 
-def slots_picture(seconds: float = 14) -> str:
+def slots_picture() -> str:
     """PPO's slots above T-PPO's, uncovered from left to right as time goes by, with the number of responses that have ended."""
     ppo, tppo, shown = plays()
     left, width, top = 14, 532, 38
@@ -131,14 +122,14 @@ def slots_picture(seconds: float = 14) -> str:
         parts.append(text(left, y - 12, label, size=17, weight=700))
         parts.append(text(left + width - 36, y - 12, "responses ended", "quiet", 15, "end"))
         parts += panel(name, run, shown, left, y, width)
-        style += counting(name, run.ended(shown), shown, seconds)
+        style += counting(name, run.ended(shown), shown)
     height = top + 2 * (SLOTS * ROW + SPACE) + 2
     parts.append(text(left, height - 32, "each row a slot, each bar a response; empty: idle", "quiet", 15))
     parts.append(text(left, height - 12, "each upright line: training", "quiet", 15))
     parts.append(text(left + width, height - 12, "decode steps →", "quiet", 15, "end"))
     gone = f"transform:translateX({width + 3}px)"
     style += f"@keyframes go{{0%{{transform:translateX(0)}}{100 * PLAYED:.0f}%,100%{{{gone}}}}}"
-    style += f".cover{{{gone};animation:go {seconds}s linear infinite}}"
+    style += f".cover{{{gone};animation:go {SECONDS}s linear infinite}}"
     style += "@media(prefers-reduced-motion:reduce){.cover,.count-ppo,.count-tppo{animation:none}}"
     said = [f"{len(run.ended(shown))} responses and keeps {100 * run.busy(shown):.0f} % of the slots busy" for run in (ppo, tppo)]
     say = (
@@ -168,16 +159,12 @@ def panel(name: str, run: Play, shown: int, left: float, y: float, width: float)
     return [*parts, f'<g class="count-{name}">', *counts, "</g></svg>"]
 
 
-def counting(name: str, ended: Sequence[int], shown: int, seconds: float) -> str:
+def counting(name: str, ended: Sequence[int], shown: int) -> str:
     """The strip's motion: a number further at each decode step with which a response ended."""
     moved = lambda n: f"transform:translateY({-COUNT * n}px)"  # noqa: E731
     frames = {0.0: 0} | {100 * PLAYED * stop / shown: n for n, stop in enumerate(ended, start=1)} | {100.0: len(ended)}
     film = "".join(f"{share:.2f}%{{{moved(n)}}}" for share, n in frames.items())
-    return f"@keyframes {name}{{{film}}}.count-{name}{{{moved(len(ended))};animation:{name} {seconds}s step-end infinite}}"
-
-
-PLAYED = 0.82
-"""Share of the film in which time goes by; then the whole stands."""
+    return f"@keyframes {name}{{{film}}}.count-{name}{{{moved(len(ended))};animation:{name} {SECONDS}s step-end infinite}}"
 
 
 # ------------------------------------------------------------------------------------------------------- one response being cut

@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from sim.clock.windows import windows_of
 from sim.lab.bias import conditional_moments
 from sim.lab.bounds import cut_bound
 from sim.lab.estimators import ESTIMATORS
@@ -42,26 +43,15 @@ def play(schedule: SlotSchedule, lengths: Sequence[int], enough: Callable[[Playe
 
     Times are decode steps from the very beginning. `sampled` is how many tokens the response had before the segment.
     """
-    ids, sampled, played, window_begin = iter(range(len(lengths))), Counter[int](), [], 0
-    draw = lambda: next(ids, None)  # noqa: E731
-    while not enough(played, window_begin):
-        grants, deadline, now = schedule.open_window(draw), {}, 0
-        while schedule.running:
-            for grant in grants:
-                new = min(lengths[grant.response] - sampled[grant.response], grant.max_new_tokens)
-                deadline[grant.response] = (now + new, new)
-            now = min(stop for stop, _ in deadline.values())
-            finished = [(r, new) for r, (stop, new) in deadline.items() if stop == now]
-            ended = [(r, new, sampled[r] + new == lengths[r]) for r, new in finished]
-            segments, grants = schedule.finish(now, ended, draw)
-            for segment, (r, new, _) in zip(segments, ended, strict=True):
-                played.append({
-                    "kind": "decoding", "slot": segment.slot, "response": r, "begin_s": window_begin + segment.begin,
-                    "stop_s": window_begin + segment.stop, "end": segment.end.name, "sampled": sampled[r],
-                })  # fmt: skip
-                sampled[r] += new
-                del deadline[r]
-        window_begin += now
+    sampled, played, now = Counter[int](), [], 0
+    for window in windows_of(schedule, lengths):
+        for s in window:
+            played.append({"kind": "decoding", "slot": s.slot, "response": s.response, "begin_s": now + s.begin,
+                           "stop_s": now + s.stop, "end": s.end.name, "sampled": sampled[s.response]})  # fmt: skip
+            sampled[s.response] += s.stop - s.begin
+        now = played[-1]["stop_s"]
+        if enough(played, now):
+            break
     return played
 
 

@@ -27,7 +27,7 @@ from sim.clock.queueing import queued, run_queue
 from sim.clock.schedule import Windowed, ppo, run, tppo
 from sim.clock.systems import Asynchronous, PartialRollouts, Synchronous, TailBatching
 from sim.clock.trace import check_conservation
-from sim.clock.windows import drive_window, run_window
+from sim.clock.windows import drive_window, run_window, windows_of
 from tppo_ref.method.masks import policy_token_mask
 from tppo_ref.method.records import End, Prompt
 from tppo_ref.method.slots import SlotSchedule
@@ -249,6 +249,15 @@ def test_the_schedule_is_the_batchers_where_the_prompts_run_out(plan, limit):
             done[response] = done.get(response, 0) + stop - begin
         batcher.window(engine)
         assert segments == batcher.segments
+
+
+def test_windows_of_known_lengths_by_hand():
+    """Two slots, windows of 3, a cap of 5 that response 0 would pass. Response 2 ends with the first window's edge, and is not cut."""
+    windows = list(windows_of(SlotSchedule(slots=2, window=3, max_response_tokens=5), [7, 2, 1]))
+    assert windows == [
+        [(1, 1, 0, 2, End.END_TOKEN), (0, 0, 0, 3, End.RUNNING), (1, 2, 2, 3, End.END_TOKEN)],
+        [(0, 0, 0, 2, End.LENGTH_CAP)],
+    ]
 
 
 @LAW

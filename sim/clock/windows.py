@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -75,6 +76,19 @@ def drive_window(
         calendar[now] = None  # its memory is used again while the processor's cache still has it
         segments += closed
         lengths = rest
+
+
+def windows_of(schedule: SlotSchedule, lengths: Sequence[int]) -> Iterator[list[Segment]]:
+    """Windows of `schedule` one after the other, until no response is left: response r has lengths[r] tokens, or the cap's.
+    Their segments are in the order of `drive_window`, in decode steps since the window's begin."""
+    ids, sampled = iter(range(len(lengths))), Counter[int]()
+    draw = lambda: next(ids, None)  # noqa: E731
+    left_of = lambda grants: [lengths[grant.response] - sampled[grant.response] for grant in grants]  # noqa: E731
+    fresh = lambda drawn: iter(lengths[len(sampled) + drawn :])  # noqa: E731
+    while segments := drive_window(schedule, draw, left_of, fresh):
+        for segment in segments:
+            sampled[segment.response] += segment.stop - segment.begin
+        yield segments
 
 
 class ReadableWindows:
