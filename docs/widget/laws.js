@@ -9,7 +9,7 @@ What a cut does to advantages, exactly: the formulas of the page's widget, witho
   expected        sim/lab/bias.py                    E[estimate | s_t, a_t]: by a recursion, where sim enumerates all rows
   bound           sim/lab/bounds.py                  theorem P4 of docs/theory.md
 
-tests/site/test_widget.py holds every one of them to its Python counterpart, in a real browser, to 1e-9. A plain script and no module,
+tests/pages/test_widget.py holds every one of them to its Python counterpart, in a real browser, to 1e-9. A plain script and no module,
 so that the page also opens from a folder. cutValue is the code's CutValue: "previous", "critic", "zero"; and "none": nothing is cut.
 */
 const laws = (() => {

@@ -2,6 +2,7 @@
 /* Draws what laws.js computes, and redraws it whenever a control moves. Every picture has the tokens of one response for its x axis. */
 (() => {
   const TOKENS = 20; // of the response that is shown; it may be cut, or end by itself
+  const LEFT = 34, RIGHT = 6; // pixels of a picture beside its tokens
   const FLOOR = 1e-3, CEILING = 10; // of the logarithmic axis
   const DASHES = { previous: "", critic: "7 3 2 3", zero: "2 4", none: "" };
   const $ = (id) => document.getElementById(id);
@@ -49,15 +50,15 @@
 
   /* An axis with room for `height` px: x of a token's left edge, y of a number between low and high. */
   function frame(id, height, low, high, marks, scale = (y) => y) {
-    const svg = $(id), width = Math.max(svg.clientWidth, 240), left = 34, right = 6, top = 8, bottom = 16;
+    const svg = $(id), width = Math.max(svg.clientWidth, 240), top = 8, bottom = 16;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.style.height = `${height}px`;
-    const x = (t) => left + ((width - left - right) * t) / TOKENS;
+    const x = (t) => LEFT + ((width - LEFT - RIGHT) * t) / TOKENS;
     const y = (v) => top + ((height - top - bottom) * (scale(high) - scale(v))) / (scale(high) - scale(low));
-    const parts = marks.map(([v, label]) => tag("line", { x1: left, x2: width - right, y1: y(v), y2: y(v), stroke: "var(--line)" })
-      + tag("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, label));
+    const parts = marks.map(([v, label]) => tag("line", { x1: LEFT, x2: width - RIGHT, y1: y(v), y2: y(v), stroke: "var(--line)" })
+      + tag("text", { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, label));
     for (let t = 0; t < TOKENS; t += 4) parts.push(tag("text", { x: x(t + 0.5), y: height - 2, "text-anchor": "middle" }, t));
-    parts.push(tag("text", { x: width - right, y: height - 2, "text-anchor": "end" }, "token"));
+    parts.push(tag("text", { x: width - RIGHT, y: height - 2, "text-anchor": "end" }, "token"));
     return { svg, x, y, parts, height, top, bottom, span: x(1) - x(0) };
   }
 
@@ -150,7 +151,7 @@
     const f = frame("masks", 74, 0, 1, []);
     ["policy", "value"].forEach((who, row) => {
       const y = 6 + row * 26;
-      f.parts.push(tag("text", { x: 28, y: y + 15, "text-anchor": "end" }, who));
+      f.parts.push(tag("text", { x: LEFT - 6, y: y + 15, "text-anchor": "end" }, who));
       fates(found).forEach((fate, t) => {
         const [fill, mark] = FATES[fate[row]];
         f.parts.push(tag("rect", { x: f.x(t) + 1, y, width: f.span - 2, height: 22, rx: 3, fill, "data-fate": fate[row],
@@ -214,7 +215,7 @@
   document.querySelectorAll("figure > svg").forEach((svg) => {
     const move = (event) => {
       const box = svg.getBoundingClientRect();
-      const t = ((event.clientX - box.left - 34) / (box.width - 40)) * TOKENS;
+      const t = ((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * TOKENS;
       $("cut").value = Math.min(TOKENS, Math.max(1, Math.round(t)));
       draw();
     };
