@@ -47,8 +47,10 @@ from benchmarks.equal_tokens import (
     read_whole,
     score,
 )
+from benchmarks.paired import verdict
 from benchmarks.workers import run_all
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.comparison import mean_interval
 
 PPO_LR = {"policy.lr": 6e-4}  # what benchmarks/sweep.py found for PPO; 3e-4, the default, is what it found for T-PPO
 ARMS: dict[str, Arm] = {
@@ -89,19 +91,13 @@ COMPARISONS = (
 # -------------------------------------------------------------------------------------------------------------------- statistics
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean, the ends of its 95 % Student-t interval, and the two-sided p; the last three NaN for fewer than two."""
+def p_value(differences: Sequence[float]) -> float:
+    """Two-sided, of Student's t that the mean is 0; NaN for fewer than two."""
     n, middle = len(differences), float(np.mean(differences))
     if n < 2:
-        return middle, math.nan, math.nan, math.nan
+        return math.nan
     error = float(np.std(differences, ddof=1)) / math.sqrt(n)
-    half = float(scipy.stats.t.ppf(0.975, n - 1)) * error
-    p = 2 * float(scipy.stats.t.sf(abs(middle) / error, n - 1)) if error else float(middle == 0)
-    return middle, middle - half, middle + half, p
-
-
-def verdict(low: float, high: float) -> str:
-    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+    return 2 * float(scipy.stats.t.sf(abs(middle) / error, n - 1)) if error else float(middle == 0)
 
 
 def summary(rows: Sequence[Row], budget: int) -> list[Row]:
@@ -125,9 +121,10 @@ def summary(rows: Sequence[Row], budget: int) -> list[Row]:
 
 def compared(pairs: Sequence[tuple[float, float]]) -> Row:
     """The numbers of a summary row, from (arm, base) per seed."""
-    middle, low, high, p = interval([arm - base for arm, base in pairs])
+    differences = [arm - base for arm, base in pairs]
+    middle, low, high = mean_interval(differences)
     numbers = {"arm_mean": mean([a for a, _ in pairs]), "base_mean": mean([b for _, b in pairs]), "mean_difference": middle,
-               "low": low, "high": high, "p": p}  # fmt: skip
+               "low": low, "high": high, "p": p_value(differences)}  # fmt: skip
     return {"n": len(pairs)} | {name: round(x, 4) for name, x in numbers.items()} | {"verdict": verdict(low, high)}
 
 

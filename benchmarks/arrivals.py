@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+
+from benchmarks.paired import geometric, verdict
+from tppo_ref.runs.comparison import mean_interval
 
 Fields = dict[str, Any]
 SHARE, SPAN, GRID = 0.95, 0.2, 600  # of PPO's best; of the budget, for a mean; points over the budget
@@ -72,23 +74,12 @@ def arrival(run: Curve, target: float, budget_s: float) -> Arrival:
     return Arrival(at, *(float(np.interp(at, run.seconds, tokens)) for tokens in (run.generated, run.trained)))
 
 
-def interval(x: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with its 95 % Student-t interval."""
-    n, mean = len(x), float(np.mean(x)) if len(x) else math.nan
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(x, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return mean, mean - half, mean + half
-
-
 def ratio(first: Sequence[float], other: Sequence[float]) -> Fields:
     """first / other seed by seed, where both arrive: geometric mean, interval of logarithms, verdict."""
-    logs = [math.log(a / b) for a, b in zip(first, other, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    value, low, high = (math.exp(x) for x in interval(logs))
-    word = "not all arrive" if len(logs) < len(first) else verdict(math.log(low), math.log(high))
-    return {"value": value, "low": low, "high": high, "reached": len(logs), "verdict": word}
-
-
-def verdict(low: float, high: float) -> str:
-    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+    ratios = [a / b for a, b in zip(first, other, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    value, low, high = geometric(ratios)
+    word = "not all arrive" if len(ratios) < len(first) else verdict(low, high, same=1.0)
+    return {"value": value, "low": low, "high": high, "reached": len(ratios), "verdict": word}
 
 
 def rows_of(runs: Mapping[str, Mapping[int, Curve]], budget_s: float) -> list[Fields]:
@@ -105,7 +96,7 @@ def rows_of(runs: Mapping[str, Mapping[int, Curve]], budget_s: float) -> list[Fi
         if arm == first:
             continue
         if name == "area":
-            value, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
+            value, low, high = mean_interval([a - b for a, b in zip(mine, base, strict=True)])
             rows.append({"arm": arm, "quantity": f"area: {arm} - {first}", "seed": "all", "value": value, "low": low, "high": high,
                          "reached": len(seeds), "verdict": verdict(low, high)})  # fmt: skip
         else:

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from benchmarks.common import RESULTS, provenance, whole_rows
+from benchmarks.paired import verdict
 from sim.lab.instances import Instance, calm_chain, cliff, early_decision, thinking
 from sim.lab.learning import learn, write_csv
 from sim.lab.recorder import Record
 from sim.lab.truth import optimum
+from tppo_ref.runs.comparison import mean_interval
 
 SLOTS, STEPS, MARGIN, PRIMARY = 32, 40, 0.005, 4
 WORLDS: dict[str, Callable[[], Instance]] = {
@@ -79,13 +80,10 @@ def mean(history: Sequence[Record], name: str) -> float:
 
 def contrast(differences: Sequence[float], level: float = 0.95) -> Row:
     """Mean of paired differences, its Student-t interval, the verdict, and how many seeds would decide (0 where it is decided)."""
-    x = np.array(differences)
-    middle, num = float(x.mean()), len(x)
-    half = float(stats.t.ppf((1 + level) / 2, num - 1) * x.std(ddof=1) / math.sqrt(num)) if num > 1 else math.nan
-    low, high = middle - half, middle + half
-    word = "equal" if max(high, -low) <= MARGIN else "better" if low > 0 else "worse" if high < 0 else "undecided"
-    enough = max(abs(middle), MARGIN - abs(middle))  # the half-width at which it would be decided
-    needed = math.ceil(num * (half / enough) ** 2) if word == "undecided" and num > 1 else 0
+    middle, low, high = mean_interval(differences, level)
+    word = "equal" if max(high, -low) <= MARGIN else verdict(low, high)
+    enough, num = max(abs(middle), MARGIN - abs(middle)), len(differences)  # the half-width at which it would be decided
+    needed = math.ceil(num * ((high - middle) / enough) ** 2) if word == "undecided" and num > 1 else 0
     return {"n": num, "difference": middle, "low": low, "high": high, "verdict": word, "seeds_needed": needed}
 
 

@@ -38,10 +38,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.arrivals import Curve, Fields, area, curve, interval, rows_of, token_area, verdict
+from benchmarks.arrivals import Curve, Fields, area, curve, rows_of, token_area
 from benchmarks.common import RESULTS, report, whole_rows
 from benchmarks.equal_tokens import SHARED, prepare, quiet
+from benchmarks.paired import verdict
 from tppo_ref.runs.build import build, make_task
+from tppo_ref.runs.comparison import mean_interval
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
@@ -235,7 +237,7 @@ def choice(runs: Runs) -> list[Fields]:
     rows = []
     for score, task, arm in itertools.product(("seconds", "tokens"), (*CHOICE_S, "all"), CANDIDATES):
         mine, base = (areas(score, a, CHOICE_S if task == "all" else (task,)) for a in (arm, "tppo"))
-        difference, low, high = interval([a - b for a, b in zip(mine, base, strict=True)])
+        difference, low, high = mean_interval([a - b for a, b in zip(mine, base, strict=True)])
         rows.append({"score": score, "task": task, "candidate": arm, "seeds": len(seeds), "area": float(np.mean(mine)),
                      "difference": difference, "low": low, "high": high,
                      "verdict": "the reference" if arm == "tppo" else verdict(low, high)})  # fmt: skip

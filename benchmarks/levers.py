@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from benchmarks import fair_headline, lever_learning
 from benchmarks.common import RESULTS, report
 from benchmarks.equal_tokens import SHARED, prepare, quiet, read_whole
 from benchmarks.fair_headline import small_critic
+from benchmarks.paired import geometric
 from tppo_ref.runs.build import build
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
@@ -75,15 +74,9 @@ def measure(task: str, rounds: int, cache: str) -> list[dict[str, Any]]:
     return [
         {"lever": name, "task": task, "rounds": rounds, "us_per_token": round(1e6 * float(np.mean([r["step"] for r in rows])), 1)}
         | {f"{p}_us": round(1e6 * float(np.mean([r[p] for r in rows])), 1) for p in PHASES}
-        | {key: round(x, 4) for key, x in gain(base / np.array([r["step"] for r in rows])).items()}
+        | dict(zip(("gain", "low", "high"), (round(x, 4) for x in geometric(base / [r["step"] for r in rows])), strict=True))
         for name, rows in seconds.items()
     ]  # fmt: skip
-
-
-def gain(ratios: np.ndarray) -> dict[str, float]:
-    logs = np.log(ratios)
-    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    return {key: math.exp(logs.mean() + x) for key, x in (("gain", 0.0), ("low", -half), ("high", half))}
 
 
 def rows_of(name: str) -> list[dict[str, str]]:

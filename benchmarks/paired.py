@@ -1,4 +1,4 @@
-"""A method against PPO on the same seeds, from a headline's summary.csv: ratios, seed by seed, and their geometric mean."""
+"""A method against another on the same seeds: geometric means of ratios, verdicts; ratios to PPO from a headline's summary.csv."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+
+from tppo_ref.runs.comparison import Estimate, mean_interval
 
 Summary = Sequence[Mapping[str, str]]
 
@@ -24,11 +25,14 @@ def tokens_to_target(summary: Summary, method: str, *, generated: bool) -> list[
     return list(needed[method] / needed["ppo"])
 
 
-def geometric(ratios: Iterable[float]) -> tuple[float, float, float]:
+def geometric(ratios: Iterable[float]) -> Estimate:
     """Geometric mean of positive, finite ratios, and the 95 % Student-t interval of the mean logarithm."""
-    x = np.log(list(ratios))
-    half = float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return math.exp(x.mean()), math.exp(x.mean() - half), math.exp(x.mean() + half)
+    return Estimate(*map(math.exp, mean_interval(np.log(list(ratios)))))
+
+
+def verdict(low: float, high: float, same: float = 0.0) -> str:
+    """Of an interval, where larger is better than `same`; undecided where it has no ends."""
+    return "better" if low > same else "worse" if high < same else "undecided"
 
 
 PAIRED: dict[str, Callable[[Summary, str], list[float]]] = {

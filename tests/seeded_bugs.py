@@ -316,7 +316,7 @@ BUGS = [
         "    means = run.accuracy\n",
         "test_report.py::test_target_and_crossings_are_those_worked_out_by_hand"),
     Bug("the interval is of one standard error", "tppo_ref/runs/comparison.py",
-        "scipy.stats.t.ppf(0.975, n - 1) * x.std",
+        "scipy.stats.t.ppf((1 + level) / 2, n - 1) * x.std",
         "1.0 * x.std",
         "test_report.py::test_mean_interval_is_students"),
     Bug("a speed-up upside down", "tppo_ref/runs/comparison.py",

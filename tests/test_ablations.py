@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from benchmarks import ablations, equal_tokens, workers
 from benchmarks.ablations import ARMS, COMPARISONS
 from benchmarks.equal_tokens import COLUMNS, NUM_MARKS, Job, Score
+from benchmarks.paired import verdict
 from tppo_ref.method.errors import UserError
+from tppo_ref.runs.comparison import mean_interval
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import field_paths, get_field
 
@@ -250,17 +252,18 @@ def test_a_worker_answers_a_job_that_cannot_run_with_the_reason_and_goes_on():
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=9))
 def test_the_interval_is_scipys(differences):
-    middle, low, high, p = ablations.interval(differences)
+    middle, low, high = mean_interval(differences)
     assert middle == pytest.approx(np.mean(differences))
     if len(set(differences)) > 1:
         test = scipy.stats.ttest_1samp(differences, 0.0)
         between = test.confidence_interval(0.95)
-        assert (low, high, p) == pytest.approx((between.low, between.high, test.pvalue), rel=1e-6, abs=1e-9)
+        found = low, high, ablations.p_value(differences)
+        assert found == pytest.approx((between.low, between.high, test.pvalue), rel=1e-6, abs=1e-9)
 
 
 def test_the_interval_of_a_worked_example():
     # Mean 2, standard deviation 1, standard error 1/sqrt(3), t(2, 0.975) = 4.3027.
-    middle, low, high, _ = ablations.interval([1.0, 2.0, 3.0])
+    middle, low, high = mean_interval([1.0, 2.0, 3.0])
     assert (middle, low, high) == pytest.approx((2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
 
 
@@ -270,8 +273,8 @@ def test_the_interval_of_a_worked_example():
      ([0.1, 0.11, 0.12], "better"), ([-0.1, -0.11, -0.12], "worse")],
 )  # fmt: skip
 def test_a_verdict_needs_two_seeds_and_an_interval_without_zero(differences, expected):
-    _, low, high, _ = ablations.interval(differences)
-    assert ablations.verdict(low, high) == expected
+    _, low, high = mean_interval(differences)
+    assert verdict(low, high) == expected
 
 
 def test_the_score_of_a_worked_example():

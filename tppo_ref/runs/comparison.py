@@ -195,11 +195,12 @@ def compare_runs(runs: Mapping[str, Sequence[Run]], share: float) -> Comparison:
     return Comparison(runs=runs, share=share, target=target, void=void, crossings=crossings)
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean with a 95 % Student-t interval."""
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
+    """Mean with its Student-t interval; NaN of nothing."""
     x, n = np.asarray(values, dtype=float), len(values)
-    half = float(scipy.stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return Estimate(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
+    mean = float(x.mean()) if n else math.nan
+    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1) * x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return Estimate(mean, mean - half, mean + half)
 
 
 def median_interval(values: Sequence[float]) -> Estimate:
