@@ -12,22 +12,21 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.forked import Forked, leave_with
 from benchmarks.kill_plans import InProcessScorer, Places, Plan, plant, strike
 from scale import build, checkpoint, launch, run, shutdown
 from scale.config import ScaleConfig
 from scale.distributed import Collective
+from scale.network import ranks_here
 from tppo_ref.loop.learner import Learner
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.torch_engine import TorchEngine
@@ -127,61 +126,6 @@ def family(work: Path, ranks: int) -> dict[str, int]:
     return {name: int(process) for name, process in found.items()}
 
 
-class Forked:
-    """What the launcher needs of subprocess.Popen, by a fork of what has been imported instead of a new program."""
-
-    def __init__(self, name: str, work: Path, begin: Callable[[], int], env: Mapping[str, str]):
-        read, write = os.pipe()
-        sys.stdout.flush()
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid:
-            os.close(read)
-            self.stdin = os.fdopen(write, "wb")  # for as long as the launcher lives
-            with (work / "family").open("a") as file:
-                print(f"{name}: {self.pid}", file=file)
-            return
-        subprocess.Popen = REAL_POPEN  # type: ignore[misc]
-        os.setsid()
-        os.dup2(read, 0)
-        os.closerange(3, 256)  # nobody else holds the launcher's end
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.clear()
-        os.environ.update(env)
-        leave_with(begin)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def leave_with(begin: Callable[[], int]) -> NoReturn:
-    """End this process with what `begin` returns."""
-    code = 1
-    try:
-        code = begin()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
 def job(config: ScaleConfig, plan: RankPlan, work: Path, said: int, *, real_verifier: bool, struck: bool) -> int:
     """Fork a launcher, which forks its ranks; its id."""
     if child := os.fork():
@@ -200,7 +144,16 @@ def job(config: ScaleConfig, plan: RankPlan, work: Path, said: int, *, real_veri
         return launch.main([])
 
     def start(command: Sequence[str], env: Mapping[str, str], **_: Any) -> Forked:
-        return Forked(f"rank {env['RANK']}", work, lambda: begin(int(env["RANK"])), env)
+        def rank() -> int:
+            subprocess.Popen = REAL_POPEN  # type: ignore[misc]
+            os.environ.clear()
+            os.environ.update(env)
+            return begin(int(env["RANK"]))
+
+        forked = Forked(rank)
+        with (work / "family").open("a") as file:
+            print(f"rank {env['RANK']}: {forked.pid}", file=file)
+        return forked
 
     subprocess.Popen = start  # type: ignore[misc, assignment]
     leave_with((lambda: launch.main([])) if plan.launcher else (lambda: unwatched(plan.ranks, start)))
@@ -208,21 +161,9 @@ def job(config: ScaleConfig, plan: RankPlan, work: Path, said: int, *, real_veri
 
 def unwatched(ranks: int, start: Any) -> int:
     """Ranks that nobody looks after; the first exit code of those that left by themselves."""
-    address = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    processes = [start([], os.environ | address | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+    processes = [start([], os.environ | rank) for rank in ranks_here(ranks)]
     codes = [process.wait() for process in processes]
     return next((code for code in codes if code > 0), int(any(codes)))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 # --------------------------------------------------------------------------------------------------------------- outside of it

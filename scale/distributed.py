@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import functools
 import os
-import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from scale.network import check_interfaces, first_word, join
+from scale.network import check_interfaces, first_word, join, ranks_here
 from tppo_ref.loop.parallel import Thing, clip_gradients
 from tppo_ref.method.errors import UserError
 
@@ -86,10 +85,7 @@ def start(*, tensor_parallel: int = 1, context_parallel: int = 1, device: str = 
     not reach each other (network.py).
     """
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(ranks_here(1)[0])
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if tensor_parallel < 1 or world % tensor_parallel:
         raise UserError(f"engine.tensor_parallel: got {tensor_parallel}; expected a divisor of the {world} ranks; give one")

@@ -78,20 +78,12 @@ def start_workers(argv: Sequence[str], config: object) -> int:
 
     The first failure's exit code is the job's. Workers hold the other end of a pipe: should this process be killed, they leave too.
     """
-    import socket
-
+    from scale.network import ranks_here
     from scale.shutdown import REMEDY
 
-    world = config.cluster.devices_per_node  # type: ignore[attr-defined]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     workers = []
-    for rank in range(world):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TPPO_PARENT_PIPE": "1", "PYTHONUNBUFFERED": "1",
-        }  # fmt: skip
+    for rank in ranks_here(config.cluster.devices_per_node):  # type: ignore[attr-defined]
+        environment = os.environ | rank | {"TPPO_PARENT_PIPE": "1", "PYTHONUNBUFFERED": "1"}
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that goes would make the others print pages of C++ frames
         environment.setdefault("OMP_NUM_THREADS", str(config.algo.run.threads))  # type: ignore[attr-defined]
         workers.append(subprocess.Popen([sys.executable, str(HERE / "launch.py"), *argv], env=environment, stdin=subprocess.PIPE,

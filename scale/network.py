@@ -11,8 +11,6 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
 from tppo_ref.method.errors import UserError, refusal
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
@@ -38,6 +36,15 @@ def check_interfaces(
     if several and not gloo and (address := (own_address or _own_address)()).startswith("127."):
         got = f"nothing, and {socket.gethostname()} stands for {address}, which other machines cannot reach"
         raise UserError(refusal(GLOO, got, choice, f"export {GLOO}=NAME on every machine"))
+
+
+def ranks_here(world: int) -> list[dict[str, str]]:
+    """What torchrun says to each rank of a job that has this machine alone: environment variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in range(world)]  # fmt: skip
 
 
 def _nccl_takes(setting: str, name: str) -> bool:
@@ -78,6 +85,8 @@ def join(init: Callable[[], None], first_word: Callable[[], None]) -> None:
 
 def first_word(devices: Sequence[str]) -> None:
     """One number over each network: a group that was made may still not carry anything."""
+    import torch
+
     for device in devices:
         word = torch.ones((), device=device)
         torch.distributed.all_reduce(word)

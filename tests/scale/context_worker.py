@@ -196,9 +196,3 @@ def main(out: Path, context_parallel: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
-    import os
-
-    from scale.shutdown import wait_for_all_ranks
-
-    wait_for_all_ranks()
-    os._exit(0)

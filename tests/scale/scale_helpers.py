@@ -10,7 +10,6 @@ import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,14 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
 from benchmarks import planted
+from benchmarks.forked import Forked
+from scale.network import ranks_here
 from tppo_ref.runs.checkpoint import complete_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,16 +146,11 @@ def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: 
 
     The ranks are forks of a process that has imported torch and transformers, none of ours: importing costs more than most of them do.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         said = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world)]
         children = []
-        for rank in range(world):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-            child = fork_server().Process(target=_rank, args=(script, list(arguments), environment(**ranks), said[rank]))
+        for variables, own in zip(ranks_here(world), said, strict=True):
+            child = fork_server().Process(target=_worker, args=(script, list(arguments), environment(**variables), own))
             child.start()
             children.append(child)
         end = time.monotonic() + timeout_s
@@ -168,6 +164,16 @@ def run_ranks(script: Path, world: int, arguments: Sequence[str], *, timeout_s: 
         assert not failed, "\n".join(failed)
         assert None not in codes, f"of ranks {[r for r, code in enumerate(codes) if code is None]} none ended within {timeout_s} s"
         return said[0][0].read_text()
+
+
+def _worker(script: Path, arguments: list[str], variables: dict[str, str], said: tuple[Path, Path]) -> None:
+    """A rank that leaves when all are through: one that is early would take its connections away from the others."""
+    _rank(script, arguments, variables, said)
+    from scale.shutdown import wait_for_all_ranks
+
+    wait_for_all_ranks()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _rank(script: Path, arguments: list[str], variables: dict[str, str], said: tuple[Path, Path]) -> None:
@@ -217,60 +223,13 @@ def _launcher(arguments: list[str], variables: dict[str, str], said: tuple[Path,
     def start(command: Sequence[str], **options: Any) -> Any:
         if str(LAUNCH) not in command:
             return plain(command, **options)
-        rank = ForkedRank(command, options["env"])
+        rank = Forked(lambda: _as_a_script(Path(command[1]), command[2:], options["env"]))
         with pids.open("a") as file:
             print(rank.pid, file=file)
         return rank
 
     subprocess.Popen = start  # type: ignore[assignment, misc]
     _rank(LAUNCH, arguments, variables, said)
-
-
-class ForkedRank:
-    """What launch.py asks of subprocess.Popen, of a rank that is a fork: its own session, and a pipe to its parent as stdin."""
-
-    pipes: ClassVar[list[int]] = []
-
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str]):
-        read, write = os.pipe()
-        self.pipes.append(write)
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                os.dup2(read, 0)
-                for end in (read, *self.pipes):  # else this rank itself would hold open what tells that its parent is gone
-                    os.close(end)
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-                _as_a_script(Path(command[1]), command[2:], variables)
-            except SystemExit as left:
-                code = int(left.code or 0)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        os.close(read)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        return self.returncode or 0
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:

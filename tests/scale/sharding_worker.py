@@ -184,9 +184,3 @@ def main(folder, out):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    import os
-
-    from scale.shutdown import wait_for_all_ranks
-
-    wait_for_all_ranks()
-    os._exit(0)
