@@ -52,19 +52,16 @@ def context_of(world: World) -> Context:
     return Context(group_of_ranks(together, world), world.rank % size, size)
 
 
-def check_heads(model: str, num_heads: int, num_kv_heads: int, parts: int) -> None:
-    """UserError where a model's heads cannot be dealt to the ranks of a context group. Key heads that are fewer are repeated.
+def check_heads(field: str, model: str, num_heads: int, num_kv_heads: int, parts: int) -> None:
+    """UserError where a model's heads cannot be dealt to so many ranks. Key heads that are fewer are repeated.
 
+    field   that says how many ranks
     model   "policy" or "value model"
     """
-
-    def fits(n: int) -> bool:
-        return num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
-
-    if not fits(parts):
-        fitting = ", ".join(str(n) for n in range(1, num_heads + 1) if fits(n))
-        expected = f"one of {fitting}, to which the {model}'s {num_heads} heads and {num_kv_heads} key-value heads can be dealt"
-        raise UserError(refusal("sharding.context_parallel", str(parts), expected))
+    fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)]
+    if parts not in fitting:
+        whose = f"to which the {model}'s {num_heads} heads and {num_kv_heads} key-value heads can be dealt"
+        raise UserError(refusal(field, str(parts), f"one of {', '.join(map(str, fitting))}, {whose}"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- the models
@@ -74,7 +71,8 @@ def share_rows(model: PolicyModel | ValueModel, context: Context) -> None:
     """From here on each call of `model` is one of all ranks of the group, with the same rows, and gives all of them the same."""
     config = model.hf.config
     kind = "policy" if isinstance(model, PolicyModel) else "value model"
-    check_heads(kind, config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads), context.parts)
+    num_kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    check_heads("sharding.context_parallel", kind, config.num_attention_heads, num_kv_heads, context.parts)
     whole = model.packed
     model.__dict__["packed"] = lambda batch: part_of(whole(batch), context)
 

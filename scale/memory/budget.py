@@ -292,12 +292,8 @@ def check_cuts(config: ScaleConfig, shape: Shape) -> None:
     split, sharing = config.engine.tensor_parallel, config.sharding.context_parallel
     if sharing > 1:
         for model, its in (("policy", shape), ("value model", shapes(config)[1])):
-            check_heads(model, its.num_heads, its.num_kv_heads, sharing)
-    if shape.num_heads % split or (shape.num_kv_heads % split and split % shape.num_kv_heads):
-        fitting = [n for n in range(1, shape.num_heads + 1)
-                   if shape.num_heads % n == 0 and (shape.num_kv_heads % n == 0 or n % shape.num_kv_heads == 0)]  # fmt: skip
-        raise UserError(f"engine.tensor_parallel: got {split}; expected one of {', '.join(map(str, fitting))}, into which "
-                        f"{shape.num_heads} heads and {shape.num_kv_heads} key-value heads can be cut")  # fmt: skip
+            check_heads("sharding.context_parallel", model, its.num_heads, its.num_kv_heads, sharing)
+    check_heads("engine.tensor_parallel", "policy", shape.num_heads, shape.num_kv_heads, split)
     if split > config.cluster.devices_per_node:
         raise UserError(f"engine.tensor_parallel: got {split}; expected at most cluster.devices_per_node "
                         f"({config.cluster.devices_per_node}), as an engine stays on a machine")  # fmt: skip

@@ -128,7 +128,7 @@ WRONG = [
     ),
     (
         ["--engine.tensor_parallel", "16"],
-        "engine.tensor_parallel: got 16; expected one of 1, 2, 4, 8, 40, into which 40 heads and 8 key-value heads can be cut",
+        "engine.tensor_parallel: got 16; expected one of 1, 2, 4, 8, 40, to which the policy's 40 heads and 8 key-value heads can be dealt",
     ),
     (
         ["--engine.tensor_parallel", "8", "--cluster.devices_per_node", "4"],

@@ -170,13 +170,13 @@ def test_value_pretraining_by_two_ranks_that_share_rows_is_one_ranks(model, prob
 
 @pytest.mark.parametrize(("heads", "key_heads", "sharing"), [(40, 8, 4), (40, 8, 40), (40, 8, 8), (4, 2, 4), (6, 3, 3), (8, 1, 2)])
 def test_heads_that_can_be_dealt(heads, key_heads, sharing):
-    check_heads("policy", heads, key_heads, sharing)
+    check_heads("sharding.context_parallel", "policy", heads, key_heads, sharing)
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "sharing"), [(40, 8, 3), (40, 8, 16), (40, 8, 20), (6, 3, 2), (12, 4, 6)])
 def test_heads_that_cannot_be_dealt_are_refused_with_what_could_be(heads, key_heads, sharing):
     with pytest.raises(UserError, match=rf"^sharding.context_parallel: got {sharing}; expected one of 1, .* {heads} heads"):
-        check_heads("policy", heads, key_heads, sharing)
+        check_heads("sharding.context_parallel", "policy", heads, key_heads, sharing)
 
 
 def test_ranks_that_share_rows_share_an_engine():
