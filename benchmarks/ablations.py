@@ -20,36 +20,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 
+from benchmarks import workers
 from benchmarks.common import RESULTS, report
-from benchmarks.equal_tokens import (
-    BUDGET,
-    KEY,
-    NUM_MARKS,
-    SHARED,
-    TASKS,
-    Arm,
-    Job,
-    Row,
-    Score,
-    keep_whole,
-    mean,
-    prepare,
-    quiet,
-    read_whole,
-    score,
-)
+from benchmarks.equal_tokens import KEY, SHARED, TASKS, Arm, Row, Score, Wanted, mean, plan, score
 from benchmarks.paired import verdict
-from benchmarks.workers import run_all
-from tppo_ref.method.errors import UserError
 from tppo_ref.runs.comparison import mean_interval
 
 PPO_LR = {"policy.lr": 6e-4}  # what benchmarks/sweep.py found for PPO; 3e-4, the default, is what it found for T-PPO
@@ -132,64 +113,30 @@ def compared(pairs: Sequence[tuple[float, float]]) -> Row:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this less 1; 0 only makes the summary")
-    parser.add_argument("--budget", type=int, default=BUDGET, help="generated tokens of a run")
-    parser.add_argument("--eval-prompts", type=int, default=256)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two CSV")
-    arguments = parser.parse_args(argv)
-    for name, least in (("seeds", 0), ("budget", NUM_MARKS), ("eval_prompts", 1), ("jobs", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: expected an integer of at least {least}, got {getattr(arguments, name)}")
-    return arguments
+    options = workers.parser(__doc__, seeds=5, out=RESULTS)
+    options.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
+    options.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    return workers.parsed(options, argv)
 
 
-def plan(arguments: argparse.Namespace, rows: Sequence[Row]) -> list[Job]:
-    """The runs that are not there yet, seeds outermost. A run that is there with other settings is a UserError."""
-    settings = {tuple(row[name] for name in KEY): row["settings"] for row in rows}
-    keys = list(itertools.product(range(arguments.seeds), arguments.arms, arguments.tasks))
-    missing = {task for seed, arm, task in keys if (task, arm, seed, arguments.budget) not in settings}
+def wanted(arguments: argparse.Namespace) -> list[Wanted]:
+    """All runs, seeds outermost."""
     shared = {"run.cache": arguments.cache, "run.eval_prompts": arguments.eval_prompts, **SHARED}
-    prepared = {task: prepare(task, shared) for task in arguments.tasks if task in missing}
-    waiting = []
-    for seed, arm, task in keys:
-        if task not in prepared:
-            continue
-        fields, start = prepared[task]
-        job = Job(task=task, arm=arm, what=ARMS[arm], seed=seed, budget_tokens=arguments.budget, fields=fields, start=start)
-        if job.key not in settings:
-            waiting.append(job)
-        elif settings[job.key] != job.settings():
-            raise UserError(f"--out: {task} {arm} seed {seed} is there with other settings; choose another, or remove its rows")
-    return waiting
+    keys = itertools.product(range(arguments.seeds), arguments.arms, arguments.tasks)
+    return [Wanted(task, arm, ARMS[arm], seed, shared) for seed, arm, task in keys]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 runs failed, 2 a user's mistake, 130 Ctrl-C."""
+    """The two CSV go to the folder --out; exit codes as workers.command says."""
     arguments = parse_arguments(argv)
-    quiet()
-    path = arguments.out / "ablations.csv"
-    try:
-        jobs = plan(arguments, keep_whole(path))
-        failed = run_all(jobs, path, arguments.jobs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"stopped; whole runs are in {path}, and the same command goes on with the others", file=sys.stderr)
-        return 130
-    if table := summary(read_whole(path)[0], arguments.budget):
-        report("ablations_summary", table, arguments.out / "ablations_summary.csv")
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
-    print(f"{len(jobs) - len(failed)} runs made, {len(failed)} failed; runs are in {path}")
-    return 1 if failed else 0
+
+    def show(rows: list[Row]) -> None:
+        if table := summary(rows, arguments.budget):
+            report("ablations_summary", table, arguments.out / "ablations_summary.csv")
+
+    return workers.command(lambda rows: plan(wanted(arguments), arguments.budget, rows), arguments.out / "ablations.csv",
+                           arguments.jobs, show)  # fmt: skip
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops as Ctrl-C does: no worker is left behind
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 Job         a run: task, arm, seed, budget in generated tokens, so a busy machine makes it later, not different
 prepare     base model and pre-trained critic that all runs of a task start from, made once and cached
+plan        the jobs whose runs are not there yet
 run_one     the run's rows: an evaluation at the start and after each third of the budget
 append, read_whole, keep_whole    a CSV to which whole runs are added; what a kill left half is taken out
 Score       area: mean accuracy over the tokens from 0 to the budget; final: mean accuracy at the last two of three marks.
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.sinks import read_metrics
@@ -149,6 +150,39 @@ def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], 
         return fields, read_metrics(Path(out) / "metrics.jsonl")[-1]
 
 
+class Wanted(NamedTuple):
+    """A run that is asked for; `fields` are those of all that begin with the same models, but for the models."""
+
+    task: str
+    arm: str
+    what: Arm
+    seed: int
+    fields: Mapping[str, Any]
+
+
+def plan(wanted: Sequence[Wanted], budget_tokens: int, rows: Sequence[Row]) -> list[Job]:
+    """The runs that are not in `rows`, in their order. A run that is there with other settings is a UserError; where nothing is
+    missing, nothing is prepared or looked at."""
+    settings = {tuple(row[name] for name in KEY): row["settings"] for row in rows}
+    missing = [w for w in wanted if (w.task, w.arm, w.seed, budget_tokens) not in settings]
+    prepared = {_models(w): prepare(w.task, w.fields) for w in {_models(w): w for w in missing}.values()}
+    jobs = []
+    for w in (w for w in wanted if _models(w) in prepared):
+        fields, start = prepared[_models(w)]
+        job = Job(task=w.task, arm=w.arm, what=w.what, seed=w.seed, budget_tokens=budget_tokens, fields=fields, start=start)
+        if job.key not in settings:
+            jobs.append(job)
+        elif settings[job.key] != job.settings():
+            had = f"runs of which {w.task} {w.arm} seed {w.seed} is there with other settings"
+            raise UserError(refusal("--out", had, "those of this command", "choose another, or remove its rows"))
+    return jobs
+
+
+def _models(wanted: Wanted) -> tuple[Any, ...]:
+    """Equal for runs that begin with the same models."""
+    return wanted.task, *sorted(wanted.fields.items())
+
+
 def quiet() -> None:
     """No bar of transformers' own for each file that it reads or writes."""
     import transformers
@@ -159,12 +193,12 @@ def quiet() -> None:
 # ------------------------------------------------------------------------------------------------------------------- the table
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Add a run's rows in one write; a new file gets its header first."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
@@ -177,7 +211,7 @@ def read_whole(path: Path) -> tuple[list[Row], int]:
     text = path.read_text()
     header, *lines = list(csv.reader(text.splitlines())) or [[]]
     if tuple(header) != COLUMNS:
-        raise UserError(f"{path}: expected the columns {', '.join(COLUMNS)}; found others: choose another --out")
+        raise UserError(refusal("--out", f"{path} with others", f"the columns {', '.join(COLUMNS)}", "choose another"))
     runs: dict[tuple[Any, ...], list[Row]] = {}
     for line in lines if text.endswith("\n") else lines[:-1]:
         with contextlib.suppress(ValueError):

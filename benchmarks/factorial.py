@@ -13,20 +13,17 @@ Writes results/factorial.csv or factorial-new-tasks.csv, a row per evaluation.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import workers
 from benchmarks.common import RESULTS
 from benchmarks.critic_batches import contrast
-from benchmarks.equal_tokens import BUDGET, KEY, NUM_MARKS, SHARED, Arm, Job, Row, keep_whole, prepare, quiet, read_whole, score
-from benchmarks.workers import run_all
+from benchmarks.equal_tokens import KEY, SHARED, Arm, Job, Row, Wanted, plan, score
 
 TASKS, NEW_TASKS = ("chain", "fork"), ("maze", "brackets")
 STUDIES = {TASKS: "factorial.csv", NEW_TASKS: "factorial-new-tasks.csv"}  # tasks of a plan -> its table
@@ -83,65 +80,34 @@ def table(rows: Sequence[Row], wanted: int = SEEDS, tasks: Sequence[str] = TASKS
     return out
 
 
-def plan(arguments: argparse.Namespace, rows: Sequence[Row]) -> list[Job]:
-    """The runs that are not there yet, seeds outermost."""
-    there = {tuple(row[k] for k in KEY) for row in rows}
-    keys = [
-        k
-        for k in itertools.product(range(arguments.seeds), CELLS, arguments.tasks)
-        if (k[2], name(k[1]), k[0], arguments.budget) not in there
-    ]
-    shared = {"run.cache": arguments.cache, "run.eval_prompts": 256, "run.eval_samples": 4, **SHARED}
-    needed = sorted({(task, cell[1]) for _, cell, task in keys})
-    prepared = {(task, critic): prepare(task, shared | {"value.pretrain_responses": CRITICS[critic]}) for task, critic in needed}
-    jobs = []
-    for seed, cell, task in keys:
-        fields, start = prepared[task, cell[1]]
-        jobs.append(
-            Job(task=task, arm=name(cell), what=arm(cell), seed=seed, budget_tokens=arguments.budget, fields=fields, start=start)
-        )
-    return jobs
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 runs failed, 2 a user's mistake, 130 Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 0 to this less 1; 0 only prints")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="of one study: chain fork, or maze brackets")
-    parser.add_argument("--budget", type=int, default=BUDGET, help="generated tokens of a run")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
-    parser.add_argument("--out", type=Path, help="default: the study's own table")
-    arguments = parser.parse_args(argv)
-    arguments.tasks = tuple(arguments.tasks)
-    if arguments.tasks not in STUDIES:  # contrasts are means over all tasks of a plan
-        parser.error(f"--tasks: got {' '.join(arguments.tasks)}; expected {' or '.join(map(' '.join, STUDIES))}")
-    arguments.out = arguments.out or RESULTS / STUDIES[arguments.tasks]
-    for field, least in (("seeds", 0), ("budget", NUM_MARKS), ("jobs", 1)):
-        if getattr(arguments, field) < least:
-            parser.error(f"--{field}: got {getattr(arguments, field)}; expected an integer of at least {least}")
-    quiet()
-    rows, failed = keep_whole(arguments.out), list[str]()
-    try:
-        jobs = plan(arguments, rows)
+    """Exit codes as workers.command says."""
+    options = workers.parser(__doc__, seeds=SEEDS, out=None)
+    options.add_argument("--tasks", nargs="+", default=TASKS, help="of one study: chain fork, or maze brackets")
+    arguments = workers.parsed(options, argv)
+    if (tasks := tuple(arguments.tasks)) not in STUDIES:  # contrasts are means over all tasks of a plan
+        options.error(f"--tasks: got {' '.join(tasks)}; expected {' or '.join(map(' '.join, STUDIES))}")
+    shared = {"run.cache": arguments.cache, "run.eval_prompts": arguments.eval_prompts, "run.eval_samples": 4, **SHARED}
+    wanted = [
+        Wanted(task, name(cell), arm(cell), seed, shared | {"value.pretrain_responses": CRITICS[cell[1]]})
+        for seed, cell, task in itertools.product(range(arguments.seeds), CELLS, tasks)
+    ]
+
+    def missing(rows: list[Row]) -> list[Job]:
+        jobs = plan(wanted, arguments.budget, rows)
         if per_run := [row["cpu_s"] for row in rows if row["final"]]:
             hours = len(jobs) * float(np.mean(per_run)) / 3600
             print(f"{len(jobs)} runs to make, {np.mean(per_run):.0f} s of CPU each so far: {hours:.1f} CPU-hours", flush=True)
-        failed = run_all(jobs, arguments.out, arguments.jobs)
-    except KeyboardInterrupt:
-        print(f"stopped; whole runs are in {arguments.out}, and the same command goes on with the others", file=sys.stderr)
-        return 130
-    rows = [row for row in read_whole(arguments.out)[0] if row["budget_tokens"] == arguments.budget]
-    for r in table(rows, tasks=arguments.tasks):
-        more = f", {r['seeds_needed']} seeds would decide" if r["verdict"] == "undecided" else ""
-        print(
-            f"{r['contrast']:<40}{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]  {r['verdict']}, {r['n']} seeds{more}"
-        )
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if failed else 0
+        return jobs
+
+    def show(rows: list[Row]) -> None:
+        for r in table([row for row in rows if row["budget_tokens"] == arguments.budget], tasks=tasks):
+            more = f", {r['seeds_needed']} seeds would decide" if r["verdict"] == "undecided" else ""
+            print(f"{r['contrast']:<40}{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]  {r['verdict']}, {r['n']} "
+                  f"seeds{more}")  # fmt: skip
+
+    return workers.command(missing, arguments.out or RESULTS / STUDIES[tasks], arguments.jobs, show)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops as Ctrl-C does: no worker is left behind
     sys.exit(main())

@@ -40,11 +40,13 @@ import torch
 
 from benchmarks.arrivals import Curve, Fields, area, curve, rows_of, token_area
 from benchmarks.common import RESULTS, report, whole_rows
-from benchmarks.equal_tokens import SHARED, prepare, quiet
+from benchmarks.equal_tokens import SHARED, append, prepare, quiet
 from benchmarks.paired import verdict
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.build import build, make_task
 from tppo_ref.runs.comparison import mean_interval
 from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.exits import exit_code
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
@@ -164,7 +166,7 @@ class Book:
             if job.task not in self.prepared:
                 self.prepared[job.task] = self.prepare(job.task)
             rows = measure(job, *self.prepared[job.task])
-            self.add(rows)
+            append(self.path, rows, list(rows[0]))
             self.curves[job] = curve(rows)
             print(
                 f"{job.stage} {job.task} {job.arm} seed {job.seed}: area {area(self.curves[job], job.budget_s):.4f} {job.cell}",
@@ -180,14 +182,6 @@ class Book:
             "full": fields.pop("model.value"),
             "small": small_critic(task, Path(self.cache) / f"small-{task}", self.cache),
         }
-
-    def add(self, rows: Sequence[Fields]) -> None:
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
 
 
 def small_critic(task: str, out: Path, cache: str = "runs/cache") -> str:
@@ -223,6 +217,8 @@ def choice(runs: Runs) -> list[Fields]:
         with contextlib.suppress(KeyError):
             curves[job.arm, job.task, job.seed] = runs(job)
     seeds = [s for s in CHOICE_SEEDS if all((arm, task, s) in curves for arm in CANDIDATES for task in CHOICE_S)]
+    if not seeds:
+        raise UserError(refusal("--results", "no whole seed of the candidates", "at least one", "run with --choose first"))
     tokens = {(t, s): min(curves[arm, t, s].generated[-1] for arm in CANDIDATES) for t in CHOICE_S for s in seeds}
 
     def areas(score: str, arm: str, of: Sequence[str]) -> list[float]:
@@ -251,13 +247,18 @@ def chosen(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def headline(task: str, levers: Mapping[str, Fields], seeds: Sequence[int], runs: Runs) -> list[Fields]:
-    """Tune each arm, then measure it; seeds outermost. Seeds that lack an arm's run are left out."""
-    cells = {arm: json.dumps(tune(task, arm, own, runs)) for arm, own in levers.items()}
+    """Tune each arm, then measure it; seeds outermost. Seeds that lack an arm's run are left out; UserError where not two stay."""
+    try:
+        cells = {arm: json.dumps(tune(task, arm, own, runs)) for arm, own in levers.items()}
+    except KeyError:
+        raise UserError(refusal("--task", f"{task}, which is not tuned", "one that is", "leave --report out")) from None
     curves: dict[str, dict[int, Curve]] = {arm: {} for arm in cells}
     for seed, (arm, cell) in itertools.product(seeds, cells.items()):
         with contextlib.suppress(KeyError):
             curves[arm][seed] = runs(Job("headline", task, arm, cell, seed, BUDGETS_S[task]))
     whole = [seed for seed in seeds if all(seed in own for own in curves.values())]
+    if len(whole) < 2:
+        raise UserError(refusal("--task", f"{task} with {len(whole)} whole seeds", "at least 2", "give more --seeds"))
     rows = rows_of({arm: {seed: own[seed] for seed in whole} for arm, own in curves.items()}, BUDGETS_S[task])
     return [{"task": task} | row | {"cell": cells[row["arm"]]} for row in rows]
 
@@ -304,6 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
+    return exit_code(lambda: make(arguments))
+
+
+def make(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     quiet()
     runs = Book(arguments.results / "fair-headline-runs.csv", None if arguments.report else arguments.cache)
@@ -313,7 +318,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for task in arguments.task:
         rows = headline(task, levers, range(arguments.seeds), runs)
         report(f"fair-headline-{task}", rows, arguments.results / f"fair-headline-{task}.csv")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Processes that make runs at equal tokens, one after the other; one that dies costs the run it was at.
 
 python -m benchmarks.workers     # a worker: a job a line in, an answer a line out; `run_all` starts them
+
+What the programs that ask for such runs share: `parser`, `parsed`, `command`.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -13,13 +16,14 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from benchmarks.equal_tokens import Arm, Job, Row, append, quiet, run_one
+from benchmarks.equal_tokens import BUDGET, NUM_MARKS, Arm, Job, Row, append, keep_whole, quiet, read_whole, run_one
+from tppo_ref.runs.exits import exit_code
 
 WORKER = (sys.executable, "-m", "benchmarks.workers")
 
@@ -104,6 +108,50 @@ def run_all(jobs: Sequence[Job], path: Path, num_workers: int, command: Sequence
                 worker.kill()
             raise
     return failed
+
+
+def parser(doc: str | None, *, seeds: int, out: Path | None) -> argparse.ArgumentParser:
+    """Options of a program that makes such runs. out: where to; None: the program says."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--seeds", type=int, default=seeds, help="seeds 0 to this less 1; 0 makes no run, only shows")
+    made.add_argument("--budget", type=int, default=BUDGET, help="generated tokens of a run")
+    made.add_argument("--eval-prompts", type=int, default=256)
+    made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    made.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
+    made.add_argument("--out", type=Path, default=out)
+    return made
+
+
+def parsed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Exit code 2 and a line where a number is too small."""
+    arguments = options.parse_args(argv)
+    for name, least in (("seeds", 0), ("budget", NUM_MARKS), ("eval_prompts", 1), ("jobs", 1)):
+        if getattr(arguments, name) < least:
+            options.error(f"--{name.replace('_', '-')}: got {getattr(arguments, name)}; expected an integer of at least {least}")
+    return arguments
+
+
+def command(plan: Callable[[list[Row]], Sequence[Job]], path: Path, num_workers: int, show: Callable[[list[Row]], None]) -> int:
+    """Make the runs that `plan` finds missing among those of `path`, then `show` all that are there.
+
+    Exit codes: 0 done, 1 runs failed, 2 a user's mistake, 130 Ctrl-C and SIGTERM.
+    """
+
+    def make() -> int:
+        try:
+            quiet()
+            jobs = plan(keep_whole(path))
+            failed = run_all(jobs, path, num_workers)
+        except KeyboardInterrupt:
+            left = f"stopped; whole runs are in {path}, and the same command goes on with the others"
+            raise KeyboardInterrupt(left) from None
+        show(read_whole(path)[0])
+        for line in failed:
+            print(f"failed: {line}", file=sys.stderr)
+        print(f"{len(jobs) - len(failed)} runs made, {len(failed)} failed; runs are in {path}")
+        return 1 if failed else 0
+
+    return exit_code(make)
 
 
 def main() -> None:

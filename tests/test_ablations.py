@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from benchmarks import ablations, equal_tokens, workers
 from benchmarks.ablations import ARMS, COMPARISONS
-from benchmarks.equal_tokens import COLUMNS, NUM_MARKS, Job, Score
+from benchmarks.equal_tokens import COLUMNS, NUM_MARKS, SHARED, Job, Score, prepare
 from benchmarks.paired import verdict
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.comparison import mean_interval
@@ -116,7 +116,7 @@ def fake(some: Job) -> Job:
 def test_whole_runs_are_appended_and_failed_ones_named_with_their_reason(tmp_path, num_workers):
     path = tmp_path / "new" / "ablations.csv"
     arms = ["tppo", "ppo", "zero-cut", "tail-none", "partial-is"]
-    failed = ablations.run_all([fake(job(arm=arm)) for arm in arms], path, num_workers, COMMAND)
+    failed = workers.run_all([fake(job(arm=arm)) for arm in arms], path, num_workers, COMMAND)
     assert sorted(failed) == ["chain ppo seed 0: its process ended with code 3", "chain tail-none seed 0: NonFiniteError: step 3"]
     rows, others = equal_tokens.read_whole(path)
     assert others == 0
@@ -137,7 +137,7 @@ def test_ctrl_c_keeps_what_is_whole_and_leaves_no_worker_behind(tmp_path, monkey
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        ablations.run_all([fake(job()), fake(job(arm="tail-defer")), fake(job(arm="ppo"))], path, 1, COMMAND)
+        workers.run_all([fake(job()), fake(job(arm="tail-defer")), fake(job(arm="ppo"))], path, 1, COMMAND)
     time.sleep(0.5)  # in which nobody may begin the third
     assert [process.wait(timeout=5) for process in started] == [-signal.SIGKILL]
     assert len(equal_tokens.read_whole(path)[0]) == NUM_MARKS + 1
@@ -171,11 +171,11 @@ def planned(monkeypatch):
     """plan() without models; the tasks that were prepared."""
     prepared = []
 
-    def prepare(task, fields):
+    def fake_prepare(task, fields):
         prepared.append(task)
         return {"task.name": task, "model.value": "critic", "run.eval_prompts": fields["run.eval_prompts"]}, START
 
-    monkeypatch.setattr(ablations, "prepare", prepare)
+    monkeypatch.setattr(equal_tokens, "prepare", fake_prepare)
     return prepared
 
 
@@ -185,31 +185,35 @@ def arguments(*extra):
     )
 
 
+def plan(given, rows):
+    return equal_tokens.plan(ablations.wanted(given), given.budget, rows)
+
+
 def test_seeds_are_outermost_and_what_is_there_is_not_made_again(planned):
-    jobs = ablations.plan(arguments(), [])
+    jobs = plan(arguments(), [])
     assert [j.seed for j in jobs] == [0] * 4 + [1] * 4
     assert planned == ["chain", "fork"]
     done = [row for j in jobs[:4] for row in rows_of(j)]
-    assert [j.key for j in ablations.plan(arguments(), done)] == [j.key for j in jobs[4:]]
-    assert len(ablations.plan(arguments("--budget", "6000"), done)) == 8
+    assert [j.key for j in plan(arguments(), done)] == [j.key for j in jobs[4:]]
+    assert len(plan(arguments("--budget", "6000"), done)) == 8
 
 
 def test_nothing_is_prepared_where_nothing_is_missing(planned):
-    done = [row for j in ablations.plan(arguments(), []) for row in rows_of(j)]
+    done = [row for j in plan(arguments(), []) for row in rows_of(j)]
     planned.clear()
-    assert ablations.plan(arguments(), done) == []
+    assert plan(arguments(), done) == []
     assert planned == []
 
 
 def test_a_run_that_is_there_with_other_settings_is_refused(planned):
-    done = [row | {"settings": "otherone"} for row in rows_of(ablations.plan(arguments(), [])[0])]
-    with pytest.raises(UserError, match="chain tppo seed 0 is there with other settings"):
-        ablations.plan(arguments(), done)
+    done = [row | {"settings": "otherone"} for row in rows_of(plan(arguments(), [])[0])]
+    with pytest.raises(UserError, match=r"--out: got runs of which chain tppo seed 0 is there with other settings; expected"):
+        plan(arguments(), done)
 
 
 def test_the_command_says_what_it_did_and_goes_on_where_it_was(planned, tmp_path, monkeypatch, capsys):
-    real = ablations.run_all
-    monkeypatch.setattr(ablations, "run_all", lambda jobs, path, n: real([fake(j) for j in jobs], path, n, COMMAND))
+    real = workers.run_all
+    monkeypatch.setattr(workers, "run_all", lambda jobs, path, n: real([fake(j) for j in jobs], path, n, COMMAND))
     line = [
         "--tasks",
         "chain",
@@ -316,13 +320,13 @@ def test_the_summary_pairs_seeds_and_counts_only_those_that_both_arms_have():
 TINY = {
     "task.name": "length", "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2, "rollout.slots": 6,
     "rollout.max_response_tokens": 100, "rollout.window": 20, "value.pretrain_responses": 8, "value.pretrain_epochs": 1, "run.eval_prompts": 2,
-    **ablations.SHARED,
+    **SHARED,
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_real_run_gives_whole_reproducible_rows_and_refuses_failed_verifications(tmp_path):
-    fields, start = ablations.prepare("length", {**TINY, "run.cache": str(tmp_path)})
+    fields, start = prepare("length", {**TINY, "run.cache": str(tmp_path)})
     some = Job(
         task="length",
         arm="cold-critic-warmup",

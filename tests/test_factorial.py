@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import factorial
+from benchmarks import equal_tokens, workers
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import NUM_MARKS, Job
 from benchmarks.factorial import CELLS, CONTRASTS, CRITICS, CUTS, NEW_TASKS, TASKS, WINDOWS, arm, main, name, table
@@ -81,9 +81,9 @@ def test_the_new_tasks_are_a_study_of_their_own(monkeypatch, capsys):
         assert table(both, tasks=tasks)[1]["difference"] == pytest.approx(effect)
         assert (RESULTS.parent / "prestated" / PLANS[tasks]).read_text().count("\n")
     asked = []
-    monkeypatch.setattr(factorial, "prepare", lambda task, fields: ({"task.name": task}, {}))
-    monkeypatch.setattr(factorial, "run_all", lambda jobs, path, num: asked.append(({job.task for job in jobs}, path.name)) or [])
-    monkeypatch.setattr(factorial, "keep_whole", lambda path: [])
+    monkeypatch.setattr(equal_tokens, "prepare", lambda task, fields: ({"task.name": task}, {}))
+    monkeypatch.setattr(workers, "run_all", lambda jobs, path, num: asked.append(({job.task for job in jobs}, path.name)) or [])
+    monkeypatch.setattr(workers, "keep_whole", lambda path: [])
     assert main(["--tasks", *NEW_TASKS, "--seeds", "1"]) == 0
     assert main(["--seeds", "1"]) == 0
     assert asked == [(set(NEW_TASKS), "factorial-new-tasks.csv"), (set(TASKS), "factorial.csv")]
@@ -97,3 +97,12 @@ def test_wrong_numbers_are_refused(capsys):
         main(["--seeds", "-1"])
     assert stopped.value.code == 2
     assert "--seeds: got -1; expected an integer of at least 0" in capsys.readouterr().err
+
+
+def test_a_table_of_something_else_is_refused_in_one_line(tmp_path, capsys):
+    path = tmp_path / "runs.csv"
+    path.write_text("task,arm\nchain,tppo\n")
+    assert main(["--out", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --out: got {path} with others; expected the columns task, arm")
+    assert path.read_text() == "task,arm\nchain,tppo\n"

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import arrivals, fair_headline
 from benchmarks.arrivals import Arrival, Curve, area, arrival, ratio, rows_of, smooth
 from benchmarks.common import RESULTS
+from benchmarks.equal_tokens import append
 from benchmarks.fair_headline import CANDIDATES, ENGINE, HOLDS, Book, Job, choice, choice_jobs, chosen, grid, tune, variants
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
@@ -74,15 +75,32 @@ def test_the_choice_is_the_largest_mean_and_never_the_paper_itself():
 def test_runs_that_are_whole_are_read_back_and_the_others_are_not_made_unasked(tmp_path):
     path = tmp_path / "runs.csv"
     job = Job("headline", "chain", "ppo", json.dumps({"policy.lr": 0.1}), 3, 4.0)
-    Book(path, None).add(
-        [job._asdict() | {"seconds": s, "accuracy": s / 10, "generated": 7, "trained": 5} for s in (0.0, 2.0, 4.0)]
-    )
+    rows = [job._asdict() | {"seconds": s, "accuracy": s / 10, "generated": 7, "trained": 5} for s in (0.0, 2.0, 4.0)]
+    append(path, rows, list(rows[0]))
     with path.open("a") as file:
         file.write("headline,chain,pp")  # a kill in the middle of a write
     again = Book(path, None)
     assert again(job).accuracy.tolist() == [0.0, 0.2, 0.4]
     with pytest.raises(KeyError):
         again(job._replace(seed=4))
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--report"], "--results: got no whole seed of the candidates; expected at least one"),
+    (["--report", "--task", "fork"], "--task: got fork, which is not tuned; expected one that is"),
+    (["--report", "--task", "chain", "--seeds", "1"], "--task: got chain with 1 whole seeds; expected at least 2"),
+])  # fmt: skip
+def test_what_is_not_there_is_one_line_and_leaves_tables_alone(argv, line, tmp_path, capsys):
+    """Of the committed runs the first case has none, the second none of fork's tuning."""
+    with (RESULTS / "fair-headline-runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = [r for r in rows if not (r["task"] == "fork" and r["stage"] == "tune")] if "--task" in argv else []
+    append(tmp_path / "fair-headline-runs.csv", kept, list(rows[0]))
+    assert fair_headline.main([*argv, "--results", str(tmp_path)]) == 2
+    told = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert len(told) == 1
+    assert line in told[0]
+    assert not [path for path in tmp_path.glob("fair-headline-*.csv") if path.stem[14:] in fair_headline.TASKS]
 
 
 # ------------------------------------------------------------------------------------------------------------- what came out
