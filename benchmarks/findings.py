@@ -24,7 +24,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,19 +204,23 @@ def written(value: Any, form: str) -> str:
     return shown.removeprefix("-") if float(shown.replace(",", "")) == 0 else shown  # no -0.00
 
 
+def markdown(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table of a page."""
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
 def lines_of_comparisons() -> str:
     """Every comparison of the ablations, mean over the three tasks, area under the learning curve."""
-    head = "| question | arm | against | seeds | difference in area, 95 % | verdict | after Holm | final, 95 % | verdict |"
-    lines = [head, "|" + " --- |" * head.count(" | ") + " --- |"]
+    head = ("question", "arm", "against", "seeds", "difference in area, 95 %", "verdict", "after Holm", "final, 95 %", "verdict")
+    rows = []
     for question, arm, base in ablations.COMPARISONS:
         keys = [f"all {arm} {base} {metric}" for metric in ("area", "final")]
         if keys[0] not in text_rows():
             continue
         area, final = (text_rows()[key] for key in keys)
         difference = [written(text(key, "difference"), "+.3f") for key in keys]
-        lines.append(f"| {question} | {arm} | {base} | {area['n']} | {difference[0]} | {area['verdict']} | {area['holm']} "
-                     f"| {difference[1]} | {final['verdict']} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+        rows.append([question, arm, base, area["n"], difference[0], area["verdict"], area["holm"], difference[1], final["verdict"]])
+    return markdown(head, rows)
 
 
 def lines_of_decided() -> str:
@@ -227,22 +231,22 @@ def lines_of_decided() -> str:
 
 
 def lines_of_early() -> str:
-    head = "| policy and critic | critic begins | decides at token | tokens: PPO-dual / T-PPO, 95 % | decode steps, 95 % | seeds |"
-    lines, rows = [head, "|" + " --- |" * 6], [r for r in early_table() if not r["quantity"].startswith("whole_")]
-    for tokens, steps in zip(rows[::2], rows[1::2], strict=True):
+    head = ("policy and critic", "critic begins", "decides at token", "tokens: PPO-dual / T-PPO, 95 %", "decode steps, 95 %",
+            "seeds")  # fmt: skip
+    rows, ratios = [], [r for r in early_table() if not r["quantity"].startswith("whole_")]
+    for tokens, steps in zip(ratios[::2], ratios[1::2], strict=True):
         shown = [written((r["ratio"], r["low"], r["high"]), ".2f") + f", {r['verdict']}" for r in (tokens, steps)]
-        lines.append(f"| {tokens['model']} | {tokens['critic']} | {tokens['at']} | {shown[0]} | {shown[1]} | {tokens['n']} |")
-    return "\n".join(lines) + "\n"
+        rows.append([tokens["model"], tokens["critic"], tokens["at"], *shown, tokens["n"]])
+    return markdown(head, rows)
 
 
 def lines_of_cuts() -> str:
     """Medians over the random MDPs; in brackets, on how many of them the rule beats T-PPO's."""
-    lines = ["| stand-in for V(s_l) | " + " | ".join(f"critic {spec}" for spec in cut_rules.CRITICS) + " |", "|" + " --- |" * 4]
+    rows = []
     for name in dict.fromkeys(row["rule"] for row in cut_table().values()):
         found = [cut_table()[f"{spec} {name}"] for spec in cut_rules.CRITICS]
-        shown = [written(row["median"], ".3f") + (f" ({row['wins']})" if name != "previous" else "") for row in found]
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(written(row["median"], ".3f") + f" ({row['wins']})" * (name != "previous") for row in found)])
+    return markdown(("stand-in for V(s_l)", *(f"critic {spec}" for spec in cut_rules.CRITICS)), rows)
 
 
 def lines_of_bound() -> str:

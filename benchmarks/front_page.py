@@ -111,49 +111,32 @@ SOURCES: findings.Sources = {**findings.SOURCES, "response": response, "rule": r
 def lines_of_rules() -> str:
     """The three rules: on the response of the page, and on forty random MDPs under three critics."""
     worlds = {"exact": "exact", "noise:0.3": "+ noise", "drift:0.3": "+ drift"}
-    head = [
-        "rule",
-        "what stands for V(s_l), and whose rule it is",
-        "δ at the cut",
-        "q is told",
-        *(f"critic {word}" for word in worlds.values()),
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    head = ["rule", "what stands for V(s_l), and whose rule it is", "δ at the cut", "q is told",
+            *(f"critic {word}" for word in worlds.values())]  # fmt: skip
+    rows = []
     unsure = next(at for at, row in enumerate(told()[0]) if float(row["before"]) < pictures.SURE)
     for name, stands in RULES.items():
         errors = [findings.written(findings.cuts(f"{critic} {name}", "median"), ".3f") for critic in worlds]
-        cells = [f"**{name}**", stands, f"{under(name)[-1]:+.2f}", f"{under(name)[unsure]:+.2f}", *errors]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"**{name}**", stands, f"{under(name)[-1]:+.2f}", f"{under(name)[unsure]:+.2f}", *errors])
+    return findings.markdown(head, rows)
 
 
 def lines_of_tokens() -> str:
     """Every token of the response, in the window that trained it."""
     first, second = told()
-    head = [
-        "t",
-        "token",
-        "π(token)",
-        "V(s_t)",
-        "r_t",
-        "δ_t",
-        "A_t",
-        "had it waited",
-        "whitened",
-        "push on log π, 10⁻³",
-        "π after",
-        "V's target",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    head = ("t", "token", "π(token)", "V(s_t)", "r_t", "δ_t", "A_t", "had it waited", "whitened", "push on log π, 10⁻³", "π after",
+            "V's target")  # fmt: skip
+    rows = []
     for t, row in enumerate([*first, *second[len(first) :]]):
         later = f"{waited()[t]:+.3f}" if t < len(first) else ""
         push = f"{1000 * float(row['push']):+.2f}" if row["push"] else "none: tail"
-        cells = [t, f"`{row['text']}`", f"{float(row['before']):.4f}", f"{float(row['value']):.3f}", f"{float(row['reward']):.0f}",
-                 f"{float(row['delta']):+.3f}", f"{float(row['advantage']):+.3f}", later,
-                 f"{float(row['scaled']):+.2f}" if row["scaled"] else "", push, f"{float(row['after']):.4f}",
-                 f"{float(second[t]['target']):.0f}" + ", one step later" * (t < len(first))]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([
+            t, f"`{row['text']}`", f"{float(row['before']):.4f}", f"{float(row['value']):.3f}", f"{float(row['reward']):.0f}",
+            f"{float(row['delta']):+.3f}", f"{float(row['advantage']):+.3f}", later,
+            f"{float(row['scaled']):+.2f}" if row["scaled"] else "", push, f"{float(row['after']):.4f}",
+            f"{float(second[t]['target']):.0f}" + ", one step later" * (t < len(first)),
+        ])  # fmt: skip
+    return findings.markdown(head, rows)
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -160,3 +162,13 @@ def make_trainer(
         scorer=ToyScorer(),
         parallel=parallel,
     )
+
+
+def bare_numbers(page: str, noise: Sequence[str]) -> set[str]:
+    """Numbers of a page that stand there without a mark of `benchmarks.findings`; `noise`: patterns of what is no number of ours."""
+    from benchmarks import findings
+
+    text = findings.BLOCK.sub("", findings.MARK.sub(" ", page))
+    for pattern in noise:
+        text = re.sub(pattern, "", text, flags=re.MULTILINE)
+    return {number.rstrip(".,") for number in re.findall(r"\d[\d.,]*", text)}

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers import bare_numbers
 
 from benchmarks import findings, front_page, pictures
 from tppo_ref.method.records import End
@@ -41,21 +42,9 @@ SETTINGS = {"0", "0.95", "1", "2.5", "16", "32", "64", "95", "128", "2,048", "25
 
 
 def test_what_stands_without_a_mark_is_a_setting():
-    text = findings.BLOCK.sub("", findings.MARK.sub(" ", PAGE))
-    for noise in (
-        r"```.*?```",
-        r"`[^`]*`",
-        r"\$\$.*?\$\$",
-        r"\$[^$]*\$",
-        r"\]\([^)]*\)",
-        r"arXiv [\d.]+",
-        r"^\d\. ",
-        r"s_\{?l[^ ]*",
-        r"\b32B",
-    ):
-        text = re.sub(noise, "", text, flags=re.MULTILINE | re.DOTALL)
-    bare = {number.rstrip(".,") for number in re.findall(r"\d[\d.,]*", text)}
-    assert bare <= SETTINGS, f"a number without a mark: {bare - SETTINGS}"
+    noise = (r"(?s:```.*?```)", r"`[^`]*`", r"(?s:\$\$.*?\$\$)", r"\$[^$]*\$", r"\]\([^)]*\)", r"arXiv [\d.]+", r"^\d\. ",
+             r"s_\{?l[^ ]*", r"\b32B")  # fmt: skip
+    assert bare_numbers(PAGE, noise) <= SETTINGS, "a number without a mark"
 
 
 def test_its_commands_are_modules_that_are_there():
