@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.validation import never_cut
+from tppo_ref.runs.validation import never_cut, steps_of
 
 log = logging.getLogger("tppo_ref")
 
@@ -20,6 +20,9 @@ def forewarn(config: Config) -> None:
     if run.train_seconds is None and warmup >= run.steps:
         log.warning("value.warmup_steps %d: the policy trains in none of the %d steps (run.steps); give more steps, or fewer of "
                     "warm-up", warmup, run.steps)  # fmt: skip
+    if run.train_seconds is None and (traced := steps_of(run.profile_steps)) and traced[0] > run.steps:
+        log.warning("run.profile_steps %s: the run ends with step %d (run.steps), so nothing is traced; name earlier ones",
+                    run.profile_steps, run.steps)  # fmt: skip
     tail, excluded = config.advantage.tail_tokens, config.advantage.tail == "exclude"
     if tail >= rollout.window and excluded and not never_cut(config):
         log.warning("advantage.tail_tokens %d with rollout.window %d: no token of a cut row trains the policy, most are lost for "
