@@ -97,16 +97,15 @@ def broken_laws(out: Path) -> dict[str, int]:
     waiting = {sample for stream in streams for sample in stream["backlog"]}
     rows = responses(out)
     drawn, ended = set(range(min(stream["next"] for stream in streams))), {int(id) for id in rows}
-    books, generated = 0, 0.0
-    for record in (r for r in read_metrics(out / "metrics.jsonl") if "ledger/generated" in r):
+    books, generated, steps = 0, 0.0, [r for r in read_metrics(out / "metrics.jsonl") if "ledger/generated" in r]
+    for record in steps:
         parts = sum(record[f"ledger/{name}"] for name in ("trained", "excluded_tail", "excluded_warmup", "pending"))
         grown = record["ledger/generated"] - generated
         books += record["ledger/generated"] != parts or grown != record["rollout/tokens"]
         generated = record["ledger/generated"]
     twice = sum(len(found) - 1 for found in rows.values()) + len(flying) - len(set(flying)) + len(ended & set(flying))
-    records = [r["step"] for r in read_metrics(out / "metrics.jsonl") if "ledger/generated" in r]
-    return {"lost": len(drawn - ended - set(flying) - waiting), "twice": twice,
-            "books": books + (records != list(range(1, STEPS + 1)))}  # fmt: skip
+    missing = [record["step"] for record in steps] != list(range(1, STEPS + 1))
+    return {"lost": len(drawn - ended - set(flying) - waiting), "twice": twice, "books": books + missing}
 
 
 def verdict(reference: Path | None, out: Path) -> dict[str, int]:

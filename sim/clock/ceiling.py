@@ -1,4 +1,4 @@
-"""How fast a method cannot be more than: what lets a search leave places out without running them.
+"""An upper bound of a method's speed: what lets a search leave places out without running them.
 
     ceiling(which, setup, window=...)      trained tokens per second
 

@@ -289,7 +289,7 @@ def grid_outside(question: Question, name: str) -> list[Setting]:
             responses = max(1, slots // 2) if engines else responses
             batch = responses or which.batch(slots)
             most = min(most, MOST_APART * question.mini_batch) if engines else most
-            if 0.9 * question.mini_batch <= batch <= 1.05 * most and slots <= max(batch, slots if which.kind != "ppo" else 0):
+            if 0.9 * question.mini_batch <= batch <= 1.05 * most and (which.kind != "ppo" or slots <= batch):
                 grid.append(Setting(tp, slots, responses=responses, engine_devices=engines))
     return grid
 

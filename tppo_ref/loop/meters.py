@@ -135,7 +135,8 @@ class Meters:
         memory: Memory | None = None,
     ):
         self.device = device = torch.device(device)
-        self.parallel, self.clock_kind, self.memory, self.witness = parallel, clock, memory, None
+        self.parallel, self.clock_kind, self.memory = parallel, clock, memory
+        self.witness: Witness | None = None
         self.peak = peak or (peak_flops_per_s(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
         if memory is None and device.type == "cuda":
             self.memory = CudaMemory(device)
@@ -145,8 +146,6 @@ class Meters:
         for model, flops in zip(models, found, strict=True):
             model.register_forward_pre_hook(self._hook(flops))
         self.begin()
-
-    witness: Witness | None
 
     def begin(self) -> None:
         """A step begins."""

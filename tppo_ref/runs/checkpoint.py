@@ -262,16 +262,16 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder}: got what cannot be read ({error}); expected what was written; {REMEDY}") from None
 
 
-def refuse_changed(folder: Path, name: str, digest: str, digest_of: Callable[[Path], str] | None = None) -> None:
-    """UserError where a file of a checkpoint is not the one that was written. digest_of: `file_digest` where none is given."""
-    if (digest_of or file_digest)(folder / name) != digest:
-        raise UserError(f"checkpoint {folder}: got another {name}; expected what was written; {REMEDY}")
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_changed(folder: Path, name: str, digest: str, digest_of: Callable[[Path], str] = file_digest) -> None:
+    """UserError where a file of a checkpoint is not the one that was written."""
+    if digest_of(folder / name) != digest:
+        raise UserError(f"checkpoint {folder}: got another {name}; expected what was written; {REMEDY}")
 
 
 def regular(path: Path) -> Path:
