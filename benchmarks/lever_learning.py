@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import workers
 from benchmarks.common import RESULTS
 from benchmarks.critic_batches import contrast
-from benchmarks.equal_tokens import (
-    BUDGET,
-    KEY,
-    NUM_MARKS,
-    SHARED,
-    TASKS,
-    Arm,
-    Job,
-    Row,
-    Score,
-    keep_whole,
-    prepare,
-    quiet,
-    read_whole,
-    score,
-)
+from benchmarks.equal_tokens import KEY, SHARED, TASKS, Arm, Job, Row, Score, prepare, score
 from benchmarks.fair_headline import ENGINE, FILLED, small_critic
-from benchmarks.workers import run_all
 
 BASE, SMALL = "tppo", "small-critic"
 LEVERS: dict[str, Arm] = {
@@ -95,38 +79,24 @@ def plan(arguments: argparse.Namespace, rows: Sequence[Row]) -> list[Job]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 runs failed, 2 a user's mistake, 130 Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levers", nargs="+", default=list(LEVERS), choices=LEVERS, metavar="LEVER")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
-    parser.add_argument("--seeds", type=int, default=16, help="seeds 0 to this less 1; 0 only prints")
-    parser.add_argument("--budget", type=int, default=BUDGET, help="generated tokens of a run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--cache", default="runs/cache", help="folder of base models and pre-trained critics")
-    parser.add_argument("--eval-prompts", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=PATH)
-    arguments = parser.parse_args(argv)
-    for name, least in (("seeds", 0), ("budget", NUM_MARKS), ("eval_prompts", 1), ("jobs", 1)):
-        if getattr(arguments, name) < least:
-            parser.error(f"{name}: got {getattr(arguments, name)}; expected an integer of at least {least}")
-    quiet()
-    try:
-        failed = run_all(plan(arguments, keep_whole(arguments.out)), arguments.out, arguments.jobs)
-    except KeyboardInterrupt:
-        print(f"stopped; whole runs are in {arguments.out}, and the same command goes on with the others", file=sys.stderr)
-        return 130
-    rows = [row for row in read_whole(arguments.out)[0] if row["budget_tokens"] == arguments.budget]
-    for r in (row | {"lever": lever} for lever in arguments.levers for row in table(rows, lever)):
-        more = f", {r['seeds_needed']} seeds would decide" if r["seeds_needed"] else ""
-        print(
-            f"{r['lever']:<16}{r['score']:<6}{r['task']:<7}with {r['with']:.4f}  without {r['without']:.4f}  "
-            f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]  {r['verdict']}, {r['n']} seeds{more}"
-        )
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    """Exit codes as workers.command says."""
+    options = workers.parser(__doc__, seeds=16, out=PATH)
+    options.set_defaults(jobs=1)
+    options.add_argument("--levers", nargs="+", default=list(LEVERS), choices=LEVERS, metavar="LEVER")
+    options.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
+    arguments = workers.parsed(options, argv)
+
+    def show(rows: list[Row]) -> None:
+        rows = [row for row in rows if row["budget_tokens"] == arguments.budget]
+        for r in (row | {"lever": lever} for lever in arguments.levers for row in table(rows, lever)):
+            more = f", {r['seeds_needed']} seeds would decide" if r["seeds_needed"] else ""
+            print(
+                f"{r['lever']:<16}{r['score']:<6}{r['task']:<7}with {r['with']:.4f}  without {r['without']:.4f}  "
+                f"{r['difference']:+.4f} [{r['low']:+.4f}, {r['high']:+.4f}]  {r['verdict']}, {r['n']} seeds{more}"
+            )
+
+    return workers.command(lambda rows: plan(arguments, rows), arguments.out, arguments.jobs, show)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill stops as Ctrl-C does: no worker is left behind
     sys.exit(main())
