@@ -251,20 +251,10 @@ def lines_of_cuts() -> str:
 
 def lines_of_bound() -> str:
     """P4's Lip beside what happens at cuts, windows of 64; intervals over seeds."""
-    head = "| task | V(s_l) − V(s_{l−1}), mean | its size | 95 % below | Lip seen | left out by EGAE, mean | its size |"
-    lines = [head, "|" + " --- |" * 7]
-    for row in bound_table().values():
-        if row["window"] == 64:
-            forms = {
-                "step_mean": "+.3f",
-                "step_size": ".2f",
-                "step_high": ".2f",
-                "lip": ".2f",
-                "gap_mean": "+.3f",
-                "gap_size": ".2f",
-            }
-            lines.append(f"| {row['task']} | " + " | ".join(written(row[name], form) for name, form in forms.items()) + " |")
-    return "\n".join(lines) + "\n"
+    head = ("task", "V(s_l) − V(s_{l−1}), mean", "its size", "95 % below", "Lip seen", "left out by EGAE, mean", "its size")
+    forms = {"step_mean": "+.3f", "step_size": ".2f", "step_high": ".2f", "lip": ".2f", "gap_mean": "+.3f", "gap_size": ".2f"}
+    rows = [row for row in bound_table().values() if row["window"] == 64]
+    return markdown(head, [[row["task"], *(written(row[name], form) for name, form in forms.items())] for row in rows])
 
 
 BLOCKS: Blocks = {
