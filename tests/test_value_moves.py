@@ -1,0 +1,124 @@
+"""benchmarks/value_moves.py: values against a policy whose values are known, its summary by hand, and docs/tasks.md."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import value_moves
+from benchmarks.common import RESULTS
+from benchmarks.value_moves import Base, decoded, lines, moves_of, summary
+from tppo_ref.rollout.engine import Decoded
+
+END = 10
+
+
+class CoinEngine:
+    """Each request ends with its third token; the second is 1 or 2, by its seed. No more run at a time than there are slots."""
+
+    def __init__(self, slots):
+        self.slots, self.running, self.most = slots, [], 0
+
+    @property
+    def num_running(self):
+        return len(self.running)
+
+    def submit(self, requests):
+        self.running += requests
+        self.most = max(self.most, len(self.running))
+        assert len(self.running) <= self.slots
+
+    def step(self):
+        done, self.running = self.running[:2], self.running[2:]
+        return [
+            Decoded(
+                response_id=r.response_id, token_ids=[0, 1 + r.seed % 2, END][r.num_response_tokens :], logprobs=[], end_token=True
+            )
+            for r in done
+        ]
+
+
+def coin_base():
+    """Right where the second token is 1: V is 0 before it, +-1 behind it."""
+    base = object.__new__(Base)
+    task = SimpleNamespace(name="coin", end_token_id=END, prompt_ids=lambda p: (7,), answer=lambda p: "")
+    base.task, base.longest, base.engine = task, 320, CoinEngine(value_moves.SLOTS)
+    base.verify = lambda answer, ids: 1.0 if ids[1] == 1 else -1.0
+    return base
+
+
+def test_a_decision_moves_the_value_and_nothing_else_does():
+    sure, doubt = math.log(0.99), math.log(0.5)
+    response = Decoded(response_id=0, token_ids=[0, 2, END], logprobs=[doubt, doubt, sure], end_token=True)
+    first, second, end = moves_of(coin_base(), 0, (), response, 2000)
+    assert (first["position"], second["position"], end["position"]) == (0, 1, 2)
+    assert first["before"] == pytest.approx(0, abs=0.1)
+    assert first["behind"] == second["before"] == pytest.approx(0, abs=0.1)
+    assert second["behind"] == end["before"] == end["behind"] == -1.0
+
+
+def test_the_slots_are_never_too_few():
+    base = coin_base()
+    requests = [base.request(i, (7,), (), (i, 0)) for i in range(300)]
+    assert sorted(d.response_id for d in decoded(base.engine, requests, value_moves.SLOTS)) == list(range(300))
+    assert base.engine.most == value_moves.SLOTS
+
+
+def test_the_summary_by_hand():
+    """Two responses of 80 and 20 tokens; moves of 1 (early), 0.5 (late) and 0.2; 100 samples."""
+    rows = [
+        {"task": "x", "response": r, "position": p, "before": b, "behind": a, "samples": 100}
+        for r, p, b, a in [(0, 3, 0, 1), (0, 70, 1, 0.5), (0, 79, 0.5, 0.5), (1, 4, 0, -0.2), (1, 19, -0.2, -0.2)]
+    ]
+    found = summary([*rows, rows[0] | {"task": "y"}], "x")
+    assert (found["responses"], found["tokens"]) == (2, 100)
+    assert found["moves"] == pytest.approx(2.0)
+    assert found["late"] == pytest.approx(100 / 16)
+    noise = [(1 - 0) + (1 - 1), (1 - 1) + (1 - 0.25), (1 - 0) + (1 - 0.04)]  # variances of scores of +-1
+    assert found["size"] == pytest.approx(math.sqrt((1 + 0.25 + 0.04 - sum(noise) / 100) / 100))
+
+
+# -------------------------------------------------------------------------------------------------------------- what was found
+
+PAGE = value_moves.PAGE.read_text()
+
+
+def test_the_page_has_the_committed_table():
+    assert value_moves.BLOCK.search(PAGE)[0].removeprefix("<!-- begin moves -->\n").removesuffix("<!-- end -->") == lines()
+    assert f"more than {value_moves.LARGE} either way" in PAGE
+    assert f"those behind the {value_moves.WINDOW}th" in PAGE
+
+
+def test_what_the_page_says_of_the_table_in_words():
+    found = {name: summary(value_moves.table("value_moves"), name) for name in value_moves.TASKS}
+    late = {name: s["late"] for name, s in found.items()}
+    assert late["chain"] == late["fork"] == 0  # "stands still"
+    assert late["maze"] > 2 * max(late[name] for name in late if name != "maze")
+    assert found["maze"]["moves"] > 2 * max(s["moves"] for name, s in found.items() if name != "maze")
+    assert late["brackets"] == pytest.approx(late["length"], rel=0.25)  # "as rare as those of length"
+    sizes = [s["size"] for s in found.values()]
+    assert max(sizes) < 1.4 * min(sizes)  # "nearly the same on all five"
+    for s in found.values():  # "at most 1", but for chance: there are twelve responses of each
+        assert s["size"] ** 2 * s["tokens"] / s["responses"] < 1.2
+
+
+def test_results_say_the_same():
+    moves = {name: summary(value_moves.table("value_moves"), name)["moves"] for name in value_moves.TASKS}
+    most = moves.pop("maze")
+    cut = {row["task"]: 100 * float(row["cut_token_share"]) for row in value_moves.table("cut_tokens")}
+    text = (RESULTS.parent / "RESULTS.md").read_text()
+    assert f"maze moves at {most:.1f} of 100 tokens, the others at {min(moves.values()):.1f} to {max(moves.values()):.1f}" in text
+    assert f"{cut['maze']:.0f} and {cut['brackets']:.0f} % of maze's and brackets' tokens" in text
+
+
+def test_most_tokens_of_the_new_tasks_lie_in_cut_rows_and_all_base_models_are_middling():
+    base = {row["task"]: row for row in value_moves.table("cut_tokens")}
+    cut = {name: float(row["cut_token_share"]) for name, row in base.items()}
+    assert min(cut["maze"], cut["brackets"]) > 0.6 > max(cut[name] for name in ("chain", "fork", "length"))
+    assert all(0.3 <= float(row["accuracy"]) <= 0.6 for row in base.values())
+
+
+def test_the_page_says_that_the_study_has_not_been_made_as_long_as_it_has_not():
+    assert ("runs have not been made" in PAGE) == (not (RESULTS / "factorial-new-tasks.csv").exists())
