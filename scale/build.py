@@ -39,6 +39,7 @@ from tppo_ref.runs.build import (
     check_vocabulary,
     end_token_ids,
     make_schedule,
+    reply_of,
 )
 from tppo_ref.runs.evaluate import Evaluator, Sampler
 from tppo_ref.runs.glossary import GLOSSARY
@@ -79,8 +80,8 @@ def build(config: ScaleConfig, world: World) -> Parts:
         config=algo, record=record, task=task, policy=policy, value=value, device=world.device, parallel=parallel, engine=engine,
         scorer=training_scorer, checkpointer=checkpointer, resume_from=resume_from,
         averaged=build_policy(config, world, task, weights=new) if algo.policy.ewma_decay else None,
-        batcher=group_of(world)(schedule, task.prompts("train"), samples_per_prompt=algo.rollout.samples_per_prompt,
-                                seed=algo.run.seed),
+        batcher=group_of(world, reply_of(task))(schedule, task.prompts("train"),
+                                                samples_per_prompt=algo.rollout.samples_per_prompt, seed=algo.run.seed),
         evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
         due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | EVALUATION,
         watchers=[Watch(algo), ClusterWatch(config, world)], limits=[GapLimit(config)],
@@ -105,15 +106,16 @@ def build_evaluator(config: ScaleConfig, world: World, task: Task, engine: Rollo
     """Answers of all ranks to the first run.eval_prompts evaluation prompts; the score is the verifier's own."""
     run = config.algo.run
     return Evaluator(
-        sampler=build_sampler(config, world, engine, scorer), prompts=task.prompts("test")[: run.eval_prompts],
+        sampler=build_sampler(config, world, task, engine, scorer), prompts=task.prompts("test")[: run.eval_prompts],
         samples_per_prompt=run.eval_samples, parallel=Collective(world), further_metrics=accuracy_metrics,
     )  # fmt: skip
 
 
-def build_sampler(config: ScaleConfig, world: World, engine: RolloutEngine, scorer: Scorer) -> Sampler:
+def build_sampler(config: ScaleConfig, world: World, task: Task, engine: RolloutEngine, scorer: Scorer) -> Sampler:
     """Whole responses from the engine of this rank's group."""
     return Sampler(engine=engine, scorer=scorer, slots=slots_and_windows(config, world).slots,
-                   max_response_tokens=config.algo.rollout.max_response_tokens, make_batcher=group_of(world))  # fmt: skip
+                   max_response_tokens=config.algo.rollout.max_response_tokens,
+                   make_batcher=group_of(world, reply_of(task)))  # fmt: skip
 
 
 def build_scorer(config: ScaleConfig, world: World, task: Task) -> TaskScorer:

@@ -49,7 +49,7 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
         everyone = Collective(world.flat)
         leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=config.algo.run.progress, parallel=everyone)
         pretrain(
-            config.algo, build_sampler(config, world, engine, shape(scorer, config)), task.prompts("train"),
+            config.algo, build_sampler(config, world, task, engine, shape(scorer, config)), task.prompts("train"),
             make_value=lambda: build_value(config, world), parallel=parallel, device=world.device,
             save=lambda value, folder: export_model(value, folder, world, dtype=torch.float32),
         )  # fmt: skip

@@ -199,7 +199,7 @@ def refuse_other_rows(slices: Sequence[WindowSlice], context: Context) -> None:
     """RuntimeError where the ranks of the group do not hold the same rows: what they compute of them would fit together nowhere."""
     digest = hashlib.blake2b(digest_size=8)
     for s in slices:
-        digest.update(repr((s.response.id, s.begin, s.stop, s.response.token_ids)).encode())
+        digest.update(repr((s.response.id, s.begin, s.stop, s.response.token_ids, s.response.observations)).encode())
     everyones: list[Any] = [None] * context.parts
     dist.all_gather_object(everyones, (len(slices), digest.hexdigest()), group=context.group)
     if len(set(everyones)) > 1:

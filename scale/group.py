@@ -16,6 +16,7 @@ from tppo_ref.method.records import Prompt, Response, WindowSlice
 from tppo_ref.method.slots import Segment, SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.rollout.turns import Reply
 
 
 class Group:
@@ -106,9 +107,9 @@ class Group:
             self.num_generated_tokens = self.batcher.num_generated_tokens if self.part == 0 else 0
 
 
-def group_of(world: World) -> Callable[..., Group]:
+def group_of(world: World, reply: Reply | None = None) -> Callable[..., Group]:
     """tppo_ref's `MakeBatcher` for this rank: its engine draws every `num_engines`-th sample, of which it answers for its share.
-    Ranks that hold the same rows answer for the same share."""
+    Ranks that hold the same rows answer for the same share. reply: the task's environment, which each rank of an engine asks."""
     same = {}
     if world.context_parallel > 1:
         same["check"] = partial(refuse_other_rows, context=context_of(world))
@@ -118,6 +119,6 @@ def group_of(world: World) -> Callable[..., Group]:
     ) -> Group:
         stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit, rank=world.engine,
                               world=world.num_engines)  # fmt: skip
-        return Group(SuccessiveBatcher(schedule, stream, run_seed=seed), part=world.part, parts=world.parts, **same)
+        return Group(SuccessiveBatcher(schedule, stream, run_seed=seed, reply=reply), part=world.part, parts=world.parts, **same)
 
     return make

@@ -5,18 +5,19 @@ from __future__ import annotations
 from scale.config import RewardConfig
 from scale.rewards import NO_ANSWER
 from tppo_ref.method.records import Response
+from tppo_ref.rollout.turns import transcript
 from tppo_ref.runs.build import TaskScorer
 
 
 def shaped(score: float, response: Response, config: RewardConfig, *, cap: int, answered: bool) -> float:
     """The score that the policy is trained on.
 
-        score - penalty x min(1, max(0, L - (cap - buffer)) / buffer) - format_penalty [no answer]       L: response tokens
+        score - penalty x min(1, max(0, L - (cap - buffer)) / buffer) - format_penalty [no answer]       L: tokens of all turns
 
     The soft overlong penalty of DAPO (arXiv 2503.14476, eq. 13): 0 up to cap - buffer, `overlong_penalty` at the cap.
     """
     if config.overlong_buffer:
-        over = max(0, len(response) - (cap - config.overlong_buffer))
+        over = max(0, len(transcript(response)) - (cap - config.overlong_buffer))
         score -= config.overlong_penalty * min(1.0, over / config.overlong_buffer)
     return score - (0.0 if answered else config.format_penalty)
 

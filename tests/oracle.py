@@ -16,6 +16,9 @@ What the contract leaves open, and what the oracle does about it:
 - Gradient clipping divides by norm + 1e-6, as `torch.nn.utils.clip_grad_norm_` does.
 - Whitening divides by std + 1e-8, as `whiten` documents.
 - Undefined means (the mean score of a step in which nothing ended) are NaN.
+
+Of a conversation the models are asked for every token after the prompt, whoever said it, as if it were one response; what they say of
+the environment's tokens is thrown away before anything is computed. All columns are the policy's own tokens.
 """
 
 from __future__ import annotations
@@ -142,6 +145,23 @@ class Row:
         return self.response.end is End.RUNNING
 
 
+def spoken(response: Response) -> list[tuple[int, int | None]]:
+    """Token by token what was said after the prompt: with its column where the policy said it, None where the environment did."""
+    said: list[tuple[int, int | None]] = []
+    for column in range(len(response.token_ids) + 1):
+        for at, tokens in response.observations:
+            said += [(token, None) for token in tokens if at == column]
+        if column < len(response.token_ids):
+            said.append((response.token_ids[column], column))
+    return said
+
+
+def place(response: Response, column: int) -> int:
+    """How much was said before the policy's token `column`; of the column behind its last token: how much in all."""
+    columns = [c for _, c in spoken(response)]
+    return columns.index(column) if column in columns else len(columns)
+
+
 def mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else NAN
 
@@ -202,7 +222,10 @@ class Oracle:
         metrics["policy/reused_tokens"] = 0 if warming_up else sum(len(row.trained) for row in rows if row.reused)
         metrics["policy/logprob_gap"] = gap
         metrics |= self._flops(window, rows, plan)
-        metrics["policy/prefix_tokens"] = sum(len(row.response.prompt.token_ids) + row.fed_before for row in rows)
+        metrics["policy/prefix_tokens"] = sum(
+            len(row.response.prompt.token_ids) + row.fed_before
+            + sum(len(tokens) for at, tokens in row.response.observations if at <= row.fed_before) for row in rows
+        )  # fmt: skip
         self.steps += 1
         return metrics
 
@@ -214,15 +237,15 @@ class Oracle:
         by_id = {row.response.id: row for row in rows}
 
         def one_pass(model: Any, response: Response, backward: bool, edge: int | None = None, kept: bool = False) -> float:
-            first, total = (0 if edge is None else len(response.prompt.token_ids) + edge - 1), 0.0
-            for i in range(len(response.prompt.token_ids) + len(response)):
+            first, total = (0 if edge is None else len(response.prompt.token_ids) + place(response, edge) - 1), 0.0
+            for i in range(len(response.prompt.token_ids) + len(spoken(response))):
                 if i >= first or not kept:
                     total += self._token_flops(model, i) * (3 if backward and i >= first else 1)
             outputs = len(response) - (edge or 0) + (model is self.value)
             return total + self._head_flops(model) * outputs * (3 if backward else 1)
 
         for response, begin in window.slices:
-            read = len(response.prompt.token_ids) + len(response) - 1  # nobody reads the last token
+            read = len(response.prompt.token_ids) + place(response, len(response) - 1)  # nobody reads the policy's last token
             found["flops/rollout"] += sum(self._token_flops(self.policy, i) for i in range(read))
             found["flops/rollout"] += self._head_flops(self.policy) * (len(response) - begin)
         for row in rows:
@@ -293,22 +316,25 @@ class Oracle:
     def _estimate(self, rows: list[Row]) -> None:
         """V and log-probabilities of whole rows under the models as they stand before the updates."""
         for row in rows:
-            batch = self._alone(row.response)
-            value_1T, last_value_1 = self.value(batch)
-            row.value, row.last_value = value_1T[0, : row.T].tolist(), float(last_value_1[0])
-            row.recomputed = self.policy(batch)[0, : row.T].tolist()
+            value_T, last_value_1 = self._say(self.value, row.response)
+            row.value, row.last_value = value_T[: row.T].tolist(), float(last_value_1[0])
+            row.recomputed = self._say(self.policy, row.response)[: row.T].tolist()
             if self.config.policy.keep_prefix:
                 row.constant = SimpleNamespace()
-                self.policy(self._alone(row.response, row.start, row.constant))
+                self._say(self.policy, row.response, row.start, row.constant)
             anchors = self.first_values.setdefault(row.response.id, [])
             row.fed_before = len(anchors)
             anchors += row.value[len(anchors) :]
 
     @staticmethod
-    def _alone(response: Response, live_from: int | None = None, constant: Any = None) -> TokenBatch:
-        """A batch of one. live_from: what stands before this column is read without gradient. constant: fill it with what the model
-        makes of that, or read it from there."""
-        return TokenBatch([response.prompt.token_ids], [response.token_ids], None if live_from is None else [live_from], constant)
+    def _say(model: torch.nn.Module, response: Response, live_from: int | None = None, constant: Any = None) -> Any:
+        """What a model says of the policy's tokens, and the value model of what comes after all. live_from: what stands before this
+        column is read without gradient. constant: fill it with what the model makes of that, or read it from there."""
+        said = spoken(response)
+        edge = None if live_from is None else [place(response, live_from)]
+        output = model(TokenBatch([response.prompt.token_ids], [[token for token, _ in said]], edge, constant))
+        own = [i for i, (_, column) in enumerate(said) if column is not None]
+        return (output[0][0, own], output[1]) if isinstance(output, tuple) else output[0, own]
 
     def _advantages(self, rows: list[Row]) -> dict[str, float]:
         """Extended GAE, then whitening over the step's trained tokens, then the clamp."""
@@ -354,7 +380,7 @@ class Oracle:
         model = copy.deepcopy(self.policy)
         for p, average in zip(model.parameters(), self.averaged(), strict=True):
             p.copy_(average)
-        return model(self._alone(row.response))[0, : row.T].tolist()
+        return self._say(model, row.response)[: row.T].tolist()
 
     def _middle(self, row: Row, t: int) -> float:
         """Around which ratio the clip lies: 1, or GePPO's (arXiv 2111.00072), the ratio that the policy before the update has."""
@@ -395,7 +421,7 @@ class Oracle:
             for row in batch:
                 averaged = self._averaged_logprobs(row) if c.ewma_decay > 0 else []
                 live_from = row.start if c.prefix == "constant" else None
-                logprob = self.policy(self._alone(row.response, live_from, row.constant if first_epoch else None))[0]
+                logprob = self._say(self.policy, row.response, live_from, row.constant if first_epoch else None)
                 for t in row.trained:
                     A = row.scaled[t]
                     centre, weight, capped = self._centre_and_weight(row, t, averaged)
@@ -464,7 +490,7 @@ class Oracle:
             num_tokens = sum(len(target[i]) for i in minibatch)
             loss = torch.zeros((), dtype=torch.float64)
             for i in minibatch:
-                value = self.value(self._alone(self.seen[i], live_from.get(i)))[0][0]
+                value, _ = self._say(self.value, self.seen[i], live_from.get(i))
                 for t, R in target[i].items():
                     anchor, v = self.first_values[i][t], value[t]
                     low = -math.inf if c.clip_low is None else anchor - c.clip_low
@@ -510,6 +536,9 @@ class Oracle:
         """The ledger: what became of every token that was ever sampled."""
         a = self.config.advantage
         self.ledger["generated"] += sum(len(response) - begin for response, begin in window.slices)
+        self.ledger["observed"] += sum(
+            len(tokens) for response, begin in window.slices for at, tokens in response.observations if at > begin
+        )
         for row in (row for row in rows if not row.reused):
             if warming_up:  # whatever the policy would have seen, the tail included
                 self.ledger["excluded_warmup"] += row.T - row.start
@@ -527,6 +556,7 @@ class Oracle:
             "ledger/excluded_warmup": self.ledger["excluded_warmup"],
             "ledger/pending": sum(len(response) - self.settled.get(response.id, 0) for response in in_flight),
             "ledger/in_flight": len(in_flight),
+            "ledger/observed": self.ledger["observed"],
         }
 
     def _window_metrics(self, window: Window, scores: Mapping[int, tuple[float, str]]) -> dict[str, float]:
@@ -545,6 +575,7 @@ class Oracle:
             "response/capped_share": mean([r.end is End.LENGTH_CAP for r in ended]),
             "response/length_mean": mean([len(r) for r in ended]),
             "response/length_max": max((len(r) for r in ended), default=NAN),
+            "response/turns_mean": mean([1 + len(r.observations) for r in ended]),
             "response/score_mean": mean([r.score for r in ended]),
             "response/accuracy": mean([r.score > 0 for r in ended]),
             "verify/timeouts": self.ledger["timeouts"],

@@ -26,6 +26,7 @@ from tppo_ref.rollout.engine import Decoded, Request
 from tppo_ref.rollout.models import PolicyModel, ValueModel
 from tppo_ref.rollout.packing import TokenBatch
 from tppo_ref.rollout.torch_engine import TorchEngine, draw, uniform
+from tppo_ref.rollout.turns import Reply
 from tppo_ref.runs.config import Config, apply_method
 
 VOCAB, WIDTH, END_ID, MAX_PROMPT = 7, 6, 0, 3
@@ -326,10 +327,11 @@ class Stage:
         by_hand: tuple[torch.nn.Module, torch.nn.Module] | None = None,
         parallel: Any = None,
         averaged: torch.nn.Module | None = None,
+        reply: Reply | None = None,
     ):
         """by_hand: the oracle's models, where they are not copies of the Trainer's; same parameters in the same order.
         parallel: makes the Trainer's `Parallel` from the list of events, on one of several ranks that share out the slots.
-        averaged: a second copy of the policy, where it cannot be deep-copied."""
+        averaged: a second copy of the policy, where it cannot be deep-copied. reply: an environment."""
         rollout = config.rollout
         self.config, self.events = config, []
         self.policy, self.value = Recorded(policy, "policy", self.events), Recorded(value, "value", self.events)
@@ -339,7 +341,7 @@ class Stage:
                                 refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
         stream = SampleStream(make_prompts(), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed,
                               rank=ranks.rank, world=ranks.world)  # fmt: skip
-        self.batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed)
+        self.batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed, reply=reply)
         self.plain_window, self.batcher.window = self.batcher.window, self._window
         self.live: dict[int, Response] = {}
         self.shown: list[Response] = []  # the step's rows and the value model's batch: those of several ranks change places
@@ -476,10 +478,10 @@ def toy_stage(config: Config, *, mismatch: float = 0.3) -> Stage:
     return Stage(config, policy=policy, value=ToyValue(1), engine=ToyEngine(policy, mismatch))
 
 
-def real_stage(config: Config, *, scaling: float | None = None, **shape: Any) -> Stage:
+def real_stage(config: Config, *, scaling: float | None = None, reply: Reply | None = None, **shape: Any) -> Stage:
     """transformers' modules behind PolicyModel, ValueModel and TorchEngine, in float64; the oracle has their plain forward."""
     policy, value, by_hand = real_models(config, scaling=scaling, **shape)
-    return Stage(config, policy=policy, value=value, engine=real_engine(config, policy), by_hand=by_hand)
+    return Stage(config, policy=policy, value=value, engine=real_engine(config, policy), by_hand=by_hand, reply=reply)
 
 
 def sampling_of(config: Config) -> dict[str, Any]:

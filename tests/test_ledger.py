@@ -14,15 +14,18 @@ from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.method.records import End, Prompt, Response, WindowSlice
 
 
-def piece(id: int, length: int, end: End, score: float | None = None, begin: int = 0) -> WindowSlice:
+def piece(id: int, length: int, end: End, score: float | None = None, begin: int = 0, observations=()) -> WindowSlice:
     prompt = Prompt(id=id, token_ids=(1,), answer="")
-    return WindowSlice(Response(id=id, prompt=prompt, sample_index=0, token_ids=[3] * length, end=end, score=score), begin, length)
+    response = Response(id=id, prompt=prompt, sample_index=0, token_ids=[3] * length, end=end, score=score,
+                        observations=list(observations))  # fmt: skip
+    return WindowSlice(response, begin, length)
 
 
 def test_the_metrics_of_a_window_by_hand():
     slices = [
-        piece(0, 4, End.END_TOKEN, 1.0), piece(1, 6, End.END_TOKEN, 0.0), piece(2, 8, End.LENGTH_CAP, -0.5, begin=3),
-        piece(3, 2, End.RUNNING), piece(4, 7, End.END_TOKEN, None, begin=5),
+        piece(0, 4, End.END_TOKEN, 1.0, observations=[(2, (7, 8))]), piece(1, 6, End.END_TOKEN, 0.0),
+        piece(2, 8, End.LENGTH_CAP, -0.5, begin=3, observations=[(3, (7, 7, 7)), (4, (9,))]),  # the first in an earlier window
+        piece(3, 2, End.RUNNING, observations=[(2, (6, 6, 6, 6))]), piece(4, 7, End.END_TOKEN, None, begin=5),
     ]  # fmt: skip
     ledger = Ledger(SingleProcess())
     ledger.verdicts.update({"ok": 5, "timeout": 2, "error": 3, "bad_score": 4})
@@ -31,7 +34,7 @@ def test_the_metrics_of_a_window_by_hand():
         "rollout/decode_steps": 10, "rollout/tokens": 4 + 6 + 5 + 2 + 2, "rollout/tokens_per_s": 9.5, "rollout/occupancy": 19 / 40,
         "rollout/idle_s": 21 / 40 * 2, "response/rows": 5, "response/ended": 4, "response/cut_share": 1 / 5,
         "response/cut_token_share": 2 / 19,
-        "response/capped_share": 1 / 4, "response/length_mean": 25 / 4, "response/length_max": 8,
+        "response/capped_share": 1 / 4, "response/length_mean": 25 / 4, "response/length_max": 8, "response/turns_mean": (2 + 1 + 3 + 1) / 4, "ledger/observed": 2 + 1 + 4,
         "response/score_mean": 0.5 / 4,  # what has no score counts as 0
         "response/accuracy": 1 / 4,  # a score of 0 is not right
         "verify/timeouts": 2, "verify/errors": 7,
@@ -41,7 +44,9 @@ def test_the_metrics_of_a_window_by_hand():
 def test_where_nothing_ended_a_mean_is_not_0():
     metrics = Ledger(SingleProcess()).window_metrics([piece(0, 3, End.RUNNING)], SimpleNamespace(slot_steps=4, num_steps=4), 1.0)
     undefined = {name for name, value in metrics.items() if math.isnan(value)}
-    assert undefined == {f"response/{name}" for name in ("capped_share", "length_mean", "length_max", "score_mean", "accuracy")}
+    assert undefined == {
+        f"response/{name}" for name in ("capped_share", "length_mean", "length_max", "turns_mean", "score_mean", "accuracy")
+    }
     assert metrics["response/cut_share"] == 1
 
 

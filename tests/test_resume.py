@@ -65,6 +65,10 @@ CASES = {
             ),
         },
     ),
+    "conversations": (
+        "tppo-defer",
+        {"task.name": "calculator", "model.warm_start_steps": 30, "rollout.max_response_tokens": 60, "advantage.tail_tokens": 3},
+    ),
     "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
 }
 

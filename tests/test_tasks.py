@@ -284,8 +284,8 @@ def test_built_in_tasks_keep_the_protocol(name):
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, maze, brackets, jsonl; did you mean chain?"),
-     ("xyz", {}, "chain, fork, length, maze, brackets, jsonl"),
+    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, maze, brackets, calculator, jsonl; did you mean chain?"),
+     ("xyz", {}, "chain, fork, length, maze, brackets, calculator, jsonl"),
      ("chain", {"num_tran": 3}, "task: got the option 'num_tran'; expected one of the options of chain: "),
      ("chain", {"num_tran": 3}, "; did you mean num_train?"),
      ("fork", {"num_test": 0}, "task fork: num_test: got 0; expected at least 1"), ("length", {"long_share": 1.5}, "long_share: got 1.5; expected a share")],
@@ -297,8 +297,8 @@ def test_a_mistake_in_a_name_or_an_option_is_named(name, options, message):
 
 
 def test_every_name_of_the_registry_is_a_task():
-    assert set(TASKS) == {*BUILT_IN, "jsonl"}
-    for name in BUILT_IN:
+    assert set(TASKS) == {*BUILT_IN, "calculator", "jsonl"}
+    for name in (*BUILT_IN, "calculator"):
         assert load_task(name).name == name
     with pytest.raises(UserError, match="split: got 'validation'"):
         BUILT["chain"].prompts("validation")

@@ -106,3 +106,25 @@ def test_each_rank_of_a_job_makes_the_batcher_of_its_engine_and_of_its_place_in_
         assert (mine.part, mine.parts) == (rank % 2, 2)
         drawn = mine.batcher.stream
         assert (drawn.rank, drawn.world, drawn.limit) == (rank // 2, 2, plan.limit)
+
+
+def test_ranks_of_a_group_hold_the_same_conversation_and_each_answers_for_its_own():
+    """The environment is asked by each rank: a pure function says the same to all."""
+    plan = Plan(lengths=(4, 5, 3, 6), slots=2, window=5, cap=20)
+    asked = []
+
+    def reply(prompt, turns):
+        asked.append(len(turns))
+        return (7, 8) if len(turns) < 3 else None
+
+    makers = [maker_of(World(rank=rank, world=2, tensor_parallel=2), reply) for rank in range(2)]
+    group = [make(SlotSchedule(slots=2, window=5, max_response_tokens=20), plan.stream().prompts, samples_per_prompt=1, seed=RUN_SEED,
+                  limit=4) for make in makers]  # fmt: skip
+    for _ in range(2):
+        shares = [batcher.window(KnownLengthEngine(plan)) for batcher in group]
+    assert len(asked) % 2 == 0
+    assert {s.response.id % 2 for s in shares[0]} == {0}
+    assert {s.response.id % 2 for s in shares[1]} == {1}
+    one, two = ({i: r.observations for i, r in b.batcher.in_flight.items()} for b in group)
+    assert one == two
+    assert any(s.response.observations for share in shares for s in share)

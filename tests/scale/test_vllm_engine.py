@@ -42,6 +42,11 @@ def test_windows_that_go_on_across_syncs_have_the_new_weights_log_probabilities(
     assert max(found["windows"]) < MAX_GAP
 
 
+def test_what_is_said_behind_an_observation_has_the_whole_conversations_log_probabilities(found):
+    assert found["observations"] >= 5, "too few observations to mean anything"
+    assert found["conversations"] < MAX_GAP
+
+
 def test_the_version_is_that_of_the_last_sync(found):
     assert (found["version"], found["version after errors"]) == (5, 9)
 

@@ -173,6 +173,13 @@ def main(folder, tied):
     vllm_engine._receive = receive
     engine.load_weights(policy.named_tensors(), 8)
     found["healed by repack"] = engine.probe(policy, prompts, new_tokens=12).max
+
+    # Conversations: the first three end tokens of a response are answered, and it goes on in its window and in later ones.
+    talking = batcher_of(SlotSchedule(slots=SLOTS, window=24, max_response_tokens=100))
+    talking.reply = lambda prompt, turns: (5, 6, 7) if len(turns) < 6 else None
+    slices = [s for _ in range(6) for s in talking.window(engine, version=8)]
+    found["conversations"] = max(gaps_of(policy, slices))
+    found["observations"] = sum(len(r.observations) for r in {s.response.id: s.response for s in slices}.values())
     found["good refused"] = raises(UserError, lambda: start_up_probe(engine, policy, task, config))
 
     def short(worker, tensors):

@@ -19,6 +19,7 @@ from tppo_ref.loop.parallel import Parallel, per
 from tppo_ref.loop.rows import Rows
 from tppo_ref.method.records import End, Response, WindowSlice
 from tppo_ref.rollout.batcher import Batcher
+from tppo_ref.rollout.turns import num_observed
 
 OUTCOMES = ("trained", "excluded_tail", "excluded_warmup")
 
@@ -29,6 +30,7 @@ class Ledger:
     tokens       response tokens by what became of them (OUTCOMES)
     verdicts     responses by the status of their verification
     valued       ended responses that an independent value batch has taken; the others are held back
+    observed     tokens of environments' answers, which are no response tokens: none of them is among `tokens`
     updates_at   by version of the policy's weights, its optimiser steps until then
     """
 
@@ -36,7 +38,7 @@ class Ledger:
         self.parallel = parallel
         self.tokens: Counter[str] = Counter()
         self.verdicts: Counter[str] = Counter()
-        self.valued = 0
+        self.valued = self.observed = 0
         self.updates_at: dict[int, int] = {0: 0}
 
     def enter_scores(self, slices: Sequence[WindowSlice], scores: Mapping[int, tuple[float, str]]) -> None:
@@ -108,26 +110,31 @@ class Ledger:
     def window_metrics(self, slices: Sequence[WindowSlice], batcher: Batcher, rollout_s: float) -> dict[str, float]:
         """The rollout/, response/ and verify/ metrics of one window, over all ranks."""
         ended = [s.response for s in slices if s.response.ended]
+        self.observed += sum(num_observed(s.response.observations, s.stop) - num_observed(s.response.observations, s.begin)
+                             for s in slices)  # fmt: skip
         total = self._sum({
             "rows": len(slices), "ended": len(ended), "capped": sum(r.end is End.LENGTH_CAP for r in ended),
             "length": sum(map(len, ended)), "score": sum(r.score or 0.0 for r in ended),
             "right": sum((r.score or 0.0) > 0 for r in ended), "tokens": sum(s.stop - s.begin for s in slices),
+            "observed": self.observed, "turns": sum(1 + len(r.observations) for r in ended),
             "cut_tokens": sum(s.stop - s.begin for s in slices if not s.response.ended),
             "slot_steps": batcher.slot_steps, "timeout": self.verdicts["timeout"],
             "error": self.verdicts["error"] + self.verdicts["bad_score"],
         })  # fmt: skip
         longest, steps, rollout_s = self.parallel.max([max(map(len, ended), default=0), batcher.num_steps, rollout_s])
         occupancy = total["tokens"] / max(total["slot_steps"], 1)
-        length, score, right, capped = (per(total[name], total["ended"]) for name in ("length", "score", "right", "capped"))
+        length, score, right, capped, turns = (
+            per(total[name], total["ended"]) for name in ("length", "score", "right", "capped", "turns")
+        )
         return {
             "rollout/decode_steps": steps, "rollout/tokens": total["tokens"], "rollout/tokens_per_s": total["tokens"] / rollout_s,
             "rollout/occupancy": occupancy, "rollout/idle_s": (1 - occupancy) * rollout_s, "response/rows": total["rows"],
             "response/ended": total["ended"], "response/cut_share": (total["rows"] - total["ended"]) / max(total["rows"], 1),
             "response/cut_token_share": total["cut_tokens"] / max(total["tokens"], 1),
             "response/capped_share": capped, "response/length_mean": length,
-            "response/length_max": longest if total["ended"] else math.nan,
+            "response/length_max": longest if total["ended"] else math.nan, "response/turns_mean": turns,
             "response/score_mean": score, "response/accuracy": right,
-            "verify/timeouts": total["timeout"], "verify/errors": total["error"],
+            "verify/timeouts": total["timeout"], "verify/errors": total["error"], "ledger/observed": total["observed"],
         }  # fmt: skip
 
     def _sum(self, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -135,14 +142,15 @@ class Ledger:
         return dict(zip(numbers, self.parallel.sum(numbers.values()), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        books = {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts), "valued": self.valued}
+        books = {"tokens": dict(self.tokens), "verdicts": dict(self.verdicts), "valued": self.valued, "observed": self.observed}
         return books | {"updates_at": list(self.updates_at.items())}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]], books: Sequence[Mapping[str, Any]]) -> None:
         """What ranks saved. books: of `states` those whose counts this rank takes over: its own, all ranks', or none."""
         self.updates_at = {version: n for state in states for version, n in state["updates_at"]}
-        self.tokens, self.verdicts, self.valued = Counter(), Counter(), 0
+        self.tokens, self.verdicts, self.valued, self.observed = Counter(), Counter(), 0, 0
         for state in books:
             self.valued += state["valued"]
+            self.observed += state.get("observed", 0)
             self.tokens.update(state["tokens"])
             self.verdicts.update(state["verdicts"])

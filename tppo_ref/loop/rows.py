@@ -22,6 +22,7 @@ from tppo_ref.method.masks import num_settled, policy_token_mask
 from tppo_ref.method.records import Response, WindowSlice
 from tppo_ref.rollout.attention import PrefixKeys
 from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.rollout.turns import num_before
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -60,7 +61,7 @@ class Rows:
     settled_B       tokens that the policy is done with after this step; the others wait for the next window
     cut_B           bool, RUNNING at the window's edge
     reused_B        bool, of an earlier step, trained on again (policy.reuse_batches)
-    num_fed_again   prompt tokens, and response tokens that an earlier step has fed to the models already
+    num_fed_again   prompt tokens, and response and observation tokens that an earlier step has fed to the models already
     behaviour_BT    log-probability of each token under the policy that sampled it; its dtype is the step's: float32, or float64
                     where the models are
     """
@@ -100,7 +101,7 @@ class Rows:
             settled_B=num_settled(length_B, start_B, cut_B, skip_tail=config.tail_tokens, tail=config.tail),
             cut_B=cut_B,
             reused_B=torch.arange(len(responses), device=device) >= len(slices),
-            num_fed_again=sum(len(r.prompt.token_ids) + len(r.values) for r in responses),  # values: one per token fed so far
+            num_fed_again=sum(num_before(r, len(r.values)) for r in responses),  # values: one per response token fed so far
             behaviour_BT=pad([r.logprobs for r in responses], dtype, device),
         )
 

@@ -12,10 +12,8 @@ from typing import Any
 
 
 class End(enum.IntEnum):
-    """How a response stands. A window's edge is no end: a response that reaches it is still RUNNING.
-
-    An end token sampled as the last allowed token is END_TOKEN.
-    """
+    """How a response stands. A window's edge is no end: a response that reaches it is still RUNNING. An end token sampled as the
+    last allowed token is END_TOKEN."""
 
     RUNNING = 0
     END_TOKEN = 1
@@ -33,9 +31,8 @@ class Prompt:
 
 @dataclasses.dataclass(kw_only=True)
 class Response:
-    """Everything known of one sampled response, from its first window to its last update.
-
-    The per-token lists are aligned: entry t belongs to response token t.
+    """Everything known of one sampled response, from its first window to its last update. The per-token lists are aligned: entry t
+    belongs to response token t, which the policy wrote.
 
     id              global sample number; prompt and sample_index follow from it (rollout.batcher.SampleStream)
     token_ids       response tokens so far, the end token included
@@ -47,6 +44,7 @@ class Response:
     end             RUNNING, END_TOKEN or LENGTH_CAP
     score           the verifier's verdict, None until it is known
     num_settled     tokens that the policy has done with, trained or excluded: the first column it has yet to see
+    observations    (t, what an environment said before response token t): read like a prompt, in no list above (rollout/turns.py)
     """
 
     id: int
@@ -60,6 +58,7 @@ class Response:
     end: End = End.RUNNING
     score: float | None = None
     num_settled: int = 0
+    observations: list[tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -71,8 +70,8 @@ class Response:
 
     @property
     def num_fed(self) -> int:
-        """Tokens that a model reads of it: prompt and response."""
-        return len(self.prompt.token_ids) + len(self)
+        """Tokens that a model reads of it: prompt, response and observations."""
+        return len(self.prompt.token_ids) + len(self) + sum(len(ids) for _, ids in self.observations)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON types; `Response.from_state_dict` gives an equal record back."""
@@ -85,12 +84,13 @@ class Response:
         prompt = state["prompt"]
         prompt = Prompt(id=prompt["id"], token_ids=tuple(prompt["token_ids"]), answer=prompt["answer"])
         lists = {name: list(entry) for name, entry in state.items() if isinstance(entry, list)}
+        lists["observations"] = [(column, tuple(ids)) for column, ids in state.get("observations", [])]
         return cls(**{**state, **lists, "prompt": prompt, "end": End[state["end"]]})
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowSlice:
-    """The tokens [begin, stop) of `response` that one window sampled; begin < stop."""
+    """The tokens [begin, stop) of `response` that one window, or one stay in a slot, sampled; begin < stop."""
 
     response: Response
     begin: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from tppo_ref.method.errors import refusal
@@ -20,7 +20,7 @@ class Grant(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """What came of a grant: `response` held `slot` during decode steps [begin, stop) of the window and then stood at `end`."""
+    """What came of a grant: `response` held `slot` in decode steps [begin, stop) of the window, and then stood at `end`."""
 
     slot: int
     response: int
@@ -44,9 +44,8 @@ class SlotSchedule:
     One window: `open_window`, then `finish` at each decode step with which something finished, until `running` is empty.
     `draw` hands out the id of the next response, or None when there are no more. With window >= max_response_tokens and
     refill="step" every response ends in the window that began it: that is "batch" with as many responses as slots.
-
-    Invariants: a slot holds one response; the segments of a response sum to at most max_response_tokens; no grant reaches beyond
-    the window's edge; with immediate refill every slot is busy at every decode step while `draw` lasts.
+    Invariants: a slot holds one response; its segments and what was answered to it sum to at most max_response_tokens; no grant
+    reaches beyond the window's edge; with immediate refill every slot is busy at every decode step while `draw` lasts.
     """
 
     def __init__(
@@ -78,30 +77,31 @@ class SlotSchedule:
         return [grant for grant in grants if grant]
 
     def finish(
-        self, now: int, finished: Iterable[tuple[int, int, bool]], draw: Callable[[], int | None]
-    ) -> tuple[list[Segment], list[Grant]]:
-        """Say which grants ended with decode step `now` (1 .. window), as (response, new tokens, end token sampled).
-
-        Returns one segment per entry, in that order, and the grants that refill freed slots from step `now` on.
-        """
+        self, now: int, finished: Iterable[tuple[int, int, bool]], draw: Callable[[], int | None],
+        answered: Mapping[int, int] | None = None,
+    ) -> tuple[list[Segment], list[Grant]]:  # fmt: skip
+        """Say which grants ended with decode step `now` (1 .. window), as (response, new tokens, end token sampled). `answered`:
+        response -> tokens that an environment answers to its end token; it goes on in its slot, where one more token has room.
+        Returns one segment per entry, in that order, and the grants of slots from step `now` on."""
         segments, grants = [], []
         for response, num_new, end_token in finished:
             slot, num_tokens, granted, begin = self.running.pop(response)
             assert 0 < num_new == now - begin <= granted, (response, num_new, granted, now)
             assert end_token or num_new == granted, (response, num_new, granted)
-            num_tokens += num_new
-            if end_token:
+            answer = (answered or {}).get(response, 0) if end_token else 0
+            num_tokens += num_new + answer
+            if end_token and not answer:
                 end = End.END_TOKEN
-            elif num_tokens == self.max_response_tokens:
+            elif num_tokens >= self.max_response_tokens:
                 end = End.LENGTH_CAP
-            else:  # not aborted and not ended: it spent its grant, so this is the window's edge
+            else:  # answered; or not aborted and not ended: it spent its grant, so this is the window's edge
                 end = End.RUNNING
-                self.carried[slot] = (response, num_tokens)
             segments.append(Segment(slot, response, begin, now, end))
-            if end is not End.RUNNING and self.refill != "step" and now < self.window:
-                grant = self._grant(slot, now, None, draw)
-                if grant:
-                    grants.append(grant)
+            seated = (response, num_tokens) if end is End.RUNNING else None
+            if now == self.window:
+                self.carried[slot] = seated
+            elif (seated or self.refill != "step") and (grant := self._grant(slot, now, seated, draw)):
+                grants.append(grant)
         return segments, grants
 
     def _grant(self, slot: int, now: int, seated: tuple[int, int] | None, draw: Callable[[], int | None]) -> Grant | None:

@@ -19,7 +19,8 @@ import numpy as np
 
 from tppo_ref.method.records import Prompt, Response, WindowSlice
 from tppo_ref.method.slots import Grant, Segment, SlotSchedule
-from tppo_ref.rollout.engine import Request, RolloutEngine, request_seed
+from tppo_ref.rollout.engine import Decoded, Request, RolloutEngine, request_seed
+from tppo_ref.rollout.turns import Reply, transcript, turns_of
 
 
 class Batcher(Protocol):
@@ -130,10 +131,12 @@ class SuccessiveBatcher:
     `in_flight` holds the responses that are RUNNING at the last window's edge; `segments` the last window's slots over its decode
     steps, `slices` their tokens in the same order, `step_ends_s` the seconds since its beginning at which each decode step ended;
     `num_generated_tokens` counts every token ever sampled.
+
+    reply    an environment, asked whenever an end token was sampled; None: each end token ends its response
     """
 
-    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int):
-        self.schedule, self.stream, self.run_seed = schedule, stream, run_seed
+    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int, reply: Reply | None = None):
+        self.schedule, self.stream, self.run_seed, self.reply = schedule, stream, run_seed, reply
         self.in_flight: dict[int, Response] = {}
         self.segments: list[Segment] = []
         self.slices: list[WindowSlice] = []
@@ -145,10 +148,11 @@ class SuccessiveBatcher:
     ) -> list[WindowSlice]:
         """Decode one window. `version` marks its tokens; `on_end` is called as each response ends, while others still decode.
 
-        Returns the slices in the order in which they stopped. A RuntimeError names the responses that an engine lost.
+        Returns one slice per response, with all of its turns in this window, in the order in which they stopped. A RuntimeError
+        names the responses that an engine lost.
         """
         self.segments, self.slices, self.step_ends_s = [], [], []
-        begin_s = time.perf_counter()
+        whole, begins, begin_s = list[WindowSlice](), dict[int, int](), time.perf_counter()
         self._submit(engine, self.schedule.open_window(self.stream.draw))
         while self.schedule.running:
             if self.num_steps == self.schedule.window:  # every grant ends within the window, so waiting longer is in vain
@@ -157,26 +161,47 @@ class SuccessiveBatcher:
             self.step_ends_s.append(time.perf_counter() - begin_s)
             if not decoded:
                 continue
+            answers = self._enter(decoded, version, begins)
             segments, grants = self.schedule.finish(
-                self.num_steps, [(d.response_id, len(d.token_ids), d.end_token) for d in decoded], self.stream.draw
-            )
-            self._submit(engine, grants)
-            for result, segment in zip(decoded, segments, strict=True):
-                response = self.in_flight[result.response_id]
-                begin = len(response)
-                response.token_ids += result.token_ids
-                response.logprobs += result.logprobs
-                response.versions += [version] * len(result.token_ids)
-                response.window_starts.append(begin)
+                self.num_steps, [(d.response_id, len(d.token_ids), d.end_token) for d in decoded], self.stream.draw,
+                {id: len(tokens) for id, tokens in answers.items()},
+            )  # fmt: skip
+            go_on = {grant.response for grant in grants}
+            for segment in segments:
+                response = self.in_flight[segment.response]
                 response.end = segment.end
+                if response.id in answers and not response.ended:
+                    response.observations.append((len(response), answers[response.id]))
+                if response.id not in go_on:
+                    whole.append(WindowSlice(response, begins[response.id], len(response)))
                 if response.ended:
                     del self.in_flight[response.id]
                 if response.ended and on_end:
                     on_end(response)
-                self.slices.append(WindowSlice(response, begin, len(response)))
+            self._submit(engine, grants)
             self.segments += segments
         self.num_generated_tokens += sum(s.stop - s.begin for s in self.slices)
-        return self.slices
+        return whole
+
+    def _enter(self, decoded: Sequence[Decoded], version: int, begins: dict[int, int]) -> dict[int, tuple[int, ...]]:
+        """Write what was decoded into the records, and where each response's tokens of this window begin into `begins`. What the
+        environment answers to the turns that ended, by response."""
+        answers = {}
+        for result in decoded:
+            response = self.in_flight[result.response_id]
+            begin = len(response)
+            response.token_ids += result.token_ids
+            response.logprobs += result.logprobs
+            response.versions += [version] * len(result.token_ids)
+            self.slices.append(WindowSlice(response, begin, len(response)))
+            if response.id not in begins:  # its first turn of this window
+                begins[response.id] = begin
+                response.window_starts.append(begin)
+            if result.end_token and self.reply:
+                answer = self.reply(response.prompt, turns_of(response.token_ids, response.observations))
+                if answer is not None:
+                    answers[response.id] = tuple(answer)
+        return answers
 
     @property
     def num_steps(self) -> int:
@@ -204,7 +229,7 @@ class SuccessiveBatcher:
             requests.append(
                 Request(
                     response_id=response.id,
-                    token_ids=[*response.prompt.token_ids, *response.token_ids],
+                    token_ids=[*response.prompt.token_ids, *transcript(response)],
                     max_new_tokens=grant.max_new_tokens,
                     seed=request_seed(self.run_seed, response.prompt.id, response.sample_index, len(response)),
                     num_response_tokens=len(response),
@@ -234,7 +259,7 @@ class SuccessiveBatcher:
         else:
             everything = sorted((r for s in states for r in s["in_flight"]), key=lambda r: r["id"])
             saved = everything[stream.rank :: stream.world]
-            self.schedule.load_state_dict({"carried": [[r["id"], len(r["token_ids"])] for r in saved]})
+            self.schedule.load_state_dict({"carried": [[r["id"], len(transcript(Response.from_state_dict(r)))] for r in saved]})
             # Counted once over all engines: the sum is what the ledger holds.
             self.num_generated_tokens = sum(s["num_generated_tokens"] for s in states) if stream.rank == 0 else 0
         self.in_flight = {r["id"]: Response.from_state_dict(r) for r in saved}

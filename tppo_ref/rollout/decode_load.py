@@ -12,6 +12,7 @@ from torch import Tensor
 from tppo_ref.method.records import WindowSlice
 from tppo_ref.method.slots import Segment
 from tppo_ref.rollout.engine import Decoded, Request, RolloutEngine
+from tppo_ref.rollout.turns import num_before
 
 
 class DecodeStep(NamedTuple):
@@ -37,7 +38,7 @@ def decode_steps(segments: Sequence[Segment], slices: Sequence[WindowSlice], ste
     """
     active, held, prefill = np.zeros((3, len(step_ends_s)), dtype=np.int64)
     for segment, part in zip(segments, slices, strict=True):
-        context, busy = len(part.response.prompt.token_ids) + part.begin, segment.stop - segment.begin
+        context, busy = num_before(part.response, part.begin), segment.stop - segment.begin
         prefill[segment.begin] += context - 1
         active[segment.begin : segment.stop] += 1
         held[segment.begin : segment.stop] += np.arange(context, context + busy)

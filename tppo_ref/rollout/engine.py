@@ -15,7 +15,7 @@ class Request:
     """Continue `token_ids` (prompt and response so far) by at most `max_new_tokens`, at least 1.
 
     seed                  of the request's first token; token i is drawn with seed + i (see `request_seed`)
-    num_response_tokens   how many of `token_ids` are response tokens: min_response_tokens counts on from there
+    num_response_tokens   how many of `token_ids` are the policy's own: min_response_tokens counts on from there
     """
 
     response_id: int

@@ -21,6 +21,7 @@ from torch import nn
 from tppo_ref.method.records import WindowSlice
 from tppo_ref.rollout.models import PolicyModel, ValueModel, value_head
 from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.rollout.turns import num_before
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -46,17 +47,17 @@ class ModelFlops:
         """Of one pass over a batch, its constant prefix read before unless that is kept; `backward`: and of the way back."""
         total, kept = 0.0, batch.prefix is not None and batch.prefix.filled
         first: Sequence[int | None] = batch.live_from or [None] * len(batch)
-        for prompt, response, live in zip(batch.prompt_ids, batch.response_ids, first, strict=True):
-            constant = 0 if live is None else len(prompt) + live - 1
-            stop, outputs = len(prompt) + len(response), len(response) - (live or 0) + self.outputs_after
+        for row, (response, live) in enumerate(zip(batch.response_ids, first, strict=True)):
+            constant = 0 if live is None else batch.num_before(row, live) - 1
+            stop, outputs = batch.num_before(row, len(response)), len(response) - (live or 0) + self.outputs_after
             total += (3 if backward else 1) * self.forward(constant, stop, outputs)
             total += 0 if kept else self.forward(0, constant, 0)
         return total
 
     def of_decoding(self, slices: Iterable[WindowSlice]) -> float:
         """Of a window: each response's prompt and earlier tokens read once, as without a prefix cache or preemption, then one token
-        after the other; the last one that is sampled is not read."""
-        return sum(self.forward(0, len(s.response.prompt.token_ids) + s.stop - 1, s.stop - s.begin) for s in slices)
+        after the other, what was observed among them; the last one that is sampled is not read."""
+        return sum(self.forward(0, num_before(s.response, s.stop - 1), s.stop - s.begin) for s in slices)
 
 
 def flops_of(module: nn.Module) -> ModelFlops | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tppo_ref.method.records import Response
 from tppo_ref.rollout.attention import LiveLayout, PackedLayout, PrefixKeys
+from tppo_ref.rollout.turns import Observations, num_observed, turns_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,27 +25,35 @@ class TokenBatch:
                 same passes
     prefix      with live_from: keys and values of those constants but the last one's, whose hidden state predicts column live_from;
                 filled by the first pass that reads them, then kept. None: each pass makes its own
+    observations  per row what an environment said between the response tokens: read where it stands, no output. None: nothing
     """
 
     prompt_ids: Sequence[Sequence[int]]
     response_ids: Sequence[Sequence[int]]
     live_from: Sequence[int] | None = None
     prefix: PrefixKeys | None = None
+    observations: Sequence[Observations] | None = None
 
     @classmethod
     def of(
         cls, responses: Sequence[Response], live_from: Sequence[int] | None = None, prefix: PrefixKeys | None = None
     ) -> TokenBatch:
-        """Prompts and tokens of some responses."""
-        return cls([r.prompt.token_ids for r in responses], [r.token_ids for r in responses], live_from, prefix)
+        """Prompts, tokens and observations of some responses."""
+        observations = [r.observations for r in responses] if any(r.observations for r in responses) else None
+        return cls([r.prompt.token_ids for r in responses], [r.token_ids for r in responses], live_from, prefix, observations)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     @property
     def num_tokens_fed(self) -> int:
-        """Prompt and response tokens that a forward pass over the batch reads."""
-        return sum(map(len, self.prompt_ids)) + sum(map(len, self.response_ids))
+        """Prompt, response and observation tokens that a forward pass over the batch reads."""
+        return sum(self.num_before(row, len(ids)) for row, ids in enumerate(self.response_ids))
+
+    def num_before(self, row: int, column: int) -> int:
+        """Tokens that a row holds before its response token `column`; with the number of response tokens, all."""
+        observed = num_observed(self.observations[row], column) if self.observations else 0
+        return len(self.prompt_ids[row]) + column + observed
 
 
 @dataclasses.dataclass
@@ -89,10 +98,10 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     num_response = np.array([len(ids) for ids in batch.response_ids], dtype=np.int64)
     if (num_prompt == 0).any():
         raise ValueError(f"prompt_ids[{int(num_prompt.argmin())}]: got no tokens; expected at least one")
-    lengths = num_prompt + num_response
-    constant = np.zeros_like(lengths) if batch.live_from is None else _num_constant(batch.live_from, num_prompt, num_response)
+    lengths = np.array([batch.num_before(b, n) for b, n in enumerate(num_response.tolist())], dtype=np.int64)
+    constant = np.zeros_like(lengths) if batch.live_from is None else _num_constant(batch, num_response)
     order = np.argsort(-lengths, kind="stable")
-    rows = [np.fromiter(itertools.chain(batch.prompt_ids[b], batch.response_ids[b]), np.int64, lengths[b]) for b in order]
+    rows = [np.fromiter(_read(batch, b), np.int64, lengths[b]) for b in order]
 
     def to(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -104,6 +113,8 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     row_N = np.repeat(order, live)
     position_N = np.arange(len(ids)) - begin[row_N] + constant[row_N]
     column_N = position_N - num_prompt[row_N]  # < 0 in the prompt
+    if batch.observations:
+        column_N = np.concatenate([_columns(batch, b)[constant[b] :] for b in order])  # < 0 in observations too
     response_M = np.flatnonzero((column_N >= 0) & (position_N > constant[row_N] if batch.live_from is not None else True))
     predictor_M, last_B = response_M - 1, begin + lengths - constant - 1
     num_columns = int(num_response.max(initial=0))
@@ -131,12 +142,28 @@ def pack(batch: TokenBatch, device: torch.device) -> Packed:
     )
 
 
-def _num_constant(live_from: Sequence[int], num_prompt: np.ndarray, num_response: np.ndarray) -> np.ndarray:
+def _read(batch: TokenBatch, row: int) -> Iterable[int]:
+    """A row's tokens in the order in which a model reads them."""
+    observations = batch.observations[row] if batch.observations else ()
+    return itertools.chain(batch.prompt_ids[row], *turns_of(batch.response_ids[row], observations))
+
+
+def _columns(batch: TokenBatch, row: int) -> np.ndarray:
+    """The response column of each of a row's tokens, -1 in the prompt and in observations."""
+    parts, own = [np.full(len(batch.prompt_ids[row]), -1)], 0
+    for number, turn in enumerate(turns_of(batch.response_ids[row], batch.observations[row] if batch.observations else ())):
+        by_policy = number % 2 == 0
+        parts.append(np.arange(own, own + len(turn)) if by_policy else np.full(len(turn), -1))
+        own += len(turn) if by_policy else 0
+    return np.concatenate(parts)
+
+
+def _num_constant(batch: TokenBatch, num_response: np.ndarray) -> np.ndarray:
     """Tokens of each row that are read without gradient: all before the one whose hidden state predicts column `live_from`."""
-    column_B = np.asarray(live_from, dtype=np.int64)
+    column_B = np.asarray(batch.live_from, dtype=np.int64)
     if ((column_B < 0) | (column_B > num_response)).any():
-        raise ValueError(f"live_from: got {list(live_from)}; expected a column of each response, 0 to {num_response.tolist()}")
-    return num_prompt + column_B - 1
+        raise ValueError(f"live_from: got {column_B.tolist()}; expected a column of each response, 0 to {num_response.tolist()}")
+    return np.array([batch.num_before(row, column) - 1 for row, column in enumerate(column_B.tolist())], dtype=np.int64)
 
 
 def _prefix(rows: list[np.ndarray], kept: PrefixKeys, device: torch.device) -> tuple[Tensor, Tensor, PackedLayout]:

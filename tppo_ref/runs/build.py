@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +16,12 @@ from transformers import PretrainedConfig
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.settings import RolloutConfig
 from tppo_ref.method.errors import UserError, refusal
-from tppo_ref.method.records import Response
+from tppo_ref.method.records import Prompt, Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy, load_value_model
 from tppo_ref.rollout.shapes import device_named, read_config, reason
 from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.rollout.turns import Reply, transcript
 from tppo_ref.runs.checkpoint import LocalCheckpointer
 from tppo_ref.runs.config import FIXED_ON_RESUME, Config, TaskConfig
 from tppo_ref.runs.evaluate import Evaluator, Sampler, make_batcher
@@ -27,7 +31,7 @@ from tppo_ref.runs.resume import resume_point
 from tppo_ref.runs.validation import writable_folder
 from tppo_ref.runs.warmstart import tiny_policy_config, warm_start
 from tppo_ref.runs.watch import Watch
-from tppo_ref.tasks import Task, load_task
+from tppo_ref.tasks import EnvironmentTask, Task, load_task
 from tppo_ref.tasks.verifier import Verifier
 
 EVALUATION_SLOTS = 256  # at most: evaluation decodes beside nothing else, so its batch may be larger than the run's
@@ -55,7 +59,7 @@ def build(config: Config) -> Parts:
         config=config, record=record, task=task, policy=policy, value=value, device=policy.device, parallel=SingleProcess(),
         engine=make_engine(config, task, policy, rollout.slots), scorer=scorer,
         batcher=make_batcher(make_schedule(rollout), task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt,
-                             seed=config.run.seed),
+                             seed=config.run.seed, reply=reply_of(task)),
         evaluator=make_evaluator(config, task, policy, scorer), checkpointer=checkpointer, resume_from=resume_from,
         due=lambda steps, train_s: int(train_s // every_s) if every_s else 0, watchers=[Watch(config)],
     )  # fmt: skip
@@ -78,7 +82,34 @@ def make_sampler(config: Config, task: Task, policy: PolicyModel, scorer: TaskSc
     """A sampler with an engine of its own, with a slot for each of `num_responses`, up to EVALUATION_SLOTS."""
     slots = min(EVALUATION_SLOTS, num_responses)
     return Sampler(engine=make_engine(config, task, policy, slots), scorer=scorer, slots=slots,
-                   max_response_tokens=config.rollout.max_response_tokens)  # fmt: skip
+                   max_response_tokens=config.rollout.max_response_tokens,
+                   make_batcher=functools.partial(make_batcher, reply=reply_of(task)))  # fmt: skip
+
+
+def reply_of(task: Task) -> Reply | None:
+    """The environment of a task of several turns, with what it says checked; None: the task has none.
+
+    UserError where it raises, or says what is no token.
+    """
+    if not isinstance(task, EnvironmentTask):
+        return None
+
+    def reply(prompt: Prompt, turns: Sequence[Sequence[int]]) -> Sequence[int] | None:
+        name = f"task {task.name}: the reply to turn {len(turns) // 2 + 1} of prompt {prompt.id}"
+        try:
+            answer = task.reply(prompt, turns)
+            if answer is None:
+                return None
+            tokens = [operator.index(token) for token in answer]
+        except Exception as error:  # whatever a user's code raises
+            raise UserError(refusal(name, f"{type(error).__name__} ({reason(error)})", "token ids, or None at the end")) from error
+        if not tokens or not all(0 <= token < task.vocab_size for token in tokens):
+            raise UserError(
+                refusal(name, f"{tokens[:8]}", f"at least one token id, each below {task.vocab_size}, or None at the end")
+            )
+        return tokens
+
+    return reply
 
 
 class TaskScorer:
@@ -89,8 +120,8 @@ class TaskScorer:
         self.verifier = Verifier(self.name, config.verifier_timeout_s, config.verifier_workers, config.failure_score)
 
     def submit(self, response: Response) -> None:
-        text = self.task.response_text(response.token_ids)
-        self.verifier.submit(response.id, response.prompt.answer, response.token_ids, text)
+        said = transcript(response)
+        self.verifier.submit(response.id, response.prompt.answer, said, self.task.response_text(said))
 
     def collect(self) -> dict[int, tuple[float, str]]:
         return {int(str(id)): (score.value, score.status) for id, score in self.verifier.collect().items()}
@@ -151,14 +182,15 @@ def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
 
 
 def end_token_ids(task: Task, source: str | None) -> tuple[int, ...]:
-    """The tokens that end a response: the task's, and those that the model's own generation_config.json names.
+    """The tokens that end a response, or a turn: the task's, and those that the model's own generation_config.json names.
 
     An instruct model ends its turn with one token (<|im_end|>) and a document with another (<|endoftext|>), and its tokenizer knows
     only one of them as its end: the other would run on to the cap.
     """
+    own = tuple(dict.fromkeys((task.end_token_id, *(task.turn_end_token_ids if isinstance(task, EnvironmentTask) else ()))))
     file = Path(source or "") / "generation_config.json"
     if not source or not file.is_file():
-        return (task.end_token_id,)
+        return own
     try:
         named = json.loads(file.read_text()).get("eos_token_id")
         further = {int(token) for token in (named if isinstance(named, list) else [named]) if token is not None}
@@ -166,7 +198,7 @@ def end_token_ids(task: Task, source: str | None) -> tuple[int, ...]:
         raise UserError(
             refusal("model.policy", f"{file}, which cannot be read ({error})", "numbers of its end tokens in it")
         ) from None
-    return (task.end_token_id, *sorted(further - {task.end_token_id}))
+    return (*own, *sorted(further - {*own}))
 
 
 def check_sources(config: Config, task: Task) -> None:

@@ -18,6 +18,7 @@ from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import Batcher, SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.decode_load import DecodeStep, ObservedEngine
 from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.rollout.turns import Reply, transcript
 from tppo_ref.tasks import Task
 
 EVALUATION_SEED = 2**31  # apart from every run.seed: the same draws for all methods, seeds and steps
@@ -31,12 +32,12 @@ class MakeBatcher(Protocol):
 
 
 def make_batcher(
-    schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, limit: int | None = None
-) -> SuccessiveBatcher:
-    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them."""
-    return SuccessiveBatcher(
-        schedule, SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit), run_seed=seed
-    )
+    schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, limit: int | None = None,
+    reply: Reply | None = None,
+) -> SuccessiveBatcher:  # fmt: skip
+    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them. reply: the task's environment."""
+    stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit)
+    return SuccessiveBatcher(schedule, stream, run_seed=seed, reply=reply)
 
 
 class Sampled(NamedTuple):
@@ -134,7 +135,7 @@ def write_answers(path: Path, answers: Sequence[Response], task: Task) -> None:
     """Prompts and answers as people read them, one JSON object a line."""
     with path.open("w") as file:
         for a in answers:
-            row = {"prompt": task.describe(a.prompt.token_ids), "answer": a.prompt.answer, "response": task.describe(a.token_ids),
+            row = {"prompt": task.describe(a.prompt.token_ids), "answer": a.prompt.answer, "response": task.describe(transcript(a)),
                    "end": a.end.name, "score": a.score, "tokens": len(a)}  # fmt: skip
             file.write(json.dumps(row) + "\n")
 

@@ -64,6 +64,7 @@ GLOSSARY: dict[str, Metric] = {
     "response/capped_share": Metric("LENGTH_CAP / ended", "step", "share", "near 0"),
     "response/length_mean": Metric("tokens of ended responses, mean", "step", "tokens", "no run-away"),
     "response/length_max": Metric("tokens of ended responses, maximum", "step", "tokens", "below the cap"),
+    "response/turns_mean": Metric("the policy's turns in ended responses, mean", "step", "turns", "1 without an environment"),
     "response/score_mean": Metric("score of ended responses, mean", "step", "score", "rises"),
     "response/accuracy": Metric(
         "share of ended responses with a score above 0", "step", "share", "rises; favours short ones early on"
@@ -78,6 +79,9 @@ GLOSSARY: dict[str, Metric] = {
         "deferred tokens, and tokens of running responses that train at their end", "now", "tokens", "bounded"
     ),
     "ledger/in_flight": Metric("responses RUNNING at the window's edge", "now", "responses", "at most the slots"),
+    "ledger/observed": Metric(
+        "tokens that an environment answered, in no other number of the ledger", "run", "tokens", "0 without an environment"
+    ),
     "advantage/mean": Metric("raw advantages over trained tokens, mean", "step", "score", "around 0"),
     "advantage/std": Metric("raw advantages over trained tokens, population standard deviation", "step", "score", "above 0"),
     "advantage/clamped_share": Metric("whitened advantages beyond advantage.clamp / trained tokens", "step", "share", "below 0.01"),

@@ -127,7 +127,7 @@ def fit_value(
     mask_BT = response_mask([len(r) for r in responses], device)
     returns_BT = monte_carlo_returns(terminal_rewards(responses, device), mask_BT, gamma=config.advantage.gamma)
     batch = ValueBatch(responses, returns_BT, mask_BT, anchor_BT=None)
-    fed = [len(r.prompt.token_ids) + len(r) for r in responses]
+    fed = [r.num_fed for r in responses]
     epochs = range(config.value.pretrain_epochs)
     for epoch in tqdm(
         epochs, desc="value pre-training", unit="epoch", disable=not (config.run.progress and parallel.first), leave=False

@@ -61,12 +61,34 @@ class DemonstratedTask(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class EnvironmentTask(Task, Protocol):
+    """A task of several turns: when the policy ends one, an environment (a tool, a partner) may answer, and the response goes on.
+
+    turn_end_token_ids   tokens that end a turn, beside the end token, which may end one too
+    The verifier gets all that was said, the environment's tokens among the policy's; `max_response_tokens` counts them, and so does
+    rollout.max_response_tokens.
+    """
+
+    turn_end_token_ids: Sequence[int]
+
+    def reply(self, prompt: Prompt, turns: Sequence[Sequence[int]]) -> Sequence[int] | None:
+        """What is answered to the policy's turn `turns[-1]`, its end token included; None: with it the response ended.
+
+        turns   the policy's and the environment's, one after the other, all so far
+        A pure function, so that a restart needs no state of it and all ranks of a tensor-parallel group hear the same. At least one
+        token, each below vocab_size. All decoding waits for it.
+        """
+        ...
+
+
 TASKS: dict[str, str] = {
     "chain": "tppo_ref.tasks.chain:ChainTask",
     "fork": "tppo_ref.tasks.fork:ForkTask",
     "length": "tppo_ref.tasks.length:LengthTask",
     "maze": "tppo_ref.tasks.maze:MazeTask",
     "brackets": "tppo_ref.tasks.brackets:BracketsTask",
+    "calculator": "tppo_ref.tasks.calculator:CalculatorTask",
     "jsonl": "tppo_ref.tasks.jsonl:JsonlTask",
 }
 """Name -> "module:class"; a module is imported when its task is asked for."""
@@ -89,4 +111,4 @@ def load_task(name: str, **options: Any) -> Task:
     return task_class(**options)
 
 
-__all__ = ["TASKS", "DemonstratedTask", "Task", "load_task"]
+__all__ = ["TASKS", "DemonstratedTask", "EnvironmentTask", "Task", "load_task"]
