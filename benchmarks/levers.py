@@ -7,7 +7,8 @@ does touches all alike; seconds are this process's CPU seconds, one thread. The 
 seconds per generated token over the lever's, round by round: geometric mean and 95 % Student-t interval of logarithms.
 
 Keeps results/levers.csv, a row per lever, and writes docs/levers.md, whose other columns are of throughput_methods.csv (the cluster
-clock: setup R1, over T-PPO as published) and of lever_learning.csv and fair-headline-choice.csv. `--rounds 0` only writes the page.
+clock: setup R1, over T-PPO as published), levers_vllm.csv, lever_learning.csv and fair-headline-choice.csv. `--rounds 0` only
+writes the page.
 """
 
 from __future__ import annotations
@@ -103,17 +104,17 @@ def prices() -> dict[str, str]:
 
 def page() -> str:
     """docs/levers.md, from the committed tables."""
-    laptop = {r["lever"]: r for r in rows_of("levers")}
+    laptop, vllm = ({r["lever"]: r for r in rows_of(name)} for name in ("levers", "levers_vllm"))
     clock = {r["system"]: float(r["gain_same_critic"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     own_best = {r["system"]: float(r["gain"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     price = prices()
     lines = []
     for name, (what, _) in LEVERS.items():
-        mine = laptop[name]
-        here = "1" if name == "tppo" else "{:.2f}x [{:.2f}, {:.2f}]".format(*(float(mine[k]) for k in ("gain", "low", "high")))
+        form = "1" if name == "tppo" else "{gain:.2f}x [{low:.2f}, {high:.2f}]"
+        here, beside = (form.format(**{k: float(r[name][k]) for k in ("gain", "low", "high")}) for r in (laptop, vllm))
         there = f"{own_best[name] / own_best['tppo']:.2f}x" if name in clock else "not predicted"
-        lines.append(f"| {what} | {here} | {NOT} | {there} | {price.get(name, NOT)} |")
-    row = laptop["tppo"]
+        lines.append(f"| {what} | {here} | {beside} | {there} | {price.get(name, NOT)} |")
+    row, other = laptop["tppo"], vllm["tppo"]
     return TEXT.format(
         table="\n".join(lines),
         headline=headline_lines(),
@@ -121,6 +122,9 @@ def page() -> str:
         rounds=row["rounds"],
         date=row["date"],
         machine=row["machine"],
+        vllm_rounds=other["rounds"],
+        vllm_steps=other["steps"],
+        vllm_date=other["date"],
     )
 
 
@@ -143,12 +147,15 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
 
 | lever | laptop measured | vLLM measured | clock predicted | price in learning |
 | --- | --- | --- | --- | --- |
-| *command* | `python -m benchmarks.levers` | none yet | `python -m sim throughput` | see below |
+| *command* | `python -m benchmarks.levers` | `python -m benchmarks.levers_vllm` | `python -m sim throughput` | see below |
 {table}
 
 - **Laptop**: CPU seconds of one thread per generated token, the {task} task with windows of 64, all levers stepped in turn in one
   process, {rounds} rounds ({machine}, {date}). Geometric mean and 95 % t-interval over rounds. Other work kept the
   machine busy: caches are shared, so intervals are wide.
+- **vLLM**: CPU seconds of a rank of scale/configs/cpu-tiny.yaml, vLLM's CPU build in it, per generated token;
+  {vllm_rounds} rounds of a process of {vllm_steps} steps each ({vllm_date}). The small critic has not learnt anything: its cost is
+  measured, not its worth.
 - **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
   best.
 - **Price**: the area under the learning curve at equal generated tokens, three tasks, paired by seed; equal means within 0.005:

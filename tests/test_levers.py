@@ -14,7 +14,8 @@ def test_the_page_is_made_of_the_committed_tables():
 
 
 def test_every_lever_is_measured_has_a_name_for_the_clock_and_can_run():
-    assert [row["lever"] for row in rows_of("levers")] == list(LEVERS)
+    for table in ("levers", "levers_vllm"):
+        assert [row["lever"] for row in rows_of(table)] == list(LEVERS)
     for name, (_, fields) in LEVERS.items():
         method(name)
         config = replace_fields(Config(), fields)
