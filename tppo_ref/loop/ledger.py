@@ -151,6 +151,6 @@ class Ledger:
         self.tokens, self.verdicts, self.valued, self.observed = Counter(), Counter(), 0, 0
         for state in books:
             self.valued += state["valued"]
-            self.observed += state.get("observed", 0)
+            self.observed += state["observed"]
             self.tokens.update(state["tokens"])
             self.verdicts.update(state["verdicts"])

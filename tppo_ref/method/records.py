@@ -84,7 +84,7 @@ class Response:
         prompt = state["prompt"]
         prompt = Prompt(id=prompt["id"], token_ids=tuple(prompt["token_ids"]), answer=prompt["answer"])
         lists = {name: list(entry) for name, entry in state.items() if isinstance(entry, list)}
-        lists["observations"] = [(column, tuple(ids)) for column, ids in state.get("observations", [])]
+        lists["observations"] = [(column, tuple(ids)) for column, ids in state["observations"]]
         return cls(**{**state, **lists, "prompt": prompt, "end": End[state["end"]]})
 
 

@@ -35,7 +35,7 @@ from tppo_ref.runs.state_laws import broken_law
 from tppo_ref.tasks import Task
 
 MANIFEST = "manifest.json"
-FORMAT = 3  # of the folder; 2 did not know its prompts, 1 had no number and the Trainer's state no place of its own
+FORMAT = 4  # of the folder; 3 knew no conversations, 2 not its prompts, 1 had no number and the Trainer's state no place of its own
 REMEDY = "remove this folder to go on from the one before"
 
 

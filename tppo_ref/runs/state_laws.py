@@ -69,7 +69,7 @@ def _check_counts(state: Mapping[str, Any], trainer: Trainer, step: int) -> None
     for name, known in (("tokens", OUTCOMES), ("verdicts", STATUSES)):
         _law(set(ledger[name]) <= set(known), f"ledger.{name} counts {sorted(set(ledger[name]) - set(known))}")
         _law(all(map(_count, ledger[name].values())), f"a count of ledger.{name} is none")
-    for name, number in (("valued", ledger["valued"]), ("observed", ledger.get("observed", 0))):
+    for name, number in (("valued", ledger["valued"]), ("observed", ledger["observed"])):
         _law(_count(number), f"ledger.{name} is {number!r}")
     updates_at = dict(ledger["updates_at"])
     _law(all(map(_count, (*updates_at, *updates_at.values()))), "a count of ledger.updates_at is none")
@@ -112,7 +112,7 @@ def _check_responses(state: Mapping[str, Any], trainer: Trainer) -> None:
     ids = [response["id"] for response in (*flying, *held)]
     _law(len(set(ids)) == len(ids), "a response is there twice")
     lengths = {
-        response["id"]: len(response["token_ids"]) + sum(len(ids) for _, ids in _observations(response)) for response in flying
+        response["id"]: len(response["token_ids"]) + sum(len(ids) for _, ids in response["observations"]) for response in flying
     }
     seats = {id: length for seat in batcher["schedule"]["carried"] if seat for id, length in [seat]}
     num_seated = sum(seat is not None for seat in batcher["schedule"]["carried"])
@@ -128,9 +128,10 @@ def _check_response(response: Mapping[str, Any], trainer: Trainer, *, last_versi
     _law(_count(response["id"]), f"{name} has no number")
     _law(0 < len(tokens) <= limit, f"{name} has {len(tokens)} tokens")
     _law(all(_count(token) and token < vocabulary for token in tokens), f"{name} has a token that the model does not know")
-    observed = [column for column, _ in _observations(response)]
+    _law(isinstance(response["observations"], list), f"{name} was answered {response['observations']!r}")
+    observed = [column for column, _ in response["observations"]]
     _law(observed == sorted({*observed} & {*range(1, len(tokens) + 1)}), f"{name} was answered where no turn of its own ends")
-    said = [token for _, ids in _observations(response) for token in ids]
+    said = [token for _, ids in response["observations"] for token in ids]
     _law(all(_count(token) and token < vocabulary for token in said), f"{name} was answered a token that the model does not know")
     _law(len(tokens) + len(said) <= limit, f"{name} has {len(tokens) + len(said)} tokens with what was answered")
     for column in ("logprobs", "versions"):
@@ -151,11 +152,6 @@ def _check_response(response: Mapping[str, Any], trainer: Trainer, *, last_versi
         prompt = response["prompt"]
         asked = Prompt(id=prompt["id"], token_ids=tuple(prompt["token_ids"]), answer=prompt["answer"])
         _law((asked, response["sample_index"]) == stream.prompt_of(response["id"]), f"{name} answers another prompt than its own")
-
-
-def _observations(response: Mapping[str, Any]) -> Sequence[tuple[int, Sequence[int]]]:
-    """What was answered to a record: none in those that were written before there were environments."""
-    return response.get("observations", [])
 
 
 def _check_sums(states: Sequence[Mapping[str, Any]], *, independent: bool) -> None:
