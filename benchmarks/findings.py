@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +33,7 @@ from benchmarks import ablations, bound_in_practice, critic_batches, cut_rules, 
 from benchmarks.common import RESULTS
 from benchmarks.exact_numbers import exact
 from benchmarks.paired import PAIRED, geometric
+from tppo_ref.runs.comparison import holm
 
 PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
 VALUE = r"[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"
@@ -47,17 +47,6 @@ BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL
 def table(name: str) -> tuple[dict[str, str], ...]:
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         return tuple(csv.DictReader(file))
-
-
-def holm(p: Iterable[float], level: float = 0.05) -> list[bool]:
-    """Holm's step-down test: which hypotheses fall with a family-wise error of `level`. A p that is not a number never falls."""
-    p = [x if math.isfinite(x) else 1.0 for x in p]
-    falls = [False] * len(p)
-    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        if p[place] > level / (len(p) - rank):
-            break
-        falls[place] = True
-    return falls
 
 
 @functools.cache

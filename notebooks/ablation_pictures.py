@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from pictures import TASK_LOOKS
 
 from tppo_ref.runs.colours import COLOURS, LINES, MARKERS, look
-from tppo_ref.runs.comparison import mean_interval
+from tppo_ref.runs.comparison import holm, mean_interval
 from tppo_ref.runs.figures import tidy
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -31,17 +30,6 @@ def rows_of(name: str) -> list[Row]:
 
 def number_of(row: Mapping[str, str], name: str) -> float:
     return float(row[name])
-
-
-def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which hypotheses fall, with a chance of at most `level` that any of them falls wrongly. NaN never falls."""
-    p = [x if math.isfinite(x) else 1.0 for x in p]
-    falls = [False] * len(p)
-    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
-        if p[place] > level / (len(p) - rank):
-            break
-        falls[place] = True
-    return falls
 
 
 class Ablations:

@@ -26,6 +26,7 @@ from sim.lab import instances
 from sim.lab.estimators import named
 from sim.lab.examination import BiasConfig
 from sim.lab.learning import write_csv
+from tppo_ref.runs.comparison import holm
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import parse
 
@@ -189,16 +190,16 @@ def test_numbers_are_written_as_their_format_says():
 
 
 def test_holm_by_hand():
-    assert findings.holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 <= 0.05/3, 0.03 > 0.05/2: stop
-    assert findings.holm([0.04, 0.01, 0.02]) == [True, True, True]  # 0.01 <= 0.05/3, 0.02 <= 0.05/2, 0.04 <= 0.05
-    assert findings.holm([0.05, math.nan]) == [False, False]
-    assert findings.holm([]) == []
+    assert holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 <= 0.05/3, 0.03 > 0.05/2: stop
+    assert holm([0.04, 0.01, 0.02]) == [True, True, True]  # 0.01 <= 0.05/3, 0.02 <= 0.05/2, 0.04 <= 0.05
+    assert holm([0.05, math.nan]) == [False, False]
+    assert holm([]) == []
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 @settings(deadline=None, max_examples=50)
 def test_holm_lies_between_bonferroni_and_no_correction(p):
-    falls = findings.holm(p)
+    falls = holm(p)
     assert all(fall for fall, x in zip(falls, p, strict=True) if x <= 0.05 / len(p))
     assert not any(fall for fall, x in zip(falls, p, strict=True) if x > 0.05)
 

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,6 +201,17 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     mean = float(x.mean()) if n else math.nan
     half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1) * x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(mean, mean - half, mean + half)
+
+
+def holm(p: Iterable[float], level: float = 0.05) -> list[bool]:
+    """Holm's step-down test: which hypotheses fall with a family-wise error of `level`. A p that is not a number never falls."""
+    p = [x if math.isfinite(x) else 1.0 for x in p]
+    falls = [False] * len(p)
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[place] > level / (len(p) - rank):
+            break
+        falls[place] = True
+    return falls
 
 
 def median_interval(values: Sequence[float]) -> Estimate:
