@@ -158,6 +158,7 @@ def test_a_checkpoint_in_the_middle_of_a_conversation_is_a_checkpoint(tmp_path, 
         "tokens with what was answered": lambda r: r["observations"][0].__setitem__(1, [5] * 60),
     }
     try:
+        assert any(answer.observations for answer in session.parts.evaluator().answers), "evaluation asks the tool, too"
         for law, edit in edits.items():
             edited = copy.deepcopy(state)
             edit(edited["batcher"]["in_flight"][place])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+
+from benchmarks import lever_learning
 from benchmarks.levers import LEVERS, PAGE, page, rows_of
 from sim.clock.methods import method
 from tppo_ref.runs.config import Config
@@ -21,3 +24,27 @@ def test_every_lever_is_measured_has_a_name_for_the_clock_and_can_run():
         config = replace_fields(Config(), fields)
         check(config)
         check_training(config)
+
+
+def test_an_arm_differs_from_the_base_in_its_lever_alone_and_small_ones_have_the_small_critic(monkeypatch):
+    monkeypatch.setattr(
+        lever_learning, "prepare", lambda task, fields: ({"task.name": task, "model.value": "usual"}, {"eval/accuracy": 0.5})
+    )
+    monkeypatch.setattr(lever_learning, "small_critic", lambda task, out, cache: f"small {task}")
+    asked = argparse.Namespace(
+        seeds=2, tasks=["chain"], levers=list(lever_learning.LEVERS), budget=30, cache="cache", eval_prompts=4
+    )
+    jobs = lever_learning.plan(asked, [])
+    assert [job.seed for job in jobs] == [0] * 6 + [1] * 6
+    configs = {job.arm: job.config() for job in jobs}
+    base = configs.pop(lever_learning.BASE)
+    usual = (base.policy.prefix, base.policy.old_logprobs, base.policy.min_new_tokens, base.model.value)
+    assert usual == ("full", "recompute", 0, "usual")
+    found = {a: (c.policy.prefix, c.policy.old_logprobs, c.policy.min_new_tokens, c.model.value) for a, c in configs.items()}
+    assert found == {
+        "constant-prefix": ("constant", *usual[1:]), "engine": ("full", "engine", *usual[2:]),
+        "filled": ("full", "recompute", 64, "usual"), "small-critic": (*usual[:3], "small chain"),
+        "once-small": ("full", "engine", 64, "small chain"),
+    }  # fmt: skip
+    there = [{"task": "chain", "arm": "engine", "seed": 0, "budget_tokens": 30}]
+    assert len(lever_learning.plan(asked, there)) == 11
