@@ -224,13 +224,20 @@
   });
   new ResizeObserver(draw).observe(document.querySelector(".pictures"));
 
-  /* Inside a page of the site its light or dark counts, else the reader's system. */
+  /* Inside a page of the site its light or dark counts; alone, what the site's switch was left at; else the reader's system. */
   function follow() {
     let scheme = null;
-    try { scheme = window.parent !== window && window.parent.document.body.dataset.mdColorScheme; } catch { /* another origin */ }
+    try { scheme = inside ? window.parent.document.body.dataset.mdColorScheme : left(); } catch { /* another origin, or no storage */ }
     if (scheme) document.documentElement.dataset.scheme = scheme === "slate" ? "dark" : "light";
+    else delete document.documentElement.dataset.scheme;
     return scheme;
   }
-  if (follow()) new MutationObserver(follow).observe(window.parent.document.body, { attributeFilter: ["data-md-color-scheme"] });
+  function left() {  // where Material keeps its switch: under the path of the site's root
+    const { color } = JSON.parse(localStorage.getItem(new URL("..", location).pathname + ".__palette")) || {};
+    return color && color.media !== "(prefers-color-scheme)" ? color.scheme : null;
+  }
+  const inside = window.parent !== window;
+  if (follow() && inside) new MutationObserver(follow).observe(window.parent.document.body, { attributeFilter: ["data-md-color-scheme"] });
+  window.addEventListener("storage", follow);  // the switch, in another tab
   draw();
 })();

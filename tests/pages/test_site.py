@@ -168,3 +168,16 @@ def test_the_browser_sees_what_is_planted(browser, tmp_path):
         found = faults(look(browser, address, "index.html", width=390))
     assert set(found) == {"console", "elsewhere", "wide", "broken", "unnamed", "scrolls"}
     assert found["elsewhere"] == ["http://127.0.0.2:9/other.png"]
+
+
+@pytest.mark.parametrize("system_is_dark", [False, True], ids=["light system", "dark system"])
+def test_the_widget_alone_has_the_colours_that_the_sites_switch_was_left_at(browser, address, system_is_dark):
+    page = "return getComputedStyle(document.documentElement).getPropertyValue('--page').trim()"
+    seen = []
+    for switch in ("__palette_1", "__palette_2", "__palette_0"):  # light, dark, as the system
+        look(browser, address, "index.html", dark=system_is_dark)
+        browser.execute_script(f"document.getElementById('{switch}').click()")
+        browser.get(f"{address}/widget/index.html")
+        seen.append({"#16181d": "dark", "#ffffff": "light"}[browser.execute_script(page)])
+    browser.execute_script("localStorage.clear()")
+    assert seen == ["light", "dark", "dark" if system_is_dark else "light"]
