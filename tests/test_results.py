@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import fair_headline, findings, headline, lever_learning
+from benchmarks import common, fair_headline, findings, headline, lever_learning
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
 from benchmarks.fair_headline import shown
@@ -321,3 +322,10 @@ def test_the_bound_in_practice():
     assert "{} % of the tokens lie in cut rows at a window of 64, {} % at 16".format(*shares) in row
     log = " ".join((FOLDER.parent / "docs" / "log.md").read_text().split())
     assert f"V moves by {step} in size, as over any token, and by {mean} in the mean" in log
+
+
+def test_no_table_names_a_folder_of_the_machine_that_made_it(monkeypatch, tmp_path):
+    spoken_of = [path for path in common.RESULTS.rglob("*.csv") if re.search(r"[ =\"'](/[\w.-]+){2}", path.read_text())]
+    assert spoken_of == []
+    monkeypatch.setattr("sys.argv", ["x", "--cache", str(tmp_path / "kept"), "--seeds", "2"])
+    assert common.provenance()["command"].endswith(" --cache kept --seeds 2")
