@@ -21,7 +21,7 @@ def provenance() -> dict[str, str | int]:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     module = getattr(sys.modules["__main__"], "__spec__", None)
     command = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {sys.argv[0]}"
-    arguments = [Path(text).name if Path(text).is_absolute() else text for text in sys.argv[1:]]  # a machine's folders are nobody else's
+    arguments = [Path(text).name if Path(text).is_absolute() else text for text in sys.argv[1:]]  # not its folders
     return {
         "machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(), "command": shlex.join([*command.split(), *arguments]),
