@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import late_fork
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
@@ -91,6 +92,7 @@ class Job:
         return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
 
 
+@late_fork.known()
 def run_one(job: Job) -> list[Row]:
     """The rows of a run: the start, and an evaluation at the first step's end at or after each mark.
 
@@ -131,16 +133,23 @@ def mean(numbers: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
+@late_fork.known()
 def prepare(task_name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """Base model and pre-trained critic of a task, made once and cached: (the fields of all its runs, the base's evaluation)."""
-    from tppo_ref.runs.build import TaskScorer, base_model, build, make_task
+    """Base model and pre-trained critic of a task, made once and cached: (the fields of all its runs, the base's evaluation).
+
+    run.seed, where `fields` hold it, is the seed of both.
+    """
+    from tppo_ref.runs.build import TaskScorer, base_config, build, make_task
     from tppo_ref.runs.session import Session
     from tppo_ref.runs.value_cache import cached_value
+    from tppo_ref.runs.warmstart import warm_start
 
     fields = {**fields, "task.name": task_name}
     config = replace_fields(Config(), fields)
-    task = make_task(config)
-    fields["model.policy"] = base_model(config, task)
+    task, size = make_task(config), config.model
+    base = warm_start(task, base_config(config, task), seed=config.run.seed, steps=size.warm_start_steps, lr=size.warm_start_lr,
+                      cache_dir=config.run.cache, progress=config.run.progress)  # fmt: skip
+    fields["model.policy"] = str(base)
     with contextlib.closing(TaskScorer(task, config.task)) as scorer:
         fields["model.value"] = str(cached_value(replace_fields(Config(), fields), task, scorer.verifier))
     with tempfile.TemporaryDirectory() as out:

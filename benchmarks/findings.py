@@ -12,7 +12,8 @@ and a table between `<!-- begin NAME -->` and `<!-- end -->`. So new seeds chang
 (tests/test_findings.py) fails where the page and its sources differ.
 
 Sources: exact (benchmarks/exact_numbers.py); text and runs (ablations_summary.csv, ablations.csv); early (early_decision.csv);
-headline (headline-*/summary.csv); fair (fair-headline-*.csv); bound (bound_in_practice.csv);
+headline (headline-*/summary.csv); fair (fair-headline-*.csv); bound (bound_in_practice.csv); study (the runs of a plan in
+prestated/, as far as they are there: drop the CSV in and run this);
 throughput tables by their file's name. Text comparisons also get Holm's correction over the whole summary.
 """
 
@@ -29,14 +30,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ablations, bound_in_practice, critic_batches, cut_rules, early_decision, fair_headline
+from benchmarks import (
+    ablations,
+    bound_in_practice,
+    critic_batches,
+    cut_rules,
+    early_decision,
+    equal_tokens,
+    fair_headline,
+    studies,
+)
+from benchmarks import study as stated
 from benchmarks.common import RESULTS
 from benchmarks.exact_numbers import exact
 from benchmarks.paired import PAIRED, geometric
 from tppo_ref.runs.comparison import holm
 
 PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
-VALUE = r"[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"
+VALUE = r"\([^()\n]*\)|[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"
 MARK = re.compile(rf'(?P<value>{VALUE})(?P<mark><!-- (?P<source>\w+) "(?P<key>[^"]+)" (?P<column>\w+) (?P<form>\S+) -->)')
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
@@ -166,6 +177,24 @@ def bound(key: str, column: str) -> Any:
     return found[0] if mean and column != "seeds" else found
 
 
+@functools.cache
+def study_table(name: str) -> tuple[dict[str, Any], ...]:
+    """The table of a stated study over the whole seeds that are committed; empty where there are none."""
+    made = studies.ALL[name]
+    rows, others = equal_tokens.read_whole(RESULTS / made.path.name)
+    assert not others, f"{made.path.name}: {others} lines of runs that are not whole"
+    return tuple(stated.table(made, rows))
+
+
+def study(key: str, column: str) -> str:
+    """ "factorial 1": `said` of the study's first contrast, the primary one: difference, interval, verdict; or "not yet"."""
+    name, number = key.split()
+    assert column == "said"
+    made = studies.ALL[name]
+    rows = study_table(name)
+    return f"({stated.told(made, rows[int(number) - 1]) if rows else f'not yet, none of {made.seeds} seeds'})"
+
+
 def throughput(name: str, key: str, column: str) -> float:
     return float(next(r for r in table(f"throughput_{name}") if r["what"] == key)[column])
 
@@ -173,7 +202,7 @@ def throughput(name: str, key: str, column: str) -> float:
 Sources, Blocks = dict[str, Callable[[str, str], Any]], dict[str, Callable[[], str]]
 SOURCES: Sources = {
     "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
-    "batches": batches, "fair": fair, "bound": bound,
+    "batches": batches, "fair": fair, "bound": bound, "study": study,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 
@@ -246,9 +275,21 @@ def lines_of_bound() -> str:
     return markdown(head, [[row["task"], *(written(row[name], form) for name, form in forms.items())] for row in rows])
 
 
+def lines_of_studies() -> str:
+    """Every contrast of every stated study, as far as its runs are there."""
+    rows = []
+    for name, made in studies.ALL.items():
+        found = study_table(name)
+        for number, what in enumerate(made.contrasts):
+            told = stated.told(made, found[number]) if found else f"not yet, none of {made.seeds} seeds"
+            how = f"`{studies.COMMANDS[name]}`, [plan](../benchmarks/prestated/{made.plan})"
+            rows.append(["" if number else how, what if number else f"**{what}**", told])
+    return markdown(("study", "contrast, the primary one in bold", "difference, interval, verdict"), rows)
+
+
 BLOCKS: Blocks = {
     "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early, "cuts": lines_of_cuts,
-    "bound": lines_of_bound,
+    "bound": lines_of_bound, "studies": lines_of_studies,
 }  # fmt: skip
 
 

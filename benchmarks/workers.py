@@ -126,7 +126,7 @@ def parsed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
     """Exit code 2 and a line where a number is too small."""
     arguments = options.parse_args(argv)
     for name, least in (("seeds", 0), ("budget", NUM_MARKS), ("eval_prompts", 1), ("jobs", 1)):
-        if getattr(arguments, name) < least:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             options.error(f"--{name.replace('_', '-')}: got {getattr(arguments, name)}; expected an integer of at least {least}")
     return arguments
 

@@ -10,11 +10,9 @@ from scipy import stats
 
 from benchmarks import equal_tokens, workers
 from benchmarks.common import RESULTS
-from benchmarks.equal_tokens import NUM_MARKS, Job
-from benchmarks.factorial import CELLS, CONTRASTS, CRITICS, CUTS, NEW_TASKS, TASKS, WINDOWS, arm, main, name, table
-
-BUDGET = 3000
-PLANS = {TASKS: "2026-11-21-factorial.md", NEW_TASKS: "2026-11-22-factorial-new-tasks.md"}
+from benchmarks.equal_tokens import BUDGET, NUM_MARKS, Job
+from benchmarks.factorial import CELLS, CONTRASTS, CRITICS, CUTS, NEW_TASKS, STUDIES, TASKS, WINDOWS, arm, main, name
+from benchmarks.study import table as study_table
 
 
 def rows_of(task, cell, seed, accuracy):
@@ -22,6 +20,10 @@ def rows_of(task, cell, seed, accuracy):
     start = {"eval/accuracy": accuracy, "eval/length_mean": 1.0}
     job = Job(task=task, arm=name(cell), what=arm(cell), seed=seed, budget_tokens=BUDGET, fields={"task.name": task}, start=start)
     return [job.row(mark, accuracy=accuracy, generated_tokens=BUDGET * mark // NUM_MARKS) for mark in range(NUM_MARKS + 1)]
+
+
+def table(rows, wanted=32, tasks=TASKS):
+    return study_table(STUDIES[tasks]._replace(seeds=wanted), rows)
 
 
 def world(effect, seeds, tasks=TASKS):
@@ -79,7 +81,7 @@ def test_the_new_tasks_are_a_study_of_their_own(monkeypatch, capsys):
     both = world(lambda task, cell, seed: 0.5 + 0.1 * (cell[0] == "critic") * (task in NEW_TASKS), 2, (*TASKS, *NEW_TASKS))
     for tasks, effect in ((TASKS, 0.0), (NEW_TASKS, 0.1)):
         assert table(both, tasks=tasks)[1]["difference"] == pytest.approx(effect)
-        assert (RESULTS.parent / "prestated" / PLANS[tasks]).read_text().count("\n")
+        assert (RESULTS.parent / "prestated" / STUDIES[tasks].plan).read_text().count("\n")
     asked = []
     monkeypatch.setattr(equal_tokens, "prepare", lambda task, fields: ({"task.name": task}, {}))
     monkeypatch.setattr(workers, "run_all", lambda jobs, path, num: asked.append(({job.task for job in jobs}, path.name)) or [])

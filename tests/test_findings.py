@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks import ablations, early_decision, equal_tokens, exact_numbers, findings
+from benchmarks import ablations, early_decision, equal_tokens, exact_numbers, findings, studies
 from benchmarks.common import RESULTS
 from benchmarks.early_decision import METHODS, World
 from benchmarks.paired import geometric
@@ -280,6 +280,8 @@ def test_every_command_exists_and_parses(command, capsys):
     assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     if name == "headline":
         assert words in ([], ["--tasks", "chain"])
+    elif name in ("studies", "factorial"):
+        assert command in studies.COMMANDS.values()
     else:
         assert name in ("findings", "early_decision", "cut_rules", "critic_batches", "bound_in_practice", "fair_headline")
         assert words in ([], ["--check"] if name == "findings" else [])

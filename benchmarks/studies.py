@@ -1,0 +1,91 @@
+"""Three further questions on text: a deciding token at a window's edge, several base models, runs of ten times the tokens.
+
+    python -m benchmarks.studies edge     # late-fork, whose ninth token decides, with edges before, right behind and after it
+    python -m benchmarks.studies bases    # T-PPO, its critic's own cut and PPO, from four base models and critics
+    python -m benchmarks.studies long     # four methods at 307,200 tokens: about 6 CPU-hours
+
+Each says how long it will take before it begins, goes on where it was stopped, and with `--seeds 0` only prints what is there.
+Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,several-bases,long-runs}.md, each written
+before the study's first run; how such a study is made and told: benchmarks/study.py.
+
+Writes results/deciding-position.csv, several-bases.csv or long-runs.csv, a row per evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import factorial, study, workers
+from benchmarks.ablations import ARMS
+from benchmarks.common import RESULTS
+from benchmarks.equal_tokens import BUDGET, Arm
+from benchmarks.late_fork import LEAD, NAME
+from benchmarks.study import Study
+
+BEFORE, BEHIND, FURTHER = (len(LEAD) + shift for shift in (0, 1, 2))  # the window's edge, seen from the deciding token
+ALIGNED: dict[str, Any] = {"advantage.tail_tokens": 0, "rollout.refill": "step", "rollout.samples_per_prompt": 1}
+CRITIC = {"value.pretrain_responses": 4096, "value.pretrain_epochs": 8, "rollout.samples_per_prompt": 64}
+"""64 to a prompt, for the critic alone: a fifth of the prompts is held out with all that have the same text, and with one response$
+to each of 4,096 prompts that would be nearly all of late-fork's few texts."""
+
+
+def edge(window: int, method: str = "tppo") -> Arm:
+    return Arm(method, {**ALIGNED, "rollout.window": window})
+
+
+EDGE = Study(
+    plan="2026-11-22-deciding-position.md", path=RESULTS / "deciding-position.csv", tasks=(NAME,), seeds=32, run_s=20.0,
+    arms={"before": edge(BEFORE), "behind": edge(BEHIND), "further": edge(FURTHER),
+          "behind-critic": edge(BEHIND, "tppo-critic-cut")},
+    models=dict.fromkeys(("before", "behind", "further", "behind-critic"), CRITIC),
+    contrasts={
+        "right behind - a token further": {"behind": 1.0, "further": -1.0},
+        "right behind - right before": {"behind": 1.0, "before": -1.0},
+        "critic - previous, right behind": {"behind-critic": 1.0, "behind": -1.0},
+    },
+)  # fmt: skip
+BASES = Study(
+    plan="2026-11-22-several-bases.md",
+    path=RESULTS / "several-bases.csv",
+    tasks=("chain", "fork"),
+    seeds=8,
+    bases=(1, 2, 3, 4),
+    arms={name: ARMS[name] for name in ("tppo", "ppo", "critic-cut")},
+    contrasts={"ppo - tppo": {"ppo": 1.0, "tppo": -1.0}, "critic - previous": {"critic-cut": 1.0, "tppo": -1.0}},
+)
+LONG = Study(
+    plan="2026-11-22-long-runs.md",
+    path=RESULTS / "long-runs.csv",
+    tasks=("chain", "fork"),
+    seeds=24,
+    budget=10 * BUDGET,
+    run_s=120.0,
+    score="final",
+    arms={name: ARMS[name] for name in ("tppo", "ppo", "critic-cut", "cold-critic-warmup")},
+    contrasts={
+        "ppo - tppo": {"ppo": 1.0, "tppo": -1.0},
+        "critic - previous": {"critic-cut": 1.0, "tppo": -1.0},
+        "cold critic with warm-up - pre-trained": {"cold-critic-warmup": 1.0, "tppo": -1.0},
+    },
+)
+STUDIES = {"edge": EDGE, "bases": BASES, "long": LONG}
+ALL = {"factorial": factorial.FACTORIAL, "new-tasks": factorial.NEW, **STUDIES}
+"""All studies on text of which a plan was stated before their first run."""
+COMMANDS = {
+    "factorial": "python -m benchmarks.factorial", "new-tasks": "python -m benchmarks.factorial --tasks maze brackets",
+    **{name: f"python -m benchmarks.studies {name}" for name in STUDIES},
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes as workers.command says."""
+    options = study.options(__doc__)
+    options.add_argument("study", choices=STUDIES)
+    arguments = workers.parsed(options, argv)
+    return study.command(STUDIES[arguments.study], arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""A study of runs on text whose plan was stated before its first run: its table, and the command that makes it.
+
+Study       what a plan in prestated/ says
+table       a row per contrast: difference, interval, verdict
+command     make the runs that are missing, say how long that takes, print the table
+
+Runs and scores are those of benchmarks/equal_tokens.py. Seeds are outermost, so what is there is balanced at any time and the same
+command goes on where it was stopped. Until all seeds are there no verdict is given, only "not yet".
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import workers
+from benchmarks.critic_batches import contrast
+from benchmarks.equal_tokens import BUDGET, KEY, SHARED, Arm, Job, Row, Score, Wanted, plan, score
+
+Weights = Mapping[str, float]
+"""Arm -> its weight in a contrast; 0 for an arm that is not there."""
+
+
+class Study(NamedTuple):
+    """A plan.
+
+    plan        its file in prestated/
+    contrasts   name -> weights of arms; each is of the mean over tasks, seed by seed; the first is primary
+    models      arm -> the fields that decide which base model and critic it begins with
+    bases       seeds of base model and critic. Of several, each arm begins with each of them, and a contrast is over bases: their
+                means over seeds, since seeds of one base share it
+    run_s       CPU seconds of a run, as the plan guessed them
+    """
+
+    plan: str
+    path: Path
+    tasks: Sequence[str]
+    arms: Mapping[str, Arm]
+    contrasts: Mapping[str, Weights]
+    seeds: int
+    models: Mapping[str, Mapping[str, Any]] = {}
+    bases: Sequence[int] = (0,)
+    budget: int = BUDGET
+    run_s: float = 12.0
+    score: str = "area"
+
+    def names(self, arm: str) -> list[str]:
+        """The arm's names in the table, one per base model."""
+        return [arm] if len(self.bases) == 1 else [f"{arm}@{base}" for base in self.bases]
+
+
+def whole_seeds(study: Study, rows: Sequence[Row]) -> tuple[list[int], dict[tuple[str, str, int], Score]]:
+    """The seeds that lack no run, and the scores of all runs by task, arm and seed."""
+    rows = [row for row in rows if row["budget_tokens"] == study.budget]
+    scores = {key[:3]: score(list(group)) for key, group in itertools.groupby(rows, key=lambda r: tuple(r[k] for k in KEY))}
+    names = [name for arm in study.arms for name in study.names(arm)]
+    seeds = sorted({seed for _, _, seed in scores})
+    return [s for s in seeds if all((t, a, s) in scores for t, a in itertools.product(study.tasks, names))], scores
+
+
+def table(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A row per contrast over the whole seeds, intervals shared by all (Bonferroni); `n` counts seeds, or base models of several;
+    `between`: the deviation between base models that seeds do not explain."""
+    seeds, scores = whole_seeds(study, rows)
+    out = []
+    for what, weights in study.contrasts.items() if seeds else ():
+        weighted = [list(zip(study.names(arm), itertools.repeat(weight))) for arm, weight in weights.items()]
+        of_base = np.array([
+            [sum(w * np.mean([getattr(scores[t, name, s], study.score) for t in study.tasks]) for name, w in parts) for s in seeds]
+            for parts in zip(*weighted, strict=True)
+        ])  # fmt: skip
+        several = len(study.bases) > 1
+        found = contrast([float(x) for x in (of_base.mean(axis=1) if several else of_base[0])], 1 - 0.05 / len(study.contrasts))
+        early = {"verdict": "not yet"} if len(seeds) < study.seeds else {}
+        out.append({"contrast": what, "seeds": len(seeds), "between": between(of_base) if several else math.nan} | found | early)
+    return out
+
+
+def between(of_base: np.ndarray) -> float:
+    """Deviation between base models in a balanced two-level design, [base, seed]: variance of the means, less the share of it that
+    is seeds; 0 where nothing is left. (Method of moments; equal to REML where it is above 0.)"""
+    num = of_base.shape[1]
+    within = float(of_base.var(axis=1, ddof=1).mean()) / num if num > 1 else math.nan
+    return math.sqrt(max(0.0, float(of_base.mean(axis=1).var(ddof=1)) - within))
+
+
+def told(study: Study, row: Mapping[str, Any]) -> str:
+    """A row of the table: difference, interval, verdict."""
+    several = len(study.bases) > 1
+    seeds = f"{row['seeds']} of {study.seeds} seeds" if row["verdict"] == "not yet" else f"{row['seeds']} seeds"
+    over = f" on each of {row['n']} base models" if several else ""
+    needed = (
+        f", {row['seeds_needed']} {'base models' if several else 'seeds'} would decide" if row["verdict"] == "undecided" else ""
+    )
+    verdict = "equal within 0.005" if row["verdict"] == "equal" else row["verdict"]
+    middle, low, high = (format(round(row[name], 4) + 0.0, "+.4f") for name in ("difference", "low", "high"))  # no -0.0000
+    interval = f" [{low}, {high}]" if row["n"] > 1 else ""
+    return f"{middle}{interval}, {verdict}, {seeds}{over}{needed}"
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """Those of a program that makes studies; what is not said is the plan's."""
+    made = workers.parser(doc, seeds=0, out=None)
+    made.set_defaults(seeds=None, budget=None)
+    return made
+
+
+def command(study: Study, arguments: argparse.Namespace) -> int:
+    """Make what is missing and print the table; exit codes as workers.command says. A budget of one's own is a study of its own."""
+    study = study._replace(budget=arguments.budget or study.budget)
+    seeds = range(study.seeds if arguments.seeds is None else arguments.seeds)
+    shared = {"run.cache": arguments.cache, "run.eval_prompts": arguments.eval_prompts, "run.eval_samples": 4, **SHARED}
+    wanted = [
+        Wanted(task, name, what, seed, {**shared, **study.models.get(arm, {}), **({"run.seed": base} if base else {})})
+        for seed, (arm, what) in itertools.product(seeds, study.arms.items())
+        for base, name in zip(study.bases, study.names(arm), strict=True)
+        for task in study.tasks
+    ]
+
+    def missing(rows: list[Row]) -> list[Job]:
+        there = {tuple(row[name] for name in KEY) for row in rows}
+        num = sum((w.task, w.arm, w.seed, study.budget) not in there for w in wanted)
+        measured = [row["cpu_s"] for row in rows if row["final"] and row["budget_tokens"] == study.budget]
+        run_s = float(np.mean(measured)) if measured else study.run_s
+        if num:
+            print(f"{num} runs to make, {run_s:.0f} s of CPU each {'so far' if measured else 'by the plan'}: "
+                  f"{num * run_s / 3600:.1f} CPU-hours", flush=True)  # fmt: skip
+        return plan(wanted, study.budget, rows)
+
+    def show(rows: list[Row]) -> None:
+        for row in table(study, rows):
+            more = f"; deviation between base models {row['between']:.4f}" if len(study.bases) > 1 else ""
+            print(f"{row['contrast']:<40}{told(study, row)}{more}")
+
+    return workers.command(missing, arguments.out or study.path, arguments.jobs, show)

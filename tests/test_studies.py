@@ -1,0 +1,350 @@
+"""benchmarks/study.py, studies.py and late_fork.py: arms as planned, contrasts by hand, base models as the unit, what is told."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+from helpers import one_thread  # noqa: F401  (a fixture)
+from scipy import stats
+
+from benchmarks import equal_tokens, findings, late_fork, studies, study, workers
+from benchmarks.common import RESULTS
+from benchmarks.equal_tokens import NUM_MARKS, Arm, Job
+from benchmarks.late_fork import LEAD, LateFork
+from benchmarks.studies import BASES, EDGE, LONG, STUDIES, main
+from benchmarks.study import Study, told
+from tppo_ref.method.errors import UserError
+from tppo_ref.tasks import TASKS, fork, load_task
+
+
+def rows_of(made: Study, task: str, name: str, seed: int, accuracy: float) -> list[dict]:
+    """A run of that accuracy from beginning to end: both its scores are the accuracy."""
+    job = Job(
+        task=task, arm=name, what=made.arms[name.split("@")[0]], seed=seed, budget_tokens=made.budget, fields={},
+        start={"eval/accuracy": accuracy, "eval/length_mean": 1.0},
+    )  # fmt: skip
+    return [job.row(mark, accuracy=accuracy, generated_tokens=made.budget * mark // NUM_MARKS) for mark in range(NUM_MARKS + 1)]
+
+
+def world(made: Study, effect, seeds: int) -> list[dict]:
+    """effect(task, arm, base, seed) -> accuracy."""
+    return [
+        row
+        for seed, arm, task in itertools.product(range(seeds), made.arms, made.tasks)
+        for base, name in zip(made.bases, made.names(arm), strict=True)
+        for row in rows_of(made, task, name, seed, effect(task, arm, base, seed))
+    ]
+
+
+def config(made: Study, arm: str, task: str = "chain"):
+    return Job(task=task, arm=arm, what=made.arms[arm], seed=0, budget_tokens=1, fields={"task.name": task}, start={}).config()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plans
+
+
+def test_the_arms_of_each_study_are_those_of_its_plan():
+    windows = {}
+    for arm in EDGE.arms:
+        made = config(EDGE, arm)
+        windows[arm] = (made.rollout.window, made.advantage.cut_value)
+        assert (made.rollout.refill, made.advantage.tail_tokens, made.rollout.samples_per_prompt) == ("step", 0, 1)
+        assert EDGE.models[arm] == studies.CRITIC
+    # the deciding token is the ninth
+    assert windows == {
+        "before": (8, "previous"),
+        "behind": (9, "previous"),
+        "further": (10, "previous"),
+        "behind-critic": (9, "critic"),
+    }
+    for made in (BASES, LONG):
+        seen = {a: config(made, a) for a in made.arms}
+        assert (seen["ppo"].rollout.refill, seen["ppo"].policy.lr) == ("batch", 6e-4)
+        assert (seen["tppo"].advantage.cut_value, seen["critic-cut"].advantage.cut_value) == ("previous", "critic")
+        assert {c.rollout.window for a, c in seen.items() if a != "ppo"} == {64}
+    cold = LONG.arms["cold-critic-warmup"].fields
+    assert (cold["model.value"], cold["value.warmup_steps"]) == (None, 10)
+    assert (LONG.budget, LONG.score) == (307_200, "final")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_plan_was_stated_and_names_its_command_contrasts_and_runs(name):
+    made, text = STUDIES[name], (RESULTS.parent / "prestated" / STUDIES[name].plan).read_text()
+    assert f"`python -m benchmarks.studies {name}`" in text
+    assert f"benchmarks/results/{made.path.name}" in text
+    assert all(f"`{what}`" in text for what in made.contrasts)
+    num = made.seeds * len(made.tasks) * len(made.arms) * len(made.bases)
+    assert f"{num} runs" in text
+    for arm in made.arms:
+        assert f"`{arm}`" in text
+
+
+def test_each_contrast_is_of_two_arms_that_the_study_runs():
+    for made in STUDIES.values():
+        for weights in made.contrasts.values():
+            assert set(weights) <= set(made.arms)
+            assert sorted(weights.values()) == [-1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------- the table
+
+
+def test_contrasts_by_hand_and_not_yet_until_all_seeds_are_there():
+    """0.04 right before the edge, 0.1 a token further, 0.07 with the critic's own value; right behind, a level per seed."""
+    levels = [0.30, 0.31, 0.35]
+
+    def effect(task, arm, base, seed):
+        return levels[seed] + {"before": 0.04, "behind": 0.0, "further": 0.1 + 0.01 * seed, "behind-critic": 0.07}[arm]
+
+    rows = study.table(EDGE, world(EDGE, effect, 3))
+    assert [r["contrast"] for r in rows] == list(EDGE.contrasts)
+    assert [r["difference"] for r in rows] == pytest.approx([-0.11, -0.04, 0.07])
+    assert {(r["verdict"], r["n"], r["seeds"]) for r in rows} == {("not yet", 3, 3)}
+    low, high = stats.t.interval(1 - 0.05 / 3, 2, -0.11, stats.sem([-0.1, -0.11, -0.12]))
+    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((low, high))
+    whole = study.table(EDGE._replace(seeds=3), world(EDGE, effect, 3))
+    assert [r["verdict"] for r in whole] == ["worse", "worse", "better"]
+    assert told(EDGE, rows[0]) == f"-0.1100 [{low:+.4f}, {high:+.4f}], not yet, 3 of 32 seeds"
+    assert study.table(EDGE, []) == []
+    (one, *_) = study.table(EDGE, world(EDGE, effect, 1))
+    assert told(EDGE, one) == "-0.1000, not yet, 1 of 32 seeds"
+
+
+def test_runs_of_another_budget_do_not_count():
+    rows = world(EDGE._replace(budget=3000), lambda *_: 0.5, 2)
+    assert study.table(EDGE, rows) == []
+    assert study.table(EDGE._replace(budget=3000), rows)[0]["n"] == 2
+
+
+def test_base_models_are_what_a_contrast_counts_and_their_deviation_is_found():
+    """ppo - tppo is 0.01, 0.02, 0.03, 0.06 on the four bases, the same for all seeds but for +-0.004: many seeds cannot narrow it."""
+    of_base = {1: 0.01, 2: 0.02, 3: 0.03, 4: 0.06}
+
+    def effect(task, arm, base, seed):
+        return 0.4 + 0.05 * base + (of_base[base] + 0.004 * (-1) ** seed) * (arm == "ppo")
+
+    (ppo, critic) = study.table(BASES, world(BASES, effect, 8))
+    assert (ppo["difference"], ppo["n"], ppo["seeds"]) == (pytest.approx(0.03), 4, 8)
+    low, high = stats.t.interval(1 - 0.05 / 2, 3, 0.03, stats.sem(list(of_base.values())))
+    assert (ppo["low"], ppo["high"]) == pytest.approx((low, high))
+    assert ppo["verdict"] == "undecided"
+    assert critic["verdict"] == "equal"
+    assert critic["between"] == 0
+    seeds = np.var([0.004 * (-1) ** s for s in range(8)], ddof=1) / 8
+    assert ppo["between"] == pytest.approx(math.sqrt(np.var(list(of_base.values()), ddof=1) - seeds))
+    assert told(BASES, ppo).endswith(f"undecided, 8 seeds on each of 4 base models, {ppo['seeds_needed']} base models would decide")
+    lacking = [r for r in world(BASES, effect, 8) if (r["arm"], r["task"], r["seed"]) != ("ppo@3", "fork", 5)]
+    assert {r["seeds"] for r in study.table(BASES, lacking)} == {7}
+
+
+# -------------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked for, without models: jobs and what their models are made from."""
+    found = []
+
+    def prepare(task, fields):
+        found.append((task, dict(fields)))
+        return dict(fields), {"eval/accuracy": 0.5, "eval/length_mean": 1.0}
+
+    def run_all(jobs, path, num):
+        for job in jobs:
+            found.append(job)
+            equal_tokens.append(path, [job.row(m, accuracy=0.5, generated_tokens=job.budget_tokens * m // 3) for m in range(4)])
+        return []
+
+    monkeypatch.setattr(equal_tokens, "prepare", prepare)
+    monkeypatch.setattr(workers, "run_all", run_all)
+    return found
+
+
+def jobs(found):
+    return [job for job in found if isinstance(job, Job)]
+
+
+def test_the_command_says_how_long_it_takes_and_goes_on_where_it_was_stopped(asked, tmp_path, capsys):
+    out = tmp_path / "runs.csv"
+    assert main(["edge", "--seeds", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 runs to make, 20 s of CPU each by the plan: 0.0 CPU-hours" in printed
+    assert "not yet, 1 of 32 seeds" in printed
+    assert [(j.arm, j.seed, j.budget_tokens) for j in jobs(asked)] == [(a, 0, 30_720) for a in EDGE.arms]
+    assert {j.task for j in jobs(asked)} == {"late-fork"}
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:-1]) + lines[-1][:20])  # a kill in the middle of the last run
+    asked.clear()
+    assert main(["edge", "--seeds", "2", "--out", str(out)]) == 0
+    assert [(j.arm, j.seed) for j in jobs(asked)] == [("behind-critic", 0), *((a, 1) for a in EDGE.arms)]
+    assert "5 runs to make, 0 s of CPU each so far" in capsys.readouterr().out
+    asked.clear()
+    assert main(["edge", "--seeds", "0", "--out", str(out)]) == 0
+    assert not asked
+    assert "not yet, 2 of 32 seeds" in capsys.readouterr().out
+
+
+def test_each_base_model_and_its_critic_have_a_seed_of_their_own(asked, tmp_path):
+    assert main(["bases", "--seeds", "1", "--out", str(tmp_path / "runs.csv")]) == 0
+    made = [(task, fields["run.seed"]) for task, fields in asked[: 2 * 4]]
+    assert sorted(made) == sorted(itertools.product(("chain", "fork"), (1, 2, 3, 4)))
+    assert {(j.arm, j.config().run.seed) for j in jobs(asked)} == {(f"{a}@{b}", 0) for a in BASES.arms for b in (1, 2, 3, 4)}
+    assert all(j.fields["run.seed"] == int(j.arm.split("@")[1]) for j in jobs(asked))
+    assert all(j.fields["run.eval_samples"] == 4 for j in jobs(asked))
+
+
+def test_the_settings_of_a_run_hold_its_task_window_and_refill():
+    """late-fork and fork are never taken for each other, nor edges; so a table with other runs is refused."""
+    seen = [
+        Job(task=task, arm="x", what=what, seed=0, budget_tokens=1, fields={"task.name": task}, start={}).settings()
+        for task, what in [("fork", Arm()), ("late-fork", Arm()), *(("late-fork", what) for what in EDGE.arms.values())]
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_table_with_other_settings_is_refused(asked, tmp_path, capsys):
+    out = tmp_path / "runs.csv"
+    assert main(["edge", "--seeds", "1", "--out", str(out)]) == 0
+    assert main(["edge", "--seeds", "2", "--eval-prompts", "7", "--out", str(out)]) == 2
+    assert "is there with other settings" in capsys.readouterr().err
+
+
+def test_a_study_that_is_not_there_and_a_number_that_is_too_small_are_refused(capsys):
+    for wrong, said in ((["egde"], "invalid choice: 'egde'"), (["edge", "--seeds", "-1"], "--seeds: got -1; expected an integer")):
+        with pytest.raises(SystemExit) as stopped:
+            main(wrong)
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- the task late-fork
+
+
+def test_the_ninth_token_decides_and_nothing_before_or_behind_it():
+    task = LateFork(num_train=50, num_test=10)
+    assert len(LEAD) == 8
+    assert task.describe(LEAD) == "04030201"
+    for problem, prompt in zip(task.problems("train", 50, 0, 0.06), task.prompts("train"), strict=True):
+        right = task.solve(problem)
+        assert right == (*LEAD, *fork.ForkTask().solve(problem))
+        assert len(right) <= task.max_response_tokens
+        mark = fork.RIGHT_MARK[problem[0]][problem[1]]
+        for other in range(fork.NUM_MARKS):
+            response = (*LEAD, *fork.response_for(other, problem[2]))
+            assert response[:8] == right[:8]
+            assert late_fork.verify(prompt.answer, response) == (1.0 if other == mark else -1.0)
+        for place in range(len(right)):
+            assert late_fork.verify(prompt.answer, (*right[:place], (right[place] + 1) % 30, *right[place + 1 :])) == -1.0
+        assert late_fork.verify(prompt.answer, right[8:]) == -1.0
+        assert task.demonstrate(problem, random.Random(0))[:8] == LEAD
+
+
+def test_it_is_a_task_only_while_runs_of_it_are_made():
+    before = dict(TASKS)
+    with late_fork.known():
+        assert load_task("late-fork").verifier == "benchmarks.late_fork:verify"
+    assert before == TASKS
+    with pytest.raises(UserError, match="late-fork"):
+        load_task("late-fork")
+
+
+TINY = {
+    "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2, "rollout.slots": 6, "run.eval_prompts": 2,
+    "value.pretrain_responses": 8, "value.pretrain_epochs": 1, **equal_tokens.SHARED,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_real_run_of_it_starts_from_the_base_model_and_critic_of_its_seed(tmp_path):
+    shared = {**TINY, "run.cache": str(tmp_path), "rollout.max_response_tokens": 40}
+    fields, start = equal_tokens.prepare("late-fork", shared)
+    again, _ = equal_tokens.prepare("late-fork", shared)
+    other, _ = equal_tokens.prepare("late-fork", {**shared, "run.seed": 1})
+    assert (fields["model.policy"], fields["model.value"]) == (again["model.policy"], again["model.value"])
+    assert fields["model.policy"] != other["model.policy"]
+    assert fields["model.value"] != other["model.value"]
+    job = Job(task="late-fork", arm="behind", what=EDGE.arms["behind"], seed=0, budget_tokens=600, fields=fields, start=start)
+    rows = equal_tokens.run_one(job)
+    assert [r["mark"] for r in rows] == [0, 1, 2, 3]
+    assert rows[-1]["generated_tokens"] >= 600
+    assert rows[-1]["generated_tokens"] == rows[-1]["trained_tokens"]  # no tail
+    assert "late-fork" not in TASKS
+
+
+# ------------------------------------------------------------------------------------------------------------ the page of answers
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """An empty folder of committed tables of studies."""
+    monkeypatch.setattr(findings, "RESULTS", tmp_path)
+    findings.study_table.cache_clear()
+    yield tmp_path
+    findings.study_table.cache_clear()
+
+
+PRIMARY = '(?)<!-- study "factorial 1" said s -->'
+
+
+def shown(sentence: str) -> str:
+    findings.study_table.cache_clear()
+    page = findings.rewrite(sentence)
+    assert findings.rewrite(page) == page
+    return findings.MARK.fullmatch(page)["value"]
+
+
+def test_the_answer_shows_the_factorial_as_far_as_it_is_there(results):
+    """No table; one seed; two seeds and a run of the third; all 32: what better critics add to critic - previous is 0.02 -+ 0.001."""
+    made = studies.ALL["factorial"]
+
+    def effect(task, arm, base, seed):
+        return 0.5 + (0.02 + 0.001 * (-1) ** seed) * arm.startswith("critic-strong")
+
+    rows = world(made, effect, 32)
+    assert shown(PRIMARY) == "(not yet, none of 32 seeds)"
+    equal_tokens.append(results / "factorial.csv", [r for r in rows if r["seed"] < 1])
+    assert shown(PRIMARY) == "(+0.0210, not yet, 1 of 32 seeds)"
+    equal_tokens.append(results / "factorial.csv", [r for r in rows if r["seed"] == 1] + [r for r in rows if r["seed"] == 2][:4])
+    low, high = stats.t.interval(1 - 0.05 / 6, 1, 0.02, stats.sem([0.021, 0.019]))
+    assert shown(PRIMARY) == f"(+0.0200 [{low:+.4f}, {high:+.4f}], not yet, 2 of 32 seeds)"
+    (results / "factorial.csv").unlink()
+    equal_tokens.append(results / "factorial.csv", rows)
+    low, high = stats.t.interval(1 - 0.05 / 6, 31, 0.02, stats.sem([0.021, 0.019] * 16))
+    assert shown(PRIMARY) == f"(+0.0200 [{low:+.4f}, {high:+.4f}], better, 32 seeds)"
+    lines = findings.lines_of_studies().splitlines()
+    assert len(lines) == 2 + sum(len(made.contrasts) for made in studies.ALL.values())
+    assert (
+        lines[2]
+        == f"| `python -m benchmarks.factorial`, [plan](../benchmarks/prestated/{made.plan}) | **{next(iter(made.contrasts))}** | {shown(PRIMARY)[1:-1]} |"
+    )
+    assert lines[-1].endswith("| cold critic with warm-up - pre-trained | not yet, none of 24 seeds |")
+
+
+def test_verdicts_are_told_with_what_would_decide(results):
+    made = studies.ALL["factorial"]
+    rows = world(made, lambda task, arm, base, seed: 0.5 + 0.05 * (-1) ** seed * arm.startswith("zero"), 32)
+    equal_tokens.append(results / "factorial.csv", rows)
+    assert shown(PRIMARY) == "(+0.0000 [+0.0000, +0.0000], equal within 0.005, 32 seeds)"
+    told_zero = shown('(?)<!-- study "factorial 4" said s -->')
+    assert "undecided, 32 seeds, " in told_zero
+    assert told_zero.endswith(" seeds would decide)")
+
+
+def test_the_page_shows_the_primary_contrast_of_each_study_with_its_command():
+    page = findings.PAGE.read_text()
+    assert {m["key"].split()[0] for m in findings.MARK.finditer(page) if m["source"] == "study"} >= {
+        "factorial",
+        "edge",
+        "bases",
+        "long",
+    }
+    assert 'study "factorial 1"' in page.split("### 4.")[1].split("\n\n")[1]  # in the bold answer of the question it belongs to
+    assert all(f"`{command}`" in page for command in studies.COMMANDS.values())
+
+
+def test_the_studies_are_named_where_their_command_is_explained():
+    assert all(f"python -m benchmarks.studies {name}" in (studies.__doc__ or "") for name in STUDIES)
