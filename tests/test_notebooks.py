@@ -175,7 +175,7 @@ def test_the_picture_comes_within_the_first_three_cells(path):
     assert any(cell.cell_type == "code" and pictures(cell) for cell in refresh.read(path).cells[:3])
 
 
-@pytest.mark.parametrize("path", [PATHS[i] for i in (1, 3, 4, 5)], ids=[PATHS[i].stem for i in (1, 3, 4, 5)])
+@each_notebook
 def test_code_cells_are_short_and_draw_nothing_by_themselves(path):
     """Machinery is imported: what a cell computes fits on a screen, and its figures are made in a module beside the notebook."""
     first, *cells, last = code_cells(refresh.read(path))
