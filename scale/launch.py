@@ -1,7 +1,7 @@
 """The entry point: on one machine it starts its own workers, under torchrun it is one of them.
 
     python scale/launch.py [train] --config scale/configs/cpu-tiny.yaml [--section.field VALUE ...]
-    torchrun --nnodes N --nproc-per-node G scale/launch.py --config scale/configs/qwen2.5-32b-math.yaml
+    torchrun --nnodes N --nproc-per-node G --rdzv-backend c10d --rdzv-endpoint HOST:29500 scale/launch.py --config FILE
     python scale/launch.py --dry-run --config scale/configs/qwen2.5-32b-math.yaml
 
 Commands: train (default), pretrain-value, evaluate, export, report. Exit codes: 0 done, 2 a user's mistake (one line on stderr),
@@ -135,7 +135,7 @@ def work(command: str, config: object) -> int:
 
     from scale import commands, shutdown
     from scale.build import with_base_model
-    from scale.config import ScaleConfig
+    from scale.config import ScaleConfig, check_ranks
     from scale.distributed import Collective, start
     from tppo_ref.method.errors import UserError
 
@@ -150,6 +150,8 @@ def work(command: str, config: object) -> int:
             tensor_parallel=config.engine.tensor_parallel, context_parallel=config.sharding.context_parallel,
             device=config.algo.model.device, timeout_s=config.cluster.timeout_s,
         )  # fmt: skip
+        if command in ("train", "pretrain-value"):  # the others take what there is
+            check_ranks(config, world.world)
         getattr(commands, command.replace("-", "_"))(with_base_model(config, Collective(world.flat)), world)
     except UserError as error:
         code, message = 2, f"error: {error}"

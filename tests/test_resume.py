@@ -25,7 +25,7 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.runs.build import build
 from tppo_ref.runs.checkpoint import FORMAT, MANIFEST, complete_checkpoints
 from tppo_ref.runs.config import Config, apply_method
-from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.parsing import get_field, replace_fields
 from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
 
@@ -181,6 +181,24 @@ def test_N_steps_a_restart_and_the_rest_are_bit_for_bit_one_run(case, tmp_path, 
     parts = train(config_of(case, tmp_path / "parts", cache, steps=total, resume=True))
     assert_same_checkpoint(whole, parts)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_pieces_and_limits_may_change_with_a_restart_and_what_is_computed_may_not(tmp_path, cache):
+    """What an engineer is told to do where memory runs out: the run goes on as it would have, but for rounding."""
+    train(config_of("tppo", tmp_path / "whole", cache, steps=4))
+    train(config_of("tppo", tmp_path / "parts", cache, steps=3))
+    on = config_of("tppo", tmp_path / "parts", cache, steps=4, resume=True)
+    for field, value in (("policy.lr", 1e-3), ("value.lr", 1e-4), ("rollout.window", 9), ("policy.importance", "truncated")):
+        with pytest.raises(UserError, match=rf"^{field}: got {value}; expected .* give the same value to go on$"):
+            train(replace_fields(on, {field: value}))
+    pieces = {"policy.micro_batch_tokens": 40, "value.micro_batch_tokens": 40, "model.logit_chunk_tokens": 8,
+              "policy.engine_gap_limit": 0.5, "task.verifier_workers": 3}  # fmt: skip
+    assert all(get_field(on, field) != value for field, value in pieces.items())
+    train(replace_fields(on, pieces))
+    whole, parts = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts")
+    assert whole[:3] == parts[:3]
+    for name, value in whole[3].items():  # the first step after the restart: its window was sampled by the same weights
+        assert parts[3][name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
 
 
 def test_a_resumed_run_goes_on_counting_failed_verifications(tmp_path, cache):

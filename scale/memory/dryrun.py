@@ -200,8 +200,9 @@ def no_seconds(config: ScaleConfig) -> str:
         f"Seconds: not known here. python -m sim plan --model {Path(config.algo.model.policy or '').name} "
         f"--gpus {memory.num_ranks(config)}xH100 --cap {rollout.max_response_tokens} --window {rollout.window} "
         f"--prompts {max(1, rollout.slots // rollout.samples_per_prompt)} --samples {rollout.samples_per_prompt} "
-        f"--tp {engine.tensor_parallel} --memory-utilisation {engine.gpu_memory_utilization} --json > plan.json; "
-        f"then --cluster.plan_file plan.json"
+        f"--tp {engine.tensor_parallel} --memory-utilisation {engine.gpu_memory_utilization} "
+        f"{'' if rollout.refill == 'batch' else f'--refill {rollout.refill} '}--json > plan.json, with --lengths where you know "
+        f"yours; then --cluster.plan_file plan.json"
     )
 
 

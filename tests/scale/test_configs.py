@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from scale import launch
-from scale.config import CANCELLED, ScaleConfig, check
+from scale.config import CANCELLED, ScaleConfig, check, check_ranks
 from scale.memory import budget as memory
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.parsing import get_field, parse, replace_fields
@@ -216,3 +216,16 @@ def test_an_option_that_does_nothing_is_refused_by_name(field):
 def test_it_is_not_where_it_does_something(field):
     needed = {"algo.task.path": "p.jsonl", "algo.task.tokenizer": "bytes", "reward.overlong_buffer": 8}
     check(replace_fields(ScaleConfig(), needed | {field: OTHER[field]}))
+
+
+def test_a_job_of_other_ranks_than_its_config_is_refused_before_it_reads_a_weight(tmp_path):
+    config = replace_fields(ScaleConfig(), {"cluster.nodes": 8, "cluster.devices_per_node": 8})
+    check_ranks(config, 64)
+    with pytest.raises(UserError, match=r"^cluster: got 32 ranks; expected cluster.nodes 8 x cluster.devices_per_node 8 = 64 "):
+        check_ranks(config, 32)
+    command = [sys.executable, "scale/launch.py", "--config", "scale/configs/cpu-tiny.yaml", "--cluster.nodes", "4",
+               "--cluster.devices_per_node", "1", "--algo.run.out", str(tmp_path / "out")]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, len(ended.stderr.strip().splitlines())) == (2, 1), ended.stderr
+    assert ended.stderr.startswith("error: cluster: got 1 ranks; expected cluster.nodes 4 x cluster.devices_per_node 1 = 4 ")
+    assert not (tmp_path / "out").exists()

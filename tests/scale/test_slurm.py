@@ -17,6 +17,7 @@ require("math_verify", "the verifier of these runs")
 
 SRUN = """#!/bin/bash
 while [[ "$1" == -* ]]; do shift; done
+echo "srun with $SRUN_CPUS_PER_TASK cores a task" >> "$SCONTROL_CALLS"
 exec "$@"
 """
 SCONTROL = """#!/bin/bash
@@ -37,6 +38,7 @@ def slurm(tmp_path):
     calls.write_text("")
     set_by_slurm = {
         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "7", "TPPO_TORCHRUN": f"--log-dir {tmp_path / 'logs'} --tee 3",
         "SCONTROL_CALLS": str(calls), "TPPO_PYTHON": sys.executable, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     return set_by_slurm, calls
@@ -69,6 +71,8 @@ def test_a_job_trains_is_requeued_before_its_time_is_up_and_goes_on_where_it_was
     first.communicate(timeout=60)
     assert not ranks_left(out)
     assert f"requeue {os.getpid()}" in slurm[1].read_text()
+    assert "srun with 7 cores a task" in slurm[1].read_text()
+    assert list((tmp_path / "logs").rglob("stderr.log")), "TPPO_TORCHRUN did not reach torchrun"
     reached = int(complete_checkpoints(out / "checkpoints")[-1].name[5:])
 
     steps = ("--algo.run.steps", str(reached + 2))

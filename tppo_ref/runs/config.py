@@ -160,9 +160,11 @@ FREE_ON_RESUME = (
     "run.out", "run.cache", "run.resume", "run.steps", "run.train_seconds", "run.checkpoint_every", "run.progress",
     "run.checkpoints_kept", "run.eval_every_s", "run.timeline", "run.wandb_project", "run.peak_tflops", "run.profile_steps",
     "compare.methods", "compare.seeds",
-    "compare.jobs", "compare.target", "compare.per_method", "model.policy", "model.value",
+    "compare.jobs", "compare.target", "compare.per_method", "model.policy", "model.value", "model.logit_chunk_tokens",
+    "policy.micro_batch_tokens", "value.micro_batch_tokens", "policy.engine_gap_limit", "task.verifier_workers",
 )  # fmt: skip
-"""May differ between a checkpoint and the run that goes on from it: they say where and how long, not what is computed."""
+"""May differ between a checkpoint and the run that goes on from it: they say where, how long and in what pieces, not what is
+computed. (Other pieces add up in another order: the run goes on as it would have but for rounding.)"""
 
 FIXED_ON_RESUME = tuple(path for path in field_paths(Config) if path not in FREE_ON_RESUME)
 
