@@ -173,7 +173,7 @@ def check_ranks(config: ScaleConfig, found: int) -> None:
     """UserError where a job has other ranks than its config: bytes, engines and the share of each were reckoned for those."""
     if found != num_ranks(config):
         nodes, devices = config.cluster.nodes, config.cluster.devices_per_node
-        expected = f"cluster.nodes {nodes} x cluster.devices_per_node {devices} = {num_ranks(config)} (torchrun on each of the nodes)"
+        expected = f"cluster.nodes {nodes} x cluster.devices_per_node {devices} = {num_ranks(config)} (torchrun on each node)"
         raise UserError(refusal("cluster", f"{found} ranks", expected, "start as many, or give the numbers that there are, and "
                                 "dry-run them"))  # fmt: skip
 

@@ -40,7 +40,8 @@ class ClusterWatch:
         gap, ended = metrics["policy/logprob_gap"], metrics["response/ended"]
         if gap > self.gap_limit:
             log.warning("step %d: engine and trainer log-probabilities differ by %.2g on average (engine.gap_warning %.2g): "
-                        "policy.old_logprobs recompute with policy.importance truncated corrects for it, in a new run", step, gap, self.gap_limit)  # fmt: skip
+                        "policy.old_logprobs recompute with policy.importance truncated corrects for it, in a new run",
+                        step, gap, self.gap_limit)  # fmt: skip
         if ended < self.world and step % EVERY == 1:
             log.warning("step %d: only %d responses ended, the value model has little to learn from; a longer rollout.window "
                         "or more slots help", step, ended)  # fmt: skip
