@@ -38,7 +38,7 @@ def slurm(tmp_path):
     calls.write_text("")
     set_by_slurm = {
         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2",
-        "SLURM_CPUS_PER_TASK": "7", "TPPO_TORCHRUN": f"--log-dir {tmp_path / 'logs'} --tee 3",
+        "SLURM_CPUS_PER_TASK": "7",
         "SCONTROL_CALLS": str(calls), "TPPO_PYTHON": sys.executable, "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     return set_by_slurm, calls
@@ -52,6 +52,7 @@ def job(slurm, *more: str, restarts: int = 0) -> subprocess.Popen:
 
 def test_a_job_trains_is_requeued_before_its_time_is_up_and_goes_on_where_it_was(slurm, tmp_path, model, problems):
     out = tmp_path / "run"
+    slurm[0]["TPPO_TORCHRUN"] = f"--log-dir {tmp_path / 'logs'} --tee 3"
     common = arguments(model, problems, out, "--algo.run.checkpoint_every", "1", "--algo.run.checkpoints_kept", "99", steps=10_000)
     first = job(slurm, *common)
     try:
@@ -69,6 +70,9 @@ def test_a_job_trains_is_requeued_before_its_time_is_up_and_goes_on_where_it_was
             first.pid, signal.SIGKILL
         )  # and then Slurm ends it; the ranks, in sessions of their own, notice that torchrun is gone
     first.communicate(timeout=60)
+    deadline = time.monotonic() + 60  # with logs of their own they hold no end of this pipe, whose end is therefore not theirs
+    while ranks_left(out) and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert not ranks_left(out)
     assert f"requeue {os.getpid()}" in slurm[1].read_text()
     assert "srun with 7 cores a task" in slurm[1].read_text()
