@@ -105,7 +105,7 @@ def own_seconds(config: ScaleConfig, natural: Sequence[int]) -> dict[str, Any]:
     trainer = Trainer(algo, policy=policy, value=value, engine=engine, scorer=Scores(),
                       batcher=Group(SuccessiveBatcher(schedule, stream, run_seed=0), part=0, parts=split))  # fmt: skip
     free, engine_watch = Stopwatch(), Stopwatch()
-    for trained in (trainer.policy_learner, trainer.value_learner):
+    for trained in trainer.learners:
         free.wrap(trained.optimiser, "step")
     engine_watch.wrap(engine, "step")
     engine_watch.wrap(engine, "submit")

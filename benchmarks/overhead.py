@@ -66,12 +66,12 @@ def models_and_engine(trainer: Trainer) -> Iterator[Stopwatch]:
     watch.wrap(trainer.parallel, "grad_norm")
     for name in ("submit", "step", "sleep", "load_weights"):
         watch.wrap(trainer.engine, name)
-    for learner in (trainer.policy_learner, trainer.value_learner):
+    for learner in trainer.learners:
         watch.wrap(learner.optimiser, "step")
     # Of the class: what a sharded model does before and after its `forward` belongs to it.
     patched = [
         (torch.Tensor, "backward"),
-        *((type(learner.module), "__call__") for learner in (trainer.policy_learner, trainer.value_learner)),
+        *((type(learner.module), "__call__") for learner in trainer.learners),
     ]
     before = [(owner, name, owner.__dict__.get(name)) for owner, name in patched]
     for owner, name in patched:

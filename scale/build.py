@@ -68,7 +68,8 @@ def build(config: ScaleConfig, world: World) -> Parts:
     new = resume_from is None
     with named_in("algo."):
         check_sources(algo, task)
-    policy, value = build_policy(config, world, task, weights=new), build_value(config, world, weights=new)
+    policy = build_policy(config, world, task, weights=new)
+    value = None if algo.advantage.critic_free else build_value(config, world, weights=new)
     engine = build_engine(config, world, task)
     scorer = build_scorer(config, world, task)
     leave_out_bad_references(

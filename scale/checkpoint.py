@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class DistributedCheckpointer:
         try:
             dcp.load(shards, checkpoint_id=str(checkpoint / "shards"))
             trainer.load_state_dict([state["trainer"] for state in states], own=world.part if same else None)
-            for learner in (trainer.policy_learner, trainer.value_learner):
+            for learner in trainer.learners:
                 saved = shards[learner.name]
                 set_state_dict(
                     learner.module, learner.optimiser, model_state_dict=saved["model"], optim_state_dict=saved["optimiser"]
@@ -186,9 +187,9 @@ def reason(error: BaseException) -> str:
 
 
 def model_state(trainer: Trainer) -> dict[str, Any]:
-    """Sharded states of both models and optimisers (and of PPO-EWMA's average)."""
+    """Sharded states of the models and their optimisers (and of PPO-EWMA's average)."""
     state: dict[str, Any] = {}
-    for learner in (trainer.policy_learner, trainer.value_learner):
+    for learner in trainer.learners:
         model, optimiser = get_state_dict(learner.module, learner.optimiser)
         state[learner.name] = {"model": model, "optimiser": optimiser}
     if trainer.ewma is not None:
@@ -247,12 +248,12 @@ def read_manifest(folder: Path, *, digests: bool = True) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder}: got what cannot be read ({error}); expected what was written; {REMEDY}") from None
 
 
-def load_models(policy: PolicyModel, value: ValueModel, folder: Path) -> None:
-    """The two models of a checkpoint, without the rest of the run. All ranks take part."""
-    state = {name: {"model": get_model_state_dict(model)} for name, model in (("policy", policy), ("value", value))}
+def load_models(models: Mapping[str, PolicyModel | ValueModel], folder: Path) -> None:
+    """A checkpoint's "policy", and its "value" model where it has one, without the rest of the run. All ranks take part."""
+    state = {name: {"model": get_model_state_dict(model)} for name, model in models.items()}
     dcp.load(state, checkpoint_id=str(folder / "shards"))
-    set_model_state_dict(policy, state["policy"]["model"])
-    set_model_state_dict(value, state["value"]["model"])
+    for name, model in models.items():
+        set_model_state_dict(model, state[name]["model"])
 
 
 def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype: torch.dtype, tokenizer: Any = None) -> None:

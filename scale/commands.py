@@ -18,11 +18,13 @@ from scale.run import alone
 from scale.run import train as run_training
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.rollout.models import PolicyModel, ValueModel
 from tppo_ref.runs.build import TaskScorer, check_sources
 from tppo_ref.runs.checkpoint import what_is_left
 from tppo_ref.runs.evaluate import evaluate_policy
 from tppo_ref.runs.pretrain import pretrain_value as pretrain
 from tppo_ref.runs.references import leave_out_bad_references
+from tppo_ref.runs.validation import refuse_without_critic
 from tppo_ref.tasks import Task
 
 
@@ -44,6 +46,8 @@ def evaluate(config: ScaleConfig, world: World) -> None:
 
 def pretrain_value(config: ScaleConfig, world: World) -> None:
     """Fit the value model to responses of the frozen policy; `algo.run.out/value` is a folder for --algo.model.value."""
+    with named_in("algo."):
+        refuse_without_critic(config.algo)
     out, parallel = Path(config.algo.run.out), Collective(world)
     with alone(config, world), frozen_policy(config, world) as (task, engine, scorer):
         everyone = Collective(world.flat)
@@ -71,16 +75,19 @@ def frozen_policy(config: ScaleConfig, world: World) -> Iterator[tuple[Task, Rol
 
 
 def export(config: ScaleConfig, world: World) -> None:
-    """The newest checkpoint of algo.run.out as Hugging Face folders, `export/policy` and `export/value`, in engine.dtype."""
+    """The newest checkpoint of algo.run.out as Hugging Face folders, `export/policy` and `export/value`, in engine.dtype; of a run
+    without a value model the policy alone."""
     out, task = Path(config.algo.run.out), make_task(config)
     checkpointer = DistributedCheckpointer(out / "checkpoints", world, config, task)
     found = checkpointer.complete()
     if not found:
         raise UserError(f"algo.run.out: got {out}; expected the folder of a run with a checkpoint; give one")
     checkpointer.saved(found[-1])
-    policy, value = build_policy(config, world, task, weights=False), build_value(config, world, weights=False)
-    load_models(policy, value, found[-1])
-    for name, model in (("policy", policy), ("value", value)):
+    models: dict[str, PolicyModel | ValueModel] = {"policy": build_policy(config, world, task, weights=False)}
+    if not config.algo.advantage.critic_free:
+        models["value"] = build_value(config, world, weights=False)
+    load_models(models, found[-1])
+    for name, model in models.items():
         export_model(model, out / "export" / name, world, dtype=getattr(torch, config.engine.dtype), tokenizer=task.tokenizer)
     if world.rank == 0:
-        print(f"{found[-1].name}: {out / 'export' / 'policy'}, {out / 'export' / 'value'}")
+        print(f"{found[-1].name}: {', '.join(str(out / 'export' / name) for name in models)}")

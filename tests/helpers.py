@@ -156,7 +156,7 @@ def make_trainer(
     return Trainer(
         config,
         policy=Spy(policy, policy_spy) if policy_spy else policy,
-        value=Spy(value, value_spy) if value_spy else value,
+        value=None if config.advantage.critic_free else Spy(value, value_spy) if value_spy else value,
         engine=engine,
         batcher=SuccessiveBatcher(schedule, stream, run_seed=config.run.seed),
         scorer=ToyScorer(),

@@ -17,6 +17,8 @@ What the contract leaves open, and what the oracle does about it:
 - Whitening divides by std + 1e-8, as `whiten` documents.
 - Undefined means (the mean score of a step in which nothing ended) are NaN.
 
+Without a value model (advantage.estimator rloo, grpo) there is nothing of it: a response's advantage is its score against its group's.
+
 Of a conversation the models are asked for every token after the prompt, whoever said it, as if it were one response; what they say of
 the environment's tokens is thrown away before anything is computed. All columns are the policy's own tokens.
 """
@@ -26,6 +28,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -182,11 +185,13 @@ class Sums(dict):
 class Oracle:
     """T-PPO over several steps. `config` is a tppo_ref Config; only its sections advantage, policy, value and rollout are read."""
 
-    def __init__(self, config: Config, policy: torch.nn.Module, value: torch.nn.Module):
+    def __init__(self, config: Config, policy: torch.nn.Module, value: torch.nn.Module | None):
         self.config = config
         self.policy, self.value = copy.deepcopy(policy), copy.deepcopy(value)
         self.policy_optimiser = HandWrittenAdamW(self.policy, config.policy)
-        self.value_optimiser = HandWrittenAdamW(self.value, config.value)
+        self.value_optimiser = HandWrittenAdamW(self.value, config.value) if value else None
+        self.groups: dict[int, list[Response]] = {}  # without a value model: of each prompt's samples those that have ended
+        self.ended_at: dict[int, int] = {}  # per response the step in which it ended
         self.history = [[p.detach().clone() for p in self.policy.parameters()]]  # of the policy's weights, for PPO-EWMA
         self.steps = 0
         self.first_values: dict[int, list[float]] = {}  # per response: V as first estimated, the critic's anchor
@@ -210,13 +215,13 @@ class Oracle:
         gap = self.gap(rows, plan)
         assert self.config.policy.old_logprobs == "recompute" or not gap > self.config.policy.engine_gap_limit, f"a gap of {gap}"
         metrics = self._window_metrics(window, scores) | self._advantages(rows)
-        warming_up = self.steps < self.config.value.warmup_steps
+        warming_up = self.value is not None and self.steps < self.config.value.warmup_steps
         version = window.slices[0][0].versions[-1]  # all of the window's tokens are of one
         self.updates_before[version] = len(self.history) - 1
         self.waiting += self._ended(window)
         metrics |= self._settle(window, rows, warming_up)
         metrics |= self._update_policy([] if warming_up else rows, plan.policy, version)
-        metrics |= self._update_value(rows, plan)
+        metrics |= self._update_value(rows, plan) if self.value else self._no_value()
         if not warming_up:
             self.past.append([row.response for row in rows if not row.reused])
         metrics["policy/reused_tokens"] = 0 if warming_up else sum(len(row.trained) for row in rows if row.reused)
@@ -249,7 +254,7 @@ class Oracle:
             found["flops/rollout"] += sum(self._token_flops(self.policy, i) for i in range(read))
             found["flops/rollout"] += self._head_flops(self.policy) * (len(response) - begin)
         for row in rows:
-            found["flops/forward"] += one_pass(self.value, row.response, False)
+            found["flops/forward"] += one_pass(self.value, row.response, False) if self.value else 0.0
             if row.response.id in plan.recomputed:
                 edge = row.start if c.prefix == "constant" else None  # what stands before it has no log-probability
                 found["flops/forward"] += one_pass(self.policy, row.response, False, edge)
@@ -299,8 +304,8 @@ class Oracle:
 
     def _rows(self, window: Window) -> list[Row]:
         """train_on="window": whatever sampled a token and has min_new_tokens. "ended": whole responses, once, when they end."""
-        rows = []
-        for response, begin in window.slices:
+        rows = self._whole_groups(window) if self.value is None else []
+        for response, begin in window.slices if self.value is not None else ():
             T, cut = len(response.token_ids), response.end is End.RUNNING
             start = self.settled.get(response.id, 0)
             if cut and (self.config.policy.train_on == "ended" or T - start < self.config.policy.min_new_tokens):
@@ -312,18 +317,31 @@ class Oracle:
             rows += [Row(r, len(r), 0, range(len(r)), range(0), reused=True) for r in batch]
         return rows
 
+    def _whole_groups(self, window: Window) -> list[Row]:
+        """Samples G k, ..., G k + G - 1 are of one prompt, and train in the step in which the last of them has ended."""
+        begins = {response.id: begin for response, begin in window.slices}
+        size, rows = self.config.rollout.samples_per_prompt, []
+        for response in self._ended(window):
+            self.ended_at[response.id] = self.steps
+            self.groups.setdefault(response.id // size, []).append(response)
+        for number in [number for number, group in self.groups.items() if len(group) == size]:
+            for r in self.groups.pop(number):
+                rows.append(Row(r, begins.get(r.id, len(r)), 0, range(len(r)), range(0)))
+        return rows
+
     @torch.no_grad()
     def _estimate(self, rows: list[Row]) -> None:
         """V and log-probabilities of whole rows under the models as they stand before the updates."""
         for row in rows:
-            value_T, last_value_1 = self._say(self.value, row.response)
-            row.value, row.last_value = value_T[: row.T].tolist(), float(last_value_1[0])
+            if self.value is not None:
+                value_T, last_value_1 = self._say(self.value, row.response)
+                row.value, row.last_value = value_T[: row.T].tolist(), float(last_value_1[0])
             row.recomputed = self._say(self.policy, row.response)[: row.T].tolist()
             if self.config.policy.keep_prefix:
                 row.constant = SimpleNamespace()
                 self._say(self.policy, row.response, row.start, row.constant)
             anchors = self.first_values.setdefault(row.response.id, [])
-            row.fed_before = len(anchors)
+            row.fed_before = len(row.response) if row.reused else len(anchors)
             anchors += row.value[len(anchors) :]
 
     @staticmethod
@@ -337,9 +355,19 @@ class Oracle:
         return (output[0][0, own], output[1]) if isinstance(output, tuple) else output[0, own]
 
     def _advantages(self, rows: list[Row]) -> dict[str, float]:
-        """Extended GAE, then whitening over the step's trained tokens, then the clamp."""
-        c = self.config.advantage
-        for row in rows:
+        """Extended GAE, or each response against its group; then whitening over the step's trained tokens, then the clamp."""
+        c, num_flat, groups = self.config.advantage, 0, {}
+        for row in rows if self.value is None else ():
+            groups.setdefault(row.response.id // self.config.rollout.samples_per_prompt, []).append(row)
+        for group in groups.values():
+            scores = [row.response.score for row in group]
+            num_flat += len({*scores}) == 1
+            for i, row in enumerate(group):
+                A = scores[i] - mean(scores[:i] + scores[i + 1 :])
+                if c.estimator == "grpo":
+                    A = 0.0 if len({*scores}) == 1 else (scores[i] - mean(scores)) / (statistics.stdev(scores) + 1e-6)
+                row.raw, row.lam = dict.fromkeys(range(row.T), A), NAN
+        for row in rows if self.value is not None else ():
             length = row.T + (self.config.rollout.window / 2 if row.cut else 0)
             row.lam = c.lam if c.lam_alpha is None else max(c.lam, 1 - 1 / (c.lam_alpha * length))
             after_the_cut = {"previous": row.value[-1], "critic": row.last_value, "zero": 0.0}[c.cut_value]
@@ -364,6 +392,7 @@ class Oracle:
             "advantage/std": deviation,
             "advantage/clamped_share": num_clamped / (len(raw) or NAN),
             "advantage/lam_mean": mean([row.lam for row in rows]),
+            "advantage/flat_groups": num_flat / (len(groups) or NAN),
         }
 
     # ----------------------------------------------------------------------------------------------------------- the policy
@@ -519,6 +548,11 @@ class Oracle:
             "value/lr": self.value_optimiser.lr,
         }
 
+    def _no_value(self) -> dict[str, float]:
+        counts = dict.fromkeys(("responses", "held", "tokens", "updates"), 0)
+        means = dict.fromkeys(("loss", "clipped_share", "explained_variance", "grad_norm", "lr"), NAN)
+        return {f"value/{name}": x for name, x in (counts | means).items()}
+
     def _value_passes(self) -> Any:
         """Whose epochs and mini-batches the value model has: its own, or under "joint" the policy's."""
         return self.config.policy if self.config.value.update == "joint" else self.config.value
@@ -549,13 +583,18 @@ class Oracle:
                 self.ledger["excluded_tail"] += len(row.tail)
             self.settled[row.response.id] = row.T if a.tail == "exclude" else row.trained.stop
         in_flight = [response for response in self.seen.values() if response.end is End.RUNNING]
+        held = [response for group in self.groups.values() for response in group]
+        waited = [self.steps - self.ended_at[row.response.id] for row in rows if self.value is None and not row.reused]
         return {
             "ledger/generated": self.ledger["generated"],
             "ledger/trained": self.ledger["trained"],
             "ledger/excluded_tail": self.ledger["excluded_tail"],
             "ledger/excluded_warmup": self.ledger["excluded_warmup"],
-            "ledger/pending": sum(len(response) - self.settled.get(response.id, 0) for response in in_flight),
+            "ledger/pending": sum(len(response) - self.settled.get(response.id, 0) for response in in_flight + held),
             "ledger/in_flight": len(in_flight),
+            "ledger/held_groups": len(self.groups),
+            "ledger/held_responses": len(held),
+            "ledger/held_steps": mean(waited),
             "ledger/observed": self.ledger["observed"],
         }
 

@@ -334,8 +334,10 @@ class Stage:
         averaged: a second copy of the policy, where it cannot be deep-copied. reply: an environment."""
         rollout = config.rollout
         self.config, self.events = config, []
-        self.policy, self.value = Recorded(policy, "policy", self.events), Recorded(value, "value", self.events)
-        self.oracle = Oracle(config, *(by_hand or (policy, value)))
+        self.policy = Recorded(policy, "policy", self.events)
+        self.value = None if config.advantage.critic_free else Recorded(value, "value", self.events)
+        policy, value = by_hand or (policy, value)
+        self.oracle = Oracle(config, policy, None if config.advantage.critic_free else value)
         ranks = (parallel or RecordingParallel)(self.events)
         schedule = SlotSchedule(slots=rollout.slots // ranks.world, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                                 refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
@@ -406,7 +408,7 @@ class Stage:
             elif name == "policy":
                 recomputed += ids
         assert not any(gathering.values()), "a backward pass without an optimiser step"
-        if self.config.value.update == "joint" and minibatches["policy"]:
+        if self.value and self.config.value.update == "joint" and minibatches["policy"]:
             assert [sorted(b) for b in minibatches["value"]] == [sorted(b) for b in minibatches["policy"]], (
                 "not the same mini-batches"
             )
@@ -419,7 +421,7 @@ class Stage:
         wrong = [f"{name}: Trainer {mine.get(name, 'nothing')}, oracle {expected.get(name, 'nothing')}"
                  for name in sorted({*mine, *expected})
                  if name not in mine or name not in expected or not close(mine[name], expected[name])]  # fmt: skip
-        weights = {"policy": (self.policy, self.oracle.policy), "value": (self.value, self.oracle.value)}
+        weights = {"policy": (self.policy, self.oracle.policy)} | ({"value": (self.value, self.oracle.value)} if self.value else {})
         for which, (trained, by_hand) in weights.items():
             both = zip(self._weights(trained), by_hand.parameters(), strict=True)
             wrong += [f"{which} {name}: off by {distance(p, q):.1e}" for (name, p), q in both if distance(p, q) > TOLERANCE]
@@ -445,7 +447,8 @@ class Stage:
 
     def play(self, num_steps: int = 3) -> Outcome:
         metrics = list(itertools.takewhile(lambda m: m is not None, (self.step() for _ in range(num_steps))))
-        weights = [p.detach().clone() for model in (self.policy, self.value) for p in model.parameters()]
+        models = [model for model in (self.policy, self.value) if model]
+        weights = [p.detach().clone() for model in models for p in model.parameters()]
         return Outcome(
             [{k: x for k, x in m.items() if not k.startswith(WALL_CLOCK)} for m in metrics], weights, self.num_forward_passes
         )

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from benchmarks import pages
 from benchmarks.plans import CASES, SHIPPED
-from scale.config import ScaleConfig
+from scale.config import ScaleConfig, check_training
 from scale.config import check as check_scale
 from scale.memory import budget as memory
 from sim.__main__ import main
@@ -243,10 +243,28 @@ def _shape(folder: Path) -> Path:
     return folder / "shape.json"
 
 
+@pytest.mark.parametrize(
+    ("name", "stands_for"), [("ppo/none", "rloo"), ("partial-is/none", "rloo-window"), ("partial-is+c/none", "tppo")]
+)
+def test_without_a_critic_the_config_is_one_of_the_critic_free_methods(name, stands_for, tmp_path):
+    question = dataclasses.replace(small().question, samples=8)
+    one = dataclasses.replace(small().named("ppo" if name.startswith("ppo") else "partial-is"), method=method(name))
+    fields = fields_of(question, one)
+    config = loaded(as_yaml(fields), tmp_path)
+    assert config.algo.run.method == stands_for
+    assert config.algo.advantage.critic_free
+    assert config.algo.rollout.samples_per_prompt == 8
+    assert config.algo.policy.train_on == ("window" if name == "ppo/none" else "ended")
+    check_training(config)
+    assert not [field.path for field in fields if ".value" in field.path]
+    with pytest.raises(ValueError, match=r"^samples: got 1 with"):
+        fields_of(dataclasses.replace(question, samples=1), one)
+
+
 def test_a_method_of_others_has_no_config():
-    (other, *_) = small().elsewhere
-    with pytest.raises(ValueError, match="does not run"):
-        fields_of(small().question, other)
+    for name in ("tail+c", "async:4"):
+        with pytest.raises(ValueError, match="does not run"):
+            fields_of(small().question, small().named(name))
 
 
 # ------------------------------------------------------------------------------------------------------------------- the command

@@ -17,7 +17,7 @@ from tppo_ref.loop.forward import forward
 from tppo_ref.loop.learner import Learner
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.rows import Rows, response_mask
-from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, ValueConfig
+from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, RolloutConfig, ValueConfig
 from tppo_ref.loop.updates import update_policy, update_value
 from tppo_ref.loop.value_targets import ValueBatch
 from tppo_ref.method.errors import NonFiniteError
@@ -138,7 +138,7 @@ def policy_update(rows: list[int], parallel: Any) -> tuple[list[torch.Tensor], d
     fed = [len(r.prompt.token_ids) + len(r) for r in step.responses]
     plan = learner.plan(step.train_BT.sum(1).tolist(), fed, np.random.default_rng(0))
     before = forward(step, plan, config, policy=policy, value=value, parallel=parallel, key=(0, 1))
-    advantages, _ = estimate_advantages(step, before, ADVANTAGE, window=6, parallel=parallel)
+    advantages, _ = estimate_advantages(step, before, ADVANTAGE, RolloutConfig(window=6), parallel)
     gradients = watched_gradients(learner)
     metrics = update_policy(learner, step, before, advantages.scaled_BT, [plan], step=1)
     return gradients, metrics

@@ -19,6 +19,7 @@ from helpers import make_trainer, same, weights_of
 CASES = {
     "tppo": {}, "tppo-defer": {}, "tppo-ewma": {}, "ppo": {}, "partial-is": {}, "geppo": {},
     "tppo-once": {"policy__min_new_tokens": 9, "rollout__window": 4, "policy__prefix": "constant"},
+    "rloo": {"rollout__samples_per_prompt": 2}, "grpo-window": {"rollout__samples_per_prompt": 3, "rollout__slots": 7},
     "held": {"method": "tppo", "value__batch_responses": 3},
     "bfloat16": {"method": "tppo-ewma", "dtype": torch.bfloat16},
     "warm-ups": {"method": "tppo", "value__warmup_steps": 2, "policy__lr_warmup_steps": 9, "value__lr_warmup_steps": 7},
@@ -72,7 +73,7 @@ def restored(trainer, case: str):
     """A new trainer, brought to the state of `trainer` as a checkpoint would: tensors copied, the rest through JSON."""
     other = made(case)
     other.load_state_dict([json.loads(json.dumps(trainer.state_dict()))])
-    for mine, theirs in ((other.policy_learner, trainer.policy_learner), (other.value_learner, trainer.value_learner)):
+    for mine, theirs in zip(other.learners, trainer.learners, strict=True):
         mine.module.load_state_dict(theirs.module.state_dict())
         mine.optimiser.load_state_dict(copy.deepcopy(theirs.optimiser.state_dict()))  # torch shares the tensors
         mine.masters.load(theirs.masters.tensors)
@@ -119,7 +120,7 @@ def test_what_is_not_restored_is_of_no_consequence(case):
         ours, theirs = trainer.step(), other.step()
         numbers = {name: x for name, x in ours.items() if not name.startswith("time/") and name not in CLOCKED}
         assert {name: theirs[name] for name in numbers} == pytest.approx(numbers, rel=0, abs=0, nan_ok=True)
-    for mine, its in ((trainer.policy_learner, other.policy_learner), (trainer.value_learner, other.value_learner)):
+    for mine, its in zip(trainer.learners, other.learners, strict=True):
         assert same(weights_of(mine.module), weights_of(its.module))
 
 

@@ -22,7 +22,7 @@ from tppo_ref.loop.estimates import estimate_advantages
 from tppo_ref.loop.forward import Forward
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.rows import Rows
-from tppo_ref.loop.settings import AdvantageConfig
+from tppo_ref.loop.settings import AdvantageConfig, RolloutConfig
 from tppo_ref.loop.value_targets import independent_batch
 from tppo_ref.method.records import End, Prompt, Response, WindowSlice
 from tppo_ref.method.slots import SlotSchedule
@@ -134,7 +134,7 @@ def test_observations_with_any_content_change_no_advantage_return_or_mask_of_own
         made = Rows.of([WindowSlice(r, r.num_settled, len(r)) for r in rows], config)
         values = torch.linspace(-1, 1, made.run_BT.numel()).view_as(made.run_BT)
         forward = Forward(values, torch.linspace(0.1, 0.9, len(rows)), torch.zeros_like(values), 0.0, {})
-        advantages, metrics = estimate_advantages(made, forward, config, 4, SingleProcess())
+        advantages, metrics = estimate_advantages(made, forward, config, RolloutConfig(window=4), SingleProcess())
         batch = independent_batch([r for r in rows if r.ended], gamma=gamma, device="cpu", dtype=torch.float32)
         outcomes.append([made.run_BT, made.train_BT, made.settled_B, made.new_BT, made.positive_BT, advantages.raw_BT, advantages.scaled_BT,
                          batch.targets_BT, batch.mask_BT, batch.anchor_BT, torch.tensor(list(metrics.values()))])  # fmt: skip

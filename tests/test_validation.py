@@ -114,6 +114,8 @@ def test_an_integers_refusal_says_so_and_null_is_offered_where_it_may_be():
 # ----------------------------------------------------------------------------------------------------------------- impossible
 
 IMPOSSIBLE_EXAMPLES = {
+    "rollout.samples_per_prompt": {"rollout.samples_per_prompt": 1, "advantage.estimator": "rloo", "policy.train_on": "ended"},
+    "policy.train_on": {"policy.train_on": "window", "advantage.estimator": "grpo", "rollout.samples_per_prompt": 2},
     "rollout.min_response_tokens": {"rollout.min_response_tokens": 320},
     "rollout.responses_per_step": {"rollout.refill": "batch", "rollout.responses_per_step": 31},
     "model.hidden_size": {"model.hidden_size": 34},
@@ -144,11 +146,21 @@ OTHER = {
     "advantage.clamp": 1.5, "advantage.lam_alpha": 0.1, "run.steps": 7, "task.path": "p.jsonl", "task.eval_path": "e.jsonl",
     "task.tokenizer": "bytes", "task.prompt_key": "q", "task.answer_key": "a", "task.max_prompt_tokens": 9, "task.chat_template": True,
     "model.hidden_size": 64, "model.num_layers": 2, "model.num_heads": 4, "model.warm_start_steps": 3, "model.warm_start_lr": 1e-3,
-    "run.method": "ppo", "run.resume": True,
+    "run.method": "ppo", "run.resume": True, "model.value": "some/folder", "advantage.gamma": 0.9, "advantage.lam": 0.5,
+    "value.update": "joint", "value.lr": 1e-2, "value.lr_warmup_steps": 3, "value.weight_decay": 0.5, "value.max_grad_norm": 0.1,
+    "value.clip_low": 0.1, "value.clip_high": 0.1, "value.warmup_steps": 1, "value.pretrain_responses": 7, "value.pretrain_epochs": 1,
 }  # fmt: skip
 """A value of each such field that is not its default."""
 
+ALONE = {"advantage.estimator": "rloo", "rollout.samples_per_prompt": 2, "policy.train_on": "ended"}  # no value model
+NO_CRITIC = [path for path in field_paths(Config) if path.startswith("value.")] + [
+    "model.value",
+    "advantage.gamma",
+    "advantage.lam",
+]
+
 CASES = [
+    *((field, ALONE) for field in (*NO_CRITIC, "advantage.lam_alpha")),
     *((f"value.{name}", {"value.update": "joint"}) for name in ("epochs", "batch_responses", "mini_batches", "mini_batch_tokens", "micro_batch_tokens")),
     *((field, cause) for field in ("advantage.cut_value", "advantage.tail", "advantage.tail_tokens", "policy.min_new_tokens")
       for cause in ({"rollout.refill": "batch"}, {"rollout.refill": "step", "rollout.window": 320}, {"policy.train_on": "ended"})),
@@ -193,7 +205,9 @@ def test_an_option_that_nothing_cancels_is_not_refused(field):
     check_training(replace_fields(Config(), {field: OTHER[field]} | NEEDED.get(field, {})))
 
 
-LOOP_CASES = [(f, c) for f, c in CASES if f not in ("run.steps", "rollout.responses_per_step", "policy.engine_gap_limit")]
+LOOP_CASES = [
+    (f, c) for f, c in CASES if f not in ("run.steps", "rollout.responses_per_step", "policy.engine_gap_limit", "model.value")
+]
 
 
 @pytest.mark.usefixtures("one_thread")

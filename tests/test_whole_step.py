@@ -80,6 +80,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "rollout.responses_per_step": st.integers(0, 8),
     "rollout.samples_per_prompt": st.integers(1, 3),
     "rollout.temperature": st.sampled_from([1.0, 0.5, 2.0]),
+    "advantage.estimator": st.sampled_from(["egae", "egae", "egae", "rloo", "grpo"]),
     "advantage.gamma": st.sampled_from([1.0, 0.9, 0.5, 0.0]),
     "advantage.lam": st.sampled_from([1.0, 0.95, 0.5, 0.0]),
     "advantage.lam_alpha": st.sampled_from([None, 0.05, 0.3, 2.0]),
@@ -126,6 +127,9 @@ def accepted(drawn: dict[str, Any]) -> dict[str, Any]:
         drawn["policy.reuse_batches"] = 0
     if drawn["advantage.tail"] == "defer":
         drawn["advantage.tail_tokens"] = max(1, drawn["advantage.tail_tokens"])
+    if drawn["advantage.estimator"] != "egae":
+        drawn["rollout.samples_per_prompt"] = max(2, drawn["rollout.samples_per_prompt"])
+        drawn["policy.train_on"] = "ended"
     batch = max(drawn["rollout.responses_per_step"], drawn["rollout.slots"])
     drawn["rollout.responses_per_step"] = batch if drawn["rollout.refill"] == "batch" else 0
     return drawn
@@ -171,6 +175,9 @@ OLDER_TOKENS = {"advantage.tail": "defer", "advantage.tail_tokens": 2}  # tokens
 SMALL_STEPS = {"policy.mini_batch_tokens": 6}
 CUT_OFF = {"value.mini_batch_tokens": 6, "value.lr": 0.1}
 
+PAIRS = {"rollout.samples_per_prompt": 2, "policy.train_on": "ended", "rollout.window": 7}
+HELD = PAIRS | {"advantage.estimator": "rloo", "rollout.window": 4, "rollout.slots": 8}
+
 MATTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rollout.slots": (3, {}),
     "rollout.window": (3, {}),
@@ -180,6 +187,7 @@ MATTERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rollout.responses_per_step": (7, {"rollout.refill": "batch"}),
     "rollout.samples_per_prompt": (2, {}),
     "rollout.temperature": (0.5, {}),
+    "advantage.estimator": ("rloo", PAIRS),
     "advantage.gamma": (0.9, {}),
     "advantage.lam": (0.5, {}),
     "advantage.lam_alpha": (2.0, {"advantage.lam": 0.5}),
@@ -253,7 +261,8 @@ def test_a_field_changes_what_a_run_comes_to_on_the_trainer_and_on_the_oracle(pa
     ("policy/staleness", OLDER_TOKENS), ("policy/lag_updates", OLDER_TOKENS), ("policy/lm_loss", {}), ("response/capped_share", {}),
     ("value/clipped_share", CUT_OFF | {"value.clip_low": 0.01, "value.clip_high": 0.01}),
     ("value/held", {"value.batch_responses": 3}), ("ledger/excluded_tail", {}), ("ledger/excluded_warmup", CRITIC_ALONE),
-    ("ledger/pending", OLDER_TOKENS), ("verify/timeouts", {}), ("verify/errors", {}),
+    ("ledger/pending", OLDER_TOKENS), ("ledger/held_groups", HELD), ("ledger/held_steps", HELD), ("advantage/flat_groups", HELD),
+    ("policy/staleness", HELD), ("verify/timeouts", {}), ("verify/errors", {}),
 ])  # fmt: skip
 def test_the_cases_above_reach_what_they_are_about(metric, changes):
     """A clip that never binds, a tail that is never excluded: agreement on these would say nothing."""

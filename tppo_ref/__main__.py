@@ -14,7 +14,7 @@ from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.exits import exit_code
 from tppo_ref.runs.parsing import given_fields, parse
 from tppo_ref.runs.plans import check_plans
-from tppo_ref.runs.validation import check, check_task, check_training
+from tppo_ref.runs.validation import check, check_task, check_training, refuse_without_critic
 
 
 def demo(config: Config, given: set[str]) -> None:
@@ -73,6 +73,7 @@ def report(config: Config, given: set[str]) -> None:
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
     check_task(config)
+    refuse_without_critic(config)
     from tppo_ref.runs.commands import pretrain_value as run_pretrain
 
     run_pretrain(config)

@@ -99,18 +99,18 @@ def terms_per_phase(config: ScaleConfig, only: Collection[str] = tuple(PHASES)) 
     if "probe" in only and config.engine.kind == "vllm":
         phases["probe"] = states | decoding | working(config, policy, "probe")
     for phase in ("logprob", "value_forward", "policy_update", "value_update"):
-        if phase in only:
+        if phase in only and not (phase.startswith("value") and config.algo.advantage.critic_free):
             shape = value if phase.startswith("value") else policy
             phases[phase] = states | beside | {"batch": batch_bytes(config)} | working(config, shape, phase)
     return {phase: {"runtime": RUNTIME_BYTES} | found for phase, found in phases.items() if phase in only}
 
 
 def resident(config: ScaleConfig) -> dict[str, float]:
-    """What the trainer holds in every phase. With offload, nothing."""
+    """What the trainer holds in every phase. With offload, nothing; without a value model, nothing of one."""
     if config.sharding.offload:
         return {}
     policy, value = (shard_bytes(config, shape, value) for shape, value in zip(shapes(config), (False, True), strict=True))
-    found = {"policy_state": 3 * policy, "value_state": 3 * value}
+    found = {"policy_state": 3 * policy} | ({} if config.algo.advantage.critic_free else {"value_state": 3 * value})
     return found | ({"average_state": policy} if config.algo.policy.ewma_decay else {})
 
 
@@ -225,7 +225,7 @@ def host_bytes(config: ScaleConfig) -> float:
     """Of one machine: a checkpoint while it is written (copies of all states), and with offload the states themselves."""
     here = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, offload=False))
     copies = sum(resident(here).values())
-    gradients = max(shard_bytes(here, shape, value) for shape, value in zip(shapes(here), (False, True), strict=True))
+    gradients = max(shard_bytes(here, shape, name != "policy") for name, shape in trained_shapes(here).items())
     return config.cluster.devices_per_node * (copies + (copies + gradients if config.sharding.offload else 0.0))
 
 
@@ -267,6 +267,12 @@ def shapes(config: ScaleConfig) -> tuple[Shape, Shape]:
     return read_shape(policy), read_shape(value)
 
 
+def trained_shapes(config: ScaleConfig) -> dict[str, Shape]:
+    """Of the models that there are, by what people call them."""
+    policy, value = shapes(config)
+    return {"policy": policy} | ({} if config.algo.advantage.critic_free else {"value model": value})
+
+
 @functools.lru_cache(maxsize=8)
 def read_shape(file: Path) -> Shape:
     return Shape(file)
@@ -291,7 +297,7 @@ def check_cuts(config: ScaleConfig, shape: Shape) -> None:
     """UserError where ranks, heads or slots cannot be dealt out evenly. shape: the policy's."""
     split, sharing = config.engine.tensor_parallel, config.sharding.context_parallel
     if sharing > 1:
-        for model, its in (("policy", shape), ("value model", shapes(config)[1])):
+        for model, its in trained_shapes(config).items():
             check_heads("sharding.context_parallel", model, its.num_heads, its.num_kv_heads, sharing)
     check_heads("engine.tensor_parallel", "policy", shape.num_heads, shape.num_kv_heads, split)
     if split > config.cluster.devices_per_node:
@@ -305,13 +311,13 @@ def check_cuts(config: ScaleConfig, shape: Shape) -> None:
 
 def problems(config: ScaleConfig) -> list[str]:
     """What does not fit, a line each."""
-    device, (policy, value) = config.cluster.device_bytes, shapes(config)
+    device, (policy, _) = config.cluster.device_bytes, shapes(config)
     found = [f"{phase} needs {num_bytes / 1e9:.1f} GB, cluster.device_bytes is {device / 1e9:.1f} GB"
              for phase, num_bytes in bytes_per_phase(config).items() if num_bytes > device]  # fmt: skip
     if (held := kv_tokens(config, policy)) < longest_row(config):
         found.append(f"the engine's cache holds {held:,} tokens, expected at least one sequence of {longest_row(config):,}")
-    for model, positions in (("policy", policy.max_positions), ("value model", value.max_positions)):
-        if longest_row(config) > positions:
+    for model, shape in trained_shapes(config).items():
+        if longest_row(config) > shape.max_positions:
             found.append(f"algo.rollout.max_response_tokens: prompt and response of {longest_row(config):,} tokens, the {model} "
-                         f"was made for {positions:,} positions")  # fmt: skip
+                         f"was made for {shape.max_positions:,} positions")  # fmt: skip
     return found

@@ -209,10 +209,11 @@ def no_seconds(config: ScaleConfig) -> str:
 def as_json(config: ScaleConfig, verdict: Verdict, seconds: Seconds | None) -> dict[str, Any]:
     """What `cluster.dry_run_json` holds; bytes on one rank, host_bytes on one machine, tokens and seconds as the names say."""
     policy, value = memory.shapes(config)
+    num_value_parameters = 0 if config.algo.advantage.critic_free else value.num_value_parameters
     return {
         "schema": "tppo-dry-run/1",
         "model": {"policy": config.algo.model.policy, "num_parameters": policy.num_parameters,
-                  "num_value_parameters": value.num_value_parameters},
+                  "num_value_parameters": num_value_parameters},
         "ranks": memory.num_ranks(config),
         "engines": memory.num_engines(config),
         "device_bytes": config.cluster.device_bytes,

@@ -54,8 +54,9 @@ def changes(config: ScaleConfig) -> list[Change]:
 
 def _kinds(config: ScaleConfig) -> Iterator[dict[str, Any]]:
     sharding, engine, row = config.sharding, config.engine, longest_row(config)
-    if max(config.algo.policy.micro_batch_tokens, config.algo.value.micro_batch_tokens) > row:
-        yield {"algo.policy.micro_batch_tokens": row, "algo.value.micro_batch_tokens": row}
+    models = ("policy",) if config.algo.advantage.critic_free else ("policy", "value")
+    if max(getattr(config.algo, name).micro_batch_tokens for name in models) > row:
+        yield {f"algo.{name}.micro_batch_tokens": row for name in models}
     if not sharding.checkpoint_layers:
         yield {"sharding.checkpoint_layers": True}
     if not sharding.reshard_after_forward:
@@ -74,7 +75,7 @@ def _kinds(config: ScaleConfig) -> Iterator[dict[str, Any]]:
             yield {"sharding.context_parallel": sharing}
     if 0 < (longest := longest_response(config)) < config.algo.rollout.max_response_tokens:
         row = longest + config.algo.task.max_prompt_tokens
-        shorter = {f"algo.{name}.micro_batch_tokens": row for name in ("policy", "value")
+        shorter = {f"algo.{name}.micro_batch_tokens": row for name in models
                    if getattr(config.algo, name).micro_batch_tokens > row}  # fmt: skip
         yield {"algo.rollout.max_response_tokens": longest} | shorter
 

@@ -31,8 +31,11 @@ PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
 def fields_of(question: Question, found: Found) -> list[Field]:
     """Every field, section by section. ValueError for a method that this repository does not run."""
-    if found.method.kind not in ("tppo", "ppo", "partial-is") or found.method.critic != "own":
+    if found.method.kind not in ("tppo", "ppo", "partial-is") or found.method.critic == "small":
         raise ValueError(f"method: got {found.method.name}, which this repository does not run; expected T-PPO, PPO or partial-is")
+    alone = found.method.critic == "none"
+    if alone and question.samples < 2:
+        raise ValueError(f"samples: got {question.samples} with {found.method.name}; expected at least 2 answers to each prompt")
     name = question.shape.name.rpartition("/")[2]
     low = name.lower()
     rows = [
@@ -44,7 +47,8 @@ def fields_of(question: Question, found: Found) -> list[Field]:
         ("task.verifier_workers", 2 if question.num_devices > 1 else 8, "processes per rank [O]"),
         ("task.verifier_timeout_s", 10.0, "math-verify on a busy host [O]"),
         ("model.policy", f"models/{name}", "the base model [O]"),
-        ("model.value", f"runs/{low}-value/value", "from pretrain-value; null while you make it. Without one VAPO fell to 11 [2]"),
+        *([] if alone else [("model.value", f"runs/{low}-value/value",
+                             "from pretrain-value; null while you make it. Without one VAPO fell to 11 [2]")]),
         ("model.device", "auto", "the GPUs [O]"),
         *_method(question, found),
         ("policy.lr", 8e-7, "[P]"), ("policy.lr_warmup_steps", 20, "[P]"), ("policy.weight_decay", 0.1, "[P]"),
@@ -53,10 +57,10 @@ def fields_of(question: Question, found: Found) -> list[Field]:
         ("policy.micro_batch_tokens", question.budget.sequence_tokens, "one longest row, prompt and response [O]"),
         ("policy.epochs", 1, "[P]"), ("policy.clip_low", 0.2, "[P]"), ("policy.clip_high", 0.28, "[P]"),
         ("policy.dual_clip", 10.0, "[P]"), ("policy.lm_loss_weight", 0.1, "on responses that ended correct in this step [P]"),
-        *_value(question, found),
+        *([] if alone else _value(question, found)),
         ("run.steps", 500, "how many steps the paper took is unknown [O]"),
         ("run.out", f"runs/{low}-math", "on a file system that all machines see [O]"),
-        ("run.checkpoint_every", 10, f"{_checkpoint_bytes(question) / 1e12:.2g} TB each [O]"),
+        ("run.checkpoint_every", 10, f"{_checkpoint_bytes(question, found) / 1e12:.2g} TB each [O]"),
         ("run.checkpoints_kept", 2, "[O]"),
         ("run.eval_prompts", 30, "all of AIME 2024 [S]"), ("run.eval_samples", 32, "avg@32 [S]"),
         ("run.threads", 4, "CPU threads of torch, per rank [O]"),
@@ -69,8 +73,10 @@ def _method(question: Question, found: Found) -> list[tuple[str, Any, str]]:
     at, which, cap = found.setting, found.method, question.lengths.cap
     ppo, cut = which.kind == "ppo", which.kind == "tppo"
     importance = "truncated" if which.kind == "partial-is" and not which.levers else "none"
-    whole = "tppo" if which.levers else "partial-is"  # partial-is fixes a weight that the engine's log-probabilities replace
-    named = {"ppo": "ppo", "partial-is": whole, "tppo": "tppo-once" if which.name == ONCE else "tppo"}
+    alone = which.critic == "none"
+    # partial-is fixes a weight that the engine's log-probabilities replace
+    whole = "tppo" if which.levers else "rloo-window" if alone else "partial-is"
+    named = {"ppo": "rloo" if alone else "ppo", "partial-is": whole, "tppo": "tppo-once" if which.name == ONCE else "tppo"}
     prefix = "constant" if set(which.levers) & {"a", "b"} else "full"
     rows: list[tuple[str, Any, str]] = [
         ("run.method", named[which.kind], f"{which.name}: {PLANNED}"),
@@ -82,6 +88,11 @@ def _method(question: Question, found: Found) -> list[tuple[str, Any, str]]:
          "a freed slot takes the next prompt in the same window [S]"),
         *([("rollout.responses_per_step", at.responses, f"in {found.mini_batches} mini-batches: {PLANNED}")] if ppo else []),
         ("rollout.temperature", 1.0, "[I]"),
+    ]  # fmt: skip
+    rows += [
+        ("advantage.estimator", "rloo", "no value model: each answer against the others to its prompt [O]"),
+        ("advantage.whiten", False, "advantages are measured within a group [O]"),
+    ] if alone else [
         ("advantage.gamma", 1.0, "[S]"), ("advantage.lam", 0.95, "the floor of the policy's lambda [P]"),
         ("advantage.lam_alpha", 0.05, "max(lam, 1 - 1/(0.05 L)) [P]"),
     ]  # fmt: skip
@@ -89,8 +100,10 @@ def _method(question: Question, found: Found) -> list[tuple[str, Any, str]]:
         rows += [("advantage.cut_value", "previous", "V(s_l) = V(s_{l-1}) at a cut [S]"),
                  ("advantage.tail", "exclude", "the last tokens of a cut row are not trained [P]"),
                  ("advantage.tail_tokens", 8, "[P]")]  # fmt: skip
+    if not alone:
+        rows += [("advantage.whiten", True, "over the step's trained tokens [P]"),
+                 ("advantage.clamp", 10.0, "of whitened advantages [P]")]  # fmt: skip
     rows += [
-        ("advantage.whiten", True, "over the step's trained tokens [P]"), ("advantage.clamp", 10.0, "of whitened advantages [P]"),
         ("policy.train_on", "ended" if which.kind == "partial-is" else "window", PLANNED),
         ("policy.prefix", prefix, PLANNED),
         ("policy.keep_prefix", "b" in which.levers, PLANNED),
@@ -146,9 +159,10 @@ def _cluster(question: Question, found: Found) -> list[Field]:
     ]  # fmt: skip
 
 
-def _checkpoint_bytes(question: Question) -> float:
-    """Masters and moments of both models."""
-    return 12.0 * (question.shape.num_parameters + question.shape.num_value_parameters)
+def _checkpoint_bytes(question: Question, found: Found) -> float:
+    """Masters and moments of the models."""
+    critic = 0 if found.method.critic == "none" else question.shape.num_value_parameters
+    return 12.0 * (question.shape.num_parameters + critic)
 
 
 def as_tree(fields: list[Field]) -> dict[str, Any]:

@@ -108,9 +108,12 @@ class Recorder:
         policy_NA = self.trainer.policy_learner.module.table()
         self.solution = self.mdp.solve(policy_NA)
         true_N = true_value(self.mdp, policy_NA, self.solution)
-        if set_critic:
-            self.trainer.value_learner.module.begin_at(true_N)
-        fields |= critic_error(self.mdp, self.trainer.value_learner.module.table(), true_N, self.solution.visits_N)
+        critic, value_N = self.trainer.value_learner, np.full_like(true_N, np.nan)  # NaN: of no critic there is no error
+        if critic and set_critic:
+            critic.module.begin_at(true_N)
+        if critic:
+            value_N = critic.module.table()
+        fields |= critic_error(self.mdp, value_N, true_N, self.solution.visits_N)
         return Record(
             decode_steps=self.decode_steps,
             mean_return=self.solution.mean_return,

@@ -31,7 +31,8 @@ DEFAULTS: dict[str, Any] = {
 LEARNING_RATES = {"tabular": {"policy.lr": 0.03, "value.lr": 0.1}, "network": {"policy.lr": 0.01, "value.lr": 0.01}}
 """[O] By `Setting.model`: Adam moves each entry of a table by about that much per update."""
 
-OVERRIDABLE = [p for p in field_paths(Config) if p.split(".")[0] in ("advantage", "policy", "value") or p == "rollout.refill"]
+OVERRIDABLE = [p for p in field_paths(Config) if p.split(".")[0] in ("advantage", "policy", "value")]
+OVERRIDABLE += ["rollout.refill", "rollout.samples_per_prompt"]
 OVERRIDABLE = [p for p in OVERRIDABLE if p != "advantage.gamma" and not p.startswith("value.pretrain")]
 
 
@@ -45,7 +46,8 @@ class Setting:
     model, by  "tabular": a row per "node" or per "state"; "network": a small MLP with `hidden` units over state and tokens left
     critic     how it begins: "zero"; "warm": the instance's policy's true value; "noisy": that plus normal noise of that
                standard deviation; "oracle": the true value, set anew after each step and never trained; or values [N]
-    overrides  dotted fields of tppo_ref's advantage, policy and value sections, and rollout.refill; they have the last word
+    overrides  dotted fields of tppo_ref's advantage, policy and value sections, rollout.refill and (without a critic, which `rloo`
+               and `grpo` have none of) rollout.samples_per_prompt; they have the last word
     """
 
     method: str = "tppo"
@@ -64,7 +66,7 @@ class Setting:
         for path in self.overrides:
             if path not in OVERRIDABLE:
                 raise ValueError(f"overrides: got {path!r}, which is not read here; expected fields of advantage (but gamma, the "
-                                 f"MDP's), policy or value, or rollout.refill{nearest(path, OVERRIDABLE)}")  # fmt: skip
+                                 f"MDP's), policy, value; rollout.refill{nearest(path, OVERRIDABLE)}")  # fmt: skip
         if self.model not in LEARNING_RATES:
             raise ValueError(f"model: got {self.model!r}; expected tabular or network")
         window = max(1, mdp.max_tokens // 4) if self.window is None else self.window
@@ -84,7 +86,7 @@ class Setting:
 def build(instance: Instance, setting: Setting) -> Trainer:
     """The Trainer of a setting, ready to step."""
     mdp, config = instance.mdp, setting.config(instance.mdp)
-    value_N = _first_value(instance, setting)
+    value_N, critic_free = _first_value(instance, setting), config.advantage.critic_free
     policy: TabularPolicy | NetworkPolicy
     value: TabularValue | NetworkValue
     if setting.model == "tabular":
@@ -96,9 +98,11 @@ def build(instance: Instance, setting: Setting) -> Trainer:
     rollout = config.rollout
     schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                             refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
-    stream = SampleStream([PROMPT], samples_per_prompt=2**62, seed=setting.seed)  # one endless group: sample i is index i
+    size = rollout.samples_per_prompt if critic_free else 2**62  # one endless group: sample i is index i, as it is in groups
+    stream = SampleStream([PROMPT], samples_per_prompt=size, seed=setting.seed)
     batcher = SuccessiveBatcher(schedule, stream, run_seed=setting.seed)
-    return Trainer(config, policy=policy, value=value, engine=MDPEngine(policy), batcher=batcher, scorer=MDPScorer(mdp))
+    return Trainer(config, policy=policy, value=None if critic_free else value, engine=MDPEngine(policy), batcher=batcher,
+                   scorer=MDPScorer(mdp))  # fmt: skip
 
 
 def _first_value(instance: Instance, setting: Setting) -> Floats:

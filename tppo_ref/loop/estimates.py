@@ -1,4 +1,4 @@
-"""From values to the advantages that the policy is trained on: EGAE, whitening over the step, the clamp."""
+"""From values, or from the scores of groups, to the advantages that the policy is trained on: then whitening and the clamp."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tppo_ref.loop.forward import Forward
+from tppo_ref.loop.groups import advantage_of_rows
 from tppo_ref.loop.parallel import Parallel, mean_and_variance, per
 from tppo_ref.loop.rows import Rows
-from tppo_ref.loop.settings import AdvantageConfig
+from tppo_ref.loop.settings import AdvantageConfig, RolloutConfig
 from tppo_ref.method.advantages import egae, lambda_of_rows, whiten
 
 
@@ -19,7 +20,7 @@ from tppo_ref.method.advantages import egae, lambda_of_rows, whiten
 class Advantages:
     """Advantages of a step's rows, [B, T], 0 outside of their masks.
 
-    raw_BT      EGAE on `Rows.run_BT`; the joint critic's target is raw + V
+    raw_BT      on `Rows.run_BT`: EGAE, and then the joint critic's target is raw + V; or each response's own, on all of its tokens
     scaled_BT   on `Rows.train_BT`: whitened and clamped where the settings say so, else raw
     """
 
@@ -28,19 +29,16 @@ class Advantages:
 
 
 def estimate_advantages(
-    rows: Rows, forward: Forward, config: AdvantageConfig, window: int, parallel: Parallel
+    rows: Rows, forward: Forward, config: AdvantageConfig, rollout: RolloutConfig, parallel: Parallel
 ) -> tuple[Advantages, dict[str, float]]:
-    """EGAE on each row's run with this step's critic, then whitening over the trained tokens of all ranks, then the clamp.
+    """What the estimator says of each row's run, then whitening over the trained tokens of all ranks, then the clamp.
 
-    T-PPO (arXiv 2506.15050). The prefix is not needed: the advantage of a token depends on nothing before it (docs/theory.md, P6).
     Returns the advantages and the advantage/ metrics.
     """
-    length_B = torch.tensor([len(r) for r in rows.responses], dtype=forward.values_BT.dtype, device=rows.cut_B.device)
-    lam_B = lambda_of_rows(length_B, rows.cut_B, window, lam=config.lam, alpha=config.lam_alpha)
-    raw_BT = egae(
-        rows.rewards_BT, forward.values_BT, rows.run_BT, rows.cut_B, gamma=config.gamma, lam=lam_B, cut_value=config.cut_value,
-        last_value_B=forward.last_value_B if config.cut_value == "critic" else None,
-    )  # fmt: skip
+    if config.critic_free:
+        raw_BT, metrics = _of_groups(rows, config, rollout.samples_per_prompt, parallel)
+    else:
+        raw_BT, metrics = _of_values(rows, forward, config, rollout.window, parallel)
     n, mean, variance = mean_and_variance(raw_BT[rows.train_BT], parallel)
     std = math.sqrt(variance)
     scaled_BT, clamped = torch.where(rows.train_BT, raw_BT, 0.0), 0.0
@@ -48,10 +46,35 @@ def estimate_advantages(
         whitened_BT = whiten(raw_BT, rows.train_BT, mean=mean, std=std)
         scaled_BT = whitened_BT.clamp(-config.clamp, config.clamp)
         clamped = float((scaled_BT != whitened_BT).sum())
-    clamped, lam_sum, num_rows = parallel.sum([clamped, float(lam_B.sum()), len(rows.responses)])
-    return Advantages(raw_BT, scaled_BT), {
+    (clamped,) = parallel.sum([clamped])
+    return Advantages(raw_BT, scaled_BT), metrics | {
         "advantage/mean": mean,
         "advantage/std": std,
         "advantage/clamped_share": per(clamped, n),
-        "advantage/lam_mean": per(lam_sum, num_rows),
     }
+
+
+def _of_values(
+    rows: Rows, forward: Forward, config: AdvantageConfig, window: int, parallel: Parallel
+) -> tuple[Tensor, dict[str, float]]:
+    """EGAE on each row's run with this step's critic. T-PPO (arXiv 2506.15050).
+
+    The prefix is not needed: the advantage of a token depends on nothing before it (docs/theory.md, P6).
+    """
+    length_B = torch.tensor([len(r) for r in rows.responses], dtype=forward.values_BT.dtype, device=rows.cut_B.device)
+    lam_B = lambda_of_rows(length_B, rows.cut_B, window, lam=config.lam, alpha=config.lam_alpha)
+    raw_BT = egae(
+        rows.rewards_BT, forward.values_BT, rows.run_BT, rows.cut_B, gamma=config.gamma, lam=lam_B, cut_value=config.cut_value,
+        last_value_B=forward.last_value_B if config.cut_value == "critic" else None,
+    )  # fmt: skip
+    lam_sum, num_rows = parallel.sum([float(lam_B.sum()), len(rows.responses)])
+    return raw_BT, {"advantage/lam_mean": per(lam_sum, num_rows), "advantage/flat_groups": math.nan}
+
+
+def _of_groups(rows: Rows, config: AdvantageConfig, size: int, parallel: Parallel) -> tuple[Tensor, dict[str, float]]:
+    """Each response's advantage within its group, on all tokens of its run (groups.py)."""
+    assert config.estimator != "egae"
+    advantage_b, flat = advantage_of_rows(rows.responses, size, estimator=config.estimator, parallel=parallel)
+    advantage_B = torch.tensor(advantage_b, dtype=rows.behaviour_BT.dtype, device=rows.cut_B.device)
+    raw_BT = torch.where(rows.run_BT, advantage_B[:, None], 0.0)
+    return raw_BT, {"advantage/lam_mean": math.nan, "advantage/flat_groups": flat}

@@ -1,8 +1,9 @@
-"""What both models say of a step's rows before any update, and where the policy's clip is centred."""
+"""What the models say of a step's rows before any update, and where the policy's clip is centred."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ from tppo_ref.rollout.packing import TokenBatch
 class Forward:
     """Outputs of one forward pass over `Rows`, without gradient.
 
-    values_BT       V before each token by this step's critic, the whole row
-    last_value_B    V after the row's last token
+    values_BT       V before each token by this step's critic, the whole row; without a value model NaN, which nobody may read
+    last_value_B    V after the row's last token; so, too
     logprob_BT      under the policy before the update, on the tokens of the run; the engine's where those are taken
     gap             mean |recomputed - engine's| log-probability of this step's tokens, all ranks; NaN where none was recomputed
     prefixes        keys and values of each micro-batch's constant prefix, by the micro-batch's identity; empty unless kept
@@ -48,7 +49,7 @@ def forward(
     config: PolicyConfig,
     *,
     policy: Callable[[TokenBatch], Tensor],
-    value: Callable[[TokenBatch], tuple[Tensor, Tensor]],
+    value: Callable[[TokenBatch], tuple[Tensor, Tensor]] | None,
     parallel: Parallel,
     key: tuple[int, int],
 ) -> Forward:
@@ -59,8 +60,8 @@ def forward(
     key: (seed, step), which chooses the micro-batches that are compared. On all ranks or none: NonFiniteError where an output is
     not finite, UserError where the engine's log-probabilities are further off than config.engine_gap_limit.
     """
-    values_BT, logprob_BT = torch.zeros_like(rows.behaviour_BT), torch.zeros_like(rows.behaviour_BT)
-    last_value_B = rows.behaviour_BT.new_zeros(len(rows.responses))
+    unsaid, logprob_BT = 0.0 if value else math.nan, torch.zeros_like(rows.behaviour_BT)
+    values_BT, last_value_B = torch.full_like(logprob_BT, unsaid), logprob_BT.new_full((len(rows.responses),), unsaid)
     seen_B, prefixes = torch.zeros_like(rows.cut_B), dict[int, PrefixKeys]()
     constant, takes_engines = config.prefix == "constant", config.old_logprobs == "engine"
     micro_batches = [micro for mini in plan for micro in mini]
@@ -68,15 +69,17 @@ def forward(
     chosen = np.random.default_rng(key).random(len(micro_batches)) < (CHECKED_SHARE if takes_engines else 1.0)
     for micro, recompute in zip(micro_batches, chosen.tolist(), strict=True):
         index = torch.tensor(micro, dtype=torch.long, device=rows.cut_B.device)  # long: an empty list would make it float
-        value_bt, last_value_b = value(rows.batch(micro))
-        values_BT[index, : value_bt.shape[1]], last_value_B[index] = value_bt, last_value_b
+        if value:
+            value_bt, last_value_b = value(rows.batch(micro))
+            values_BT[index, : value_bt.shape[1]], last_value_B[index] = value_bt, last_value_b
         if recompute:
             kept = PrefixKeys() if config.keep_prefix else None
             logprob_bt = policy(rows.batch(micro, constant_prefix=constant, kept=kept))
             logprob_BT[index, : logprob_bt.shape[1]], seen_B[index] = logprob_bt, True
             if kept is not None:
                 prefixes[id(micro)] = kept
-    gap = _check_outputs(rows, values_BT, last_value_B, logprob_BT, seen_B, parallel, step=key[1])
+    outputs = [("log-probability", logprob_BT), *([("value", values_BT), ("value", last_value_B)] if value else [])]
+    gap = _check_outputs(rows, outputs, logprob_BT, seen_B, parallel, step=key[1])
     if takes_engines:
         if gap > config.engine_gap_limit:
             raise UserError(
@@ -88,10 +91,9 @@ def forward(
 
 
 def _check_outputs(
-    rows: Rows, values_BT: Tensor, last_value_B: Tensor, logprob_BT: Tensor, seen_B: Tensor, parallel: Parallel, step: int
+    rows: Rows, outputs: Sequence[tuple[str, Tensor]], logprob_BT: Tensor, seen_B: Tensor, parallel: Parallel, step: int
 ) -> float:
     """`Forward.gap`; NonFiniteError where an output is not finite."""
-    outputs = (("log-probability", logprob_BT), ("value", values_BT), ("value", last_value_B))
     compared_BT = rows.new_BT & seen_B[:, None]
     gap_N = (logprob_BT - rows.behaviour_BT)[compared_BT].abs().double()
     bad = parallel.max([not bool(torch.isfinite(tensor).all()) for _, tensor in outputs])  # all ranks stop, or none

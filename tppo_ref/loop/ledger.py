@@ -2,7 +2,7 @@
 
 Conservation: at every step, over all ranks,
 
-    generated = trained + excluded (tail, value warm-up) + pending (deferred, or of a response that trains when it ends)
+    generated = trained + excluded (tail, value warm-up) + pending (deferred, or trained when the response or its group ends)
 
 docs/algorithm.md, "Conservation". The books are held on the records: `Response.num_settled` is the first column that the policy has
 yet to see.
@@ -48,12 +48,14 @@ class Ledger:
             self.verdicts[status] += 1
 
     def settle(
-        self, rows: Rows, batcher: Batcher, *, warming_up: bool, sampled_with: int, again: Sequence[Response] = ()
-    ) -> dict[str, float]:
+        self, rows: Rows, batcher: Batcher, *, warming_up: bool, sampled_with: int, held: Sequence[Response] = (),
+        again: Sequence[Response] = (),
+    ) -> dict[str, float]:  # fmt: skip
         """Enter a step's rows, and return the ledger/ and policy/ metrics of what was trained, how old it was, what was fed.
 
         warming_up     whether the value model was trained alone: then all of the rows' tokens are excluded
         sampled_with   version of the policy that sampled this step's window; ages count from it
+        held           responses that have ended and wait for their group
         again          responses that the next step trains on again
         AssertionError where a token is lost or counted twice.
         """
@@ -61,11 +63,12 @@ class Ledger:
         num_trained = 0.0 if warming_up else float(rows.train_BT.sum())
         num_reused = 0.0 if warming_up else float(rows.train_BT[rows.reused_B].sum())
         in_flight = list(batcher.in_flight.values())
+        waiting = (*in_flight, *held)
         total = self._sum(
             {f"ledger/{name}": self.tokens[name] for name in OUTCOMES}
             | {
                 "ledger/generated": batcher.num_generated_tokens,
-                "ledger/pending": sum(len(r) - r.num_settled for r in in_flight),
+                "ledger/pending": sum(len(r) - r.num_settled for r in waiting),
                 "ledger/in_flight": len(in_flight),
                 "policy/tokens": num_trained,
                 "policy/reused_tokens": num_reused,
@@ -79,7 +82,7 @@ class Ledger:
         accounted = sum(total[f"ledger/{name}"] for name in (*OUTCOMES, "pending"))
         generated = total["ledger/generated"]
         assert generated == accounted, f"{generated} tokens generated, {accounted} accounted for"
-        first_version = min((r.versions[0] for r in (*in_flight, *again)), default=sampled_with)
+        first_version = min((r.versions[0] for r in (*waiting, *again)), default=sampled_with)
         oldest, minus_first = self.parallel.max([age_max, -first_version])  # over all ranks: ended responses move between them
         self.updates_at = {version: n for version, n in self.updates_at.items() if version >= -minus_first}
         return total | {"policy/staleness_max": oldest if total["policy/tokens"] else math.nan}

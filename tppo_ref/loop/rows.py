@@ -83,11 +83,14 @@ class Rows:
         config: AdvantageConfig,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        held: Sequence[Response] = (),
         reused: Sequence[Response] = (),
     ) -> Rows:
-        """The rows of what a window sampled, one slice per response; and of earlier steps' responses that are trained on again."""
-        responses = [*(s.response for s in slices), *reused]
-        begin = [*(s.begin for s in slices), *map(len, reused)]
+        """The rows of what a window sampled, one slice per response; of those `held` since they ended in an earlier window; and of
+        earlier steps' responses that are trained on again."""
+        responses = [*(s.response for s in slices), *held, *reused]
+        begin = [*(s.begin for s in slices), *map(len, held), *map(len, reused)]
+        is_reused = [False] * (len(responses) - len(reused)) + [True] * len(reused)
         length_B = torch.tensor([len(r) for r in responses], dtype=torch.long, device=device)
         mask_BT = response_mask(length_B.tolist(), device)
         # The one place where "cut" is derived: a row is cut when its response is RUNNING at the window's edge.
@@ -100,8 +103,9 @@ class Rows:
             train_BT=policy_token_mask(mask_BT, start_B, cut_B, skip_tail=config.tail_tokens),
             settled_B=num_settled(length_B, start_B, cut_B, skip_tail=config.tail_tokens, tail=config.tail),
             cut_B=cut_B,
-            reused_B=torch.arange(len(responses), device=device) >= len(slices),
-            num_fed_again=sum(num_before(r, len(r.values)) for r in responses),  # values: one per response token fed so far
+            reused_B=torch.tensor(is_reused, dtype=torch.bool, device=device),
+            # values: one per response token that was fed so far; without a value model each was fed with its whole response, or not
+            num_fed_again=sum(num_before(r, len(r) if old else len(r.values)) for r, old in zip(responses, is_reused, strict=True)),
             behaviour_BT=pad([r.logprobs for r in responses], dtype, device),
         )
 
@@ -113,7 +117,7 @@ class Rows:
 
     @property
     def positive_BT(self) -> Tensor:
-        """Bool: this step's trained tokens of responses that ended correct in this step, the LM loss's mask."""
+        """Bool: trained tokens of responses that ended correct and train for the first time after it, the LM loss's mask."""
         correct = [r.ended and (r.score or 0.0) > 0 for r in self.responses]
         correct_B = torch.tensor(correct, dtype=torch.bool, device=self.cut_B.device) & ~self.reused_B
         return self.train_BT & correct_B[:, None]

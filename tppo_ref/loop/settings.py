@@ -32,8 +32,10 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
-    """Extended GAE."""
+    """Extended GAE, or the scores of a prompt's responses against each other."""
 
+    estimator: Literal["egae", "rloo", "grpo"] = "egae"
+    """egae (T-PPO), or without a value model: rloo, score less the mean of the prompt's others; grpo, standardised. [O]"""
     gamma: Unit = 1.0
     """Discount per token. [S]"""
     lam: Unit = 0.95
@@ -50,6 +52,11 @@ class AdvantageConfig:
     """Whiten advantages over the step's trained tokens, all ranks. [P]"""
     clamp: Positive = 10.0
     """Whitened advantages are clamped to +- this. [P]"""
+
+    @property
+    def critic_free(self) -> bool:
+        """Whether there is no value model (docs/critic_free.md)."""
+        return self.estimator != "egae"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

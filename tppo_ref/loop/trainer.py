@@ -27,13 +27,14 @@ import torch
 
 from tppo_ref.loop.estimates import Advantages, estimate_advantages
 from tppo_ref.loop.forward import Forward, dtype_of, forward, remember_values
+from tppo_ref.loop.groups import NOTHING_HELD, held_metrics, split_whole_groups
 from tppo_ref.loop.learner import Learner, Plan
 from tppo_ref.loop.ledger import Ledger
 from tppo_ref.loop.meters import Memory, Meters
 from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.loop.rows import Rows
 from tppo_ref.loop.settings import Settings
-from tppo_ref.loop.updates import Ewma, update_policy, update_value
+from tppo_ref.loop.updates import NO_VALUE_MODEL, Ewma, update_policy, update_value
 from tppo_ref.loop.value_targets import ValueBatch, independent_batch, joint_batch, take_full_batches
 from tppo_ref.method.records import Response, WindowSlice
 from tppo_ref.rollout.batcher import Batcher
@@ -54,7 +55,7 @@ Observer = Callable[[Rows, Forward, Advantages, ValueBatch], None]
 
 
 class Trainer:
-    """Policy, value model, batcher, engine and scorer, stepped together.
+    """Policy, value model, batcher, engine and scorer, stepped together. With advantage.estimator rloo or grpo, no value model.
 
     policy(TokenBatch) -> logprob_BT and value(TokenBatch) -> (value_BT, last_value_B), at least float32, on response tokens:
     packing, logit chunks, checkpointing and sharding live behind them. `step()` returns metrics (docs/metrics.md).
@@ -69,7 +70,7 @@ class Trainer:
         config: Settings,
         *,
         policy: torch.nn.Module,
-        value: torch.nn.Module,
+        value: torch.nn.Module | None,
         engine: RolloutEngine,
         batcher: Batcher,
         scorer: Scorer,
@@ -83,12 +84,17 @@ class Trainer:
         self.parallel: Parallel = parallel or SingleProcess()
         self.observer = observer
         self.policy_learner = Learner("policy", policy, config.policy, self.parallel)
-        self.value_learner = Learner("value", value, config.value, self.parallel)
-        self.dtype = dtype_of([policy, value])
+        if (value is None) != config.advantage.critic_free:
+            raise ValueError(
+                f"value: got {'none' if value is None else 'a model'} with advantage.estimator {config.advantage.estimator}"
+            )
+        self.value_learner = None if value is None else Learner("value", value, config.value, self.parallel)
+        models = [learner.module for learner in self.learners]
+        self.dtype = dtype_of(models)
         self.ewma: Ewma | None = None
         if config.policy.ewma_decay:
             self.ewma = Ewma(averaged if averaged is not None else copy.deepcopy(policy), config.policy.ewma_decay)
-        models = [policy, value, *([self.ewma.module] if self.ewma else [])]
+        models += [self.ewma.module] if self.ewma else []
         self.meters = Meters(models, self.parallel, clock=config.run.clock, device=device, peak=1e12 * config.run.peak_tflops,
                              memory=memory)  # fmt: skip
         self.ledger = Ledger(self.parallel)
@@ -97,7 +103,13 @@ class Trainer:
         self.train_s = 0.0
         self.past: list[list[Response]] = []  # earlier steps' responses that the policy trains on again, the oldest step first
         self.held: list[Response] = []  # ended responses that wait for the value model's batch to fill
+        self.held_groups: list[Response] = []  # without a value model: ended ones that wait for the others of their prompt
         self.slices: list[WindowSlice] = []  # the last window's
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The policy's, and the value model's where there is one."""
+        return [learner for learner in (self.policy_learner, self.value_learner) if learner]
 
     def step(self) -> dict[str, float]:
         """One window and the updates on it, in the README's eight lines. In the first `value.warmup_steps` steps the value model is
@@ -105,7 +117,7 @@ class Trainer:
         self.num_steps += 1
         config, phase = self.config, self.meters
         phase.begin()
-        warming_up = self.num_steps <= config.value.warmup_steps
+        warming_up = self.value_learner is not None and self.num_steps <= config.value.warmup_steps
         with phase("rollout"):  # 1
             engine = phase.decoding(self.engine)
             self.slices = self.batcher.window(engine, version=self.version, on_end=self.scorer.submit)
@@ -117,24 +129,21 @@ class Trainer:
             rows = self._rows()
             policy_plans = self._plans(self.policy_learner, rows.responses, rows.train_BT)
             before = forward(
-                rows, policy_plans[0], config.policy, policy=self.policy_learner.module, value=self.value_learner.module,
+                rows, policy_plans[0], config.policy, policy=self.policy_learner.module,
+                value=self.value_learner.module if self.value_learner else None,
                 parallel=self.parallel, key=(config.run.seed, self.num_steps),
             )  # fmt: skip
-            remember_values(rows, before.values_BT)
-            advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout.window, self.parallel)
+            if self.value_learner:
+                remember_values(rows, before.values_BT)
+            advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout, self.parallel)
         with phase("policy"):  # 5
             metrics |= update_policy(
                 self.policy_learner, rows, before, advantages.scaled_BT, [] if warming_up else policy_plans, step=self.num_steps,
                 ewma=self.ewma,
             )  # fmt: skip
         with phase("value"):  # 6, and 8
-            if config.value.update == "joint":
-                batch = joint_batch(rows, before, advantages, constant_prefix=config.policy.prefix == "constant")
-                value_plans = policy_plans  # the same mini-batches
-            else:
-                batch = self._ended_batch()
-                value_plans = self._plans(self.value_learner, batch.responses, batch.mask_BT)
-            metrics |= update_value(self.value_learner, batch, value_plans, step=self.num_steps)
+            batch, of_value = self._update_value(rows, before, advantages, policy_plans)
+            metrics |= of_value
         with phase("sync"):  # 7
             self.version += 1
             self.ledger.updates_at[self.version] = self.policy_learner.num_updates
@@ -148,22 +157,55 @@ class Trainer:
         self.train_s += metrics["time/step_s"]
         return metrics | {"time/train_s": self.train_s}
 
+    def _update_value(
+        self, rows: Rows, before: Forward, advantages: Advantages, policy_plans: list[Plan]
+    ) -> tuple[ValueBatch, dict[str, float]]:
+        """What the value model was trained on, and its metrics."""
+        config, learner = self.config, self.value_learner
+        if learner is None:
+            return independent_batch([], gamma=1.0, device=self.device, dtype=self.dtype), NO_VALUE_MODEL
+        if config.value.update == "joint":
+            batch = joint_batch(rows, before, advantages, constant_prefix=config.policy.prefix == "constant")
+            plans = policy_plans  # the same mini-batches
+        else:
+            batch = self._ended_batch()
+            plans = self._plans(learner, batch.responses, batch.mask_BT)
+        return batch, update_value(learner, batch, plans, step=self.num_steps)
+
     def _settle(self, rows: Rows, batch: ValueBatch, *, warming_up: bool) -> dict[str, float]:
         """Moves on what the next step begins with: each row's `num_settled`, the books, the responses that are trained on again."""
         if self.config.policy.reuse_batches and not warming_up:
             self._remember(rows)
         again = [response for past in self.past for response in past]
         num_responses, num_held = self.parallel.sum([len(batch.responses), len(self.held)])
-        books = self.ledger.settle(rows, self.batcher, warming_up=warming_up, sampled_with=self.version - 1, again=again)
-        return books | {"value/responses": num_responses, "value/held": num_held}
+        sampled_with, books = self.version - 1, {"value/responses": num_responses, "value/held": num_held} | NOTHING_HELD
+        if self.value_learner is None:
+            new = [r for r, reused in zip(rows.responses, rows.reused_B.tolist(), strict=True) if not reused]
+            size = self.config.rollout.samples_per_prompt
+            books |= held_metrics(self.held_groups, new, size, sampled_with=sampled_with, parallel=self.parallel)
+        return books | self.ledger.settle(
+            rows, self.batcher, warming_up=warming_up, sampled_with=sampled_with, held=self.held_groups, again=again
+        )
 
     def _rows(self) -> Rows:
         """The step's rows. Ended responses may move to a rank with less to do; one that runs stays where it is decoded."""
+        reused = [response for batch in self.past for response in batch]
+        if self.value_learner is None:
+            new, held = self._whole_groups()
+            return Rows.of(new, self.config.advantage, self.device, self.dtype, held, reused)
         work = [s.response.num_fed if self._trains(s.response) else 0 for s in self.slices]
         self.slices = self.parallel.rebalance(self.slices, work, [s.response.ended for s in self.slices])
         chosen = [s for s in self.slices if self._trains(s.response)]
-        reused = [response for batch in self.past for response in batch]
-        return Rows.of(chosen, self.config.advantage, self.device, self.dtype, reused)
+        return Rows.of(chosen, self.config.advantage, self.device, self.dtype, reused=reused)
+
+    def _whole_groups(self) -> tuple[list[WindowSlice], list[Response]]:
+        """Without a value model: the responses whose whole group has ended, of this window and of those that were held. The others
+        that have ended are held."""
+        ended = [*self.held_groups, *(s.response for s in self.slices if s.response.ended)]
+        whole, self.held_groups = split_whole_groups(ended, self.config.rollout.samples_per_prompt, self.parallel)
+        whole = self.parallel.rebalance(whole, [r.num_fed for r in whole], [True] * len(whole))
+        now = [WindowSlice(r, r.window_starts[-1], len(r)) for r in whole if r.versions[-1] == self.version]
+        return now, [r for r in whole if r.versions[-1] < self.version]
 
     def _remember(self, rows: Rows) -> None:
         """This step's responses join those that the next steps train on again (GePPO); those of the oldest step leave."""
@@ -197,10 +239,11 @@ class Trainer:
             "version": self.version,
             "train_s": self.train_s,
             "ledger": self.ledger.state_dict(),
-            "learners": {learner.name: learner.state_dict() for learner in (self.policy_learner, self.value_learner)},
+            "learners": {learner.name: learner.state_dict() for learner in self.learners},
             "ewma_weight": self.ewma.weight if self.ewma else None,
             "past": [[response.state_dict() for response in batch] for batch in self.past],
             "held": [response.state_dict() for response in self.held],
+            "held_groups": [response.state_dict() for response in self.held_groups],
             "batcher": self.batcher.state_dict(),
             "torch_rng": torch.get_rng_state().tolist(),
         }
@@ -215,7 +258,7 @@ class Trainer:
         first = states[0]
         self.num_steps, self.version = first["num_steps"], first["version"]
         self.train_s = max(state["train_s"] for state in states)
-        for learner in (self.policy_learner, self.value_learner):
+        for learner in self.learners:
             learner.load_state_dict(first["learners"][learner.name])
         if self.ewma is not None:
             self.ewma.weight = first["ewma_weight"]
@@ -225,6 +268,7 @@ class Trainer:
         else:
             books = [state["ledger"] for state in states] if self.parallel.rank == 0 else []
         self.held = self._dealt([state["held"] for state in states], own)
+        self.held_groups = self._dealt([state["held_groups"] for state in states], own)
         self.past = [self._dealt(batches, own) for batches in zip(*(state["past"] for state in states), strict=True)]
         self.ledger.load_state_dict([state["ledger"] for state in states], books)
         self.batcher.load_state_dict([state["batcher"] for state in states])

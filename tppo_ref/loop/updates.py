@@ -207,6 +207,12 @@ def update_value(learner: Learner, batch: ValueBatch, plans: Sequence[Plan], *, 
     }
 
 
+NO_VALUE_MODEL = {f"value/{name}": 0.0 for name in ("tokens", "updates")} | {
+    f"value/{name}": math.nan for name in ("loss", "clipped_share", "explained_variance", "grad_norm", "lr")
+}
+"""The value/ metrics of a step without a value model."""
+
+
 def explained_variance(target: float, error: float) -> float:
     """1 - Var(error) / Var(target), from these variances; NaN where the targets do not vary, or there are none."""
     return 1 - error / target if target > 1e-12 else math.nan

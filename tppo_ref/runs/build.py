@@ -48,10 +48,11 @@ def build(config: Config) -> Parts:
     if resume_from is None:
         check_sources(config, task)
         base = base_model(config, task)
-        policy, value = make_policy(config, task, base), make_value(config, task, config.model.value or base)
+        policy_source, value_source = base, config.model.value or base
     else:
-        policy = make_policy(config, task, str(resume_from / "policy"))
-        value = make_value(config, task, str(resume_from / "value"))
+        policy_source, value_source = str(resume_from / "policy"), str(resume_from / "value")
+    policy = make_policy(config, task, policy_source)
+    value = None if config.advantage.critic_free else make_value(config, task, value_source)
     rollout, every_s = config.rollout, config.run.eval_every_s
     scorer = TaskScorer(task, config.task)
     leave_out_bad_references(task, scorer.verifier, out, resume=resume_from is not None, progress=config.run.progress)
@@ -203,7 +204,8 @@ def end_token_ids(task: Task, source: str | None) -> tuple[int, ...]:
 
 def check_sources(config: Config, task: Task) -> None:
     """Refuse models that are given and do not fit the task, by their config.json, before anything takes long."""
-    for field, source in (("model.policy", config.model.policy), ("model.value", config.model.value)):
+    critic = None if config.advantage.critic_free else config.model.value
+    for field, source in (("model.policy", config.model.policy), ("model.value", critic)):
         if source is not None:
             model = model_config(field, source, config.model.trust_remote_code)
             check_vocabulary(field, model, task, source)

@@ -1,6 +1,6 @@
 """Exact resume: N steps, a kill, a restart and N more steps give bit for bit what 2N steps give.
 
-A checkpoint is a folder `step-00000120` with both models (save_pretrained), optimisers, and the Trainer's state: in-flight and
+A checkpoint is a folder `step-00000120` with the models (save_pretrained), optimisers, and the Trainer's state: in-flight and
 held-back responses with their log-probabilities, versions and stored values, the sample stream's position, the counters. It is
 written beside and renamed, and its manifest is written last: a half-written one is never picked up. An old one is renamed before
 it is removed: a half-removed one is not, either. Loading runs no code: safetensors, JSON and `torch.load(weights_only=True)`; and
@@ -19,7 +19,7 @@ import math
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from tppo_ref.runs.state_laws import broken_law
 from tppo_ref.tasks import Task
 
 MANIFEST = "manifest.json"
-FORMAT = 4  # of the folder; 3 knew no conversations, 2 not its prompts, 1 had no number and the Trainer's state no place of its own
+FORMAT = 5
+"""Of the folder. 4 knew no groups, 3 no conversations, 2 not its prompts; 1 had no number, nor the Trainer's state a place."""
 REMEDY = "remove this folder to go on from the one before"
 
 
@@ -65,7 +66,7 @@ class LocalCheckpointer:
         """
         final = self.folder / f"step-{trainer.num_steps:08d}"
         beside = self.folder / f".unfinished-{final.name}-{os.getpid()}"
-        for learner in (trainer.policy_learner, trainer.value_learner):
+        for learner in trainer.learners:
             if not math.isfinite(float(torch.nn.utils.get_total_norm(list(learner.module.parameters())))):
                 raise NonFiniteError(f"step {trainer.num_steps}: the {learner.name}'s weights are not finite; they were not saved")
         if (final / MANIFEST).exists():  # the same step again: a stop right after a periodic one
@@ -83,7 +84,7 @@ class LocalCheckpointer:
         return final
 
     def _write(self, trainer: Trainer, folder: Path) -> None:
-        learners = (trainer.policy_learner, trainer.value_learner)
+        learners = trainer.learners
         for learner in learners:
             learner.module.save_pretrained(folder / learner.name)
         save_tokenizer(self.tokenizer, folder / "policy")
@@ -106,12 +107,12 @@ class LocalCheckpointer:
     def load(self, trainer: Trainer, checkpoint: Path) -> None:
         """Bring a trainer that was built from the same config, with models from `checkpoint`, to the state that was saved there."""
         state = read_state(checkpoint)
-        refuse_swapped(checkpoint)
+        refuse_swapped(checkpoint, [learner.name for learner in trainer.learners])
         if law := broken_law([state["trainer"]], trainer, step=step_of(checkpoint), whole=True):
             raise UserError(f"checkpoint {checkpoint}: got a state.json in which {law}; expected what was written; {REMEDY}")
         try:
             optimisers = torch.load(checkpoint / "optimisers.pt", weights_only=True)
-            for learner in (trainer.policy_learner, trainer.value_learner):
+            for learner in trainer.learners:
                 learner.optimiser.load_state_dict(optimisers[learner.name])
                 refuse_other_shapes(learner.optimiser, learner.name)
                 if learner.masters.apart:
@@ -206,9 +207,9 @@ def prompts_digest(task: Task) -> dict[str, str]:
     return found
 
 
-def refuse_swapped(folder: Path) -> None:
+def refuse_swapped(folder: Path, roles: Sequence[str]) -> None:
     """UserError where policy/ holds a value model's weights, or value/ a policy's: each would load, the head at random."""
-    for role in ("policy", "value"):
+    for role in roles:
         names: set[str] = set()
         for file in (folder / role).glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:

@@ -58,6 +58,10 @@ LOOKS: dict[str, Look] = {
     "tppo-zero-cut": ZERO,
     "tppo-defer": Look("#E69F00", "#F0C040", "-", "<"),
     "tppo-ewma": Look("#56B4E9", "#A9D8F5", "-.", "h"),
+    "rloo": Look("#6B7A1E", "#C9D86A", "--", "P"),
+    "rloo-window": Look("#6B7A1E", "#C9D86A", "-", "P"),
+    "grpo": Look("#8A3B5C", "#E3A6C0", "--", "X"),
+    "grpo-window": Look("#8A3B5C", "#E3A6C0", "-", "X"),
     "tppo-once": Look("#56B4E9", "#A9D8F5", "--", "*"),
     # what stands for V(s_l) at a cut, as advantage.cut_value and the laboratory name it
     "previous": T_PPO,

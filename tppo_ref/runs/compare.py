@@ -26,7 +26,7 @@ from tppo_ref.runs.commands import settle_libraries
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.inputs import inputs_of
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.plans import difference, plan_runs
+from tppo_ref.runs.plans import difference, plan_of, plan_runs
 from tppo_ref.runs.references import FILE, leave_out_bad_references
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.runs.sinks import read_metrics
@@ -78,7 +78,8 @@ def prepare(config: Config, out: Path) -> tuple[Config, dict[str, str]]:
     config = replace_fields(config, {"model.policy": base_model(config, task)})
     with closing(TaskScorer(task, config.task)) as scorer:
         leave_out_bad_references(make_task(config), scorer.verifier, out, resume=False, progress=config.run.progress)
-        if config.model.value is None and config.value.pretrain_responses:
+        with_critic = [m for m in config.compare.methods if not plan_of(config, m).advantage.critic_free]
+        if with_critic and config.model.value is None and config.value.pretrain_responses:
             config = replace_fields(config, {"model.value": str(cached_value(config, task, scorer.verifier, out / FILE))})
         return config, inputs_of(config, task, scorer.verifier)
 

@@ -171,6 +171,11 @@ FIXED_ON_RESUME = tuple(path for path in field_paths(Config) if path not in FREE
 
 WHOLE = "rollout.max_response_tokens"  # stands for that field's value where a method needs a window as long as a response
 WINDOW = "rollout.window"  # stands for that field's value
+GROUP = "rollout.samples_per_prompt"  # stands for that field's value, or for GROUP_SIZE where it makes no groups
+GROUP_SIZE = 4
+
+GROUPS: dict[str, Any] = {"rollout.samples_per_prompt": GROUP, "advantage.whiten": False}
+"""Of the critic-free methods, whose advantages are measured within a group already."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "tppo": {},
@@ -191,6 +196,10 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "ppo-dual": {"rollout.window": WHOLE, "rollout.refill": "batch"},
     "partial-is": {"policy.train_on": "ended", "policy.importance": "truncated"},
+    "rloo": {"advantage.estimator": "rloo", **GROUPS, "rollout.window": WHOLE, "rollout.refill": "batch"},
+    "grpo": {"advantage.estimator": "grpo", **GROUPS, "rollout.window": WHOLE, "rollout.refill": "batch"},
+    "rloo-window": {"advantage.estimator": "rloo", **GROUPS, "policy.train_on": "ended", "policy.importance": "truncated"},
+    "grpo-window": {"advantage.estimator": "grpo", **GROUPS, "policy.train_on": "ended", "policy.importance": "truncated"},
 }
 """Named methods, as overrides of the defaults. None is another code path: the loop is one."""
 
@@ -204,7 +213,10 @@ def apply_method(config: Config, method: str, *, strict: bool = True, given: Col
     """
     if method not in METHODS:
         raise UserError(refusal("run.method", repr(method), f"one of {', '.join(METHODS)}") + nearest(method, list(METHODS)))
-    overrides = {path: get_field(config, value) if value in (WHOLE, WINDOW) else value for path, value in METHODS[method].items()}
+    fields = METHODS[method].items()
+    overrides = {path: get_field(config, value) if value in (WHOLE, WINDOW, GROUP) else value for path, value in fields}
+    if overrides.get(GROUP) == 1:
+        overrides[GROUP] = GROUP_SIZE
     for path, value in overrides.items():
         current = get_field(config, path)
         if strict and current != value and (path in given or current != get_field(Config(), path)):

@@ -76,7 +76,14 @@ GLOSSARY: dict[str, Metric] = {
     "ledger/excluded_tail": Metric("tail tokens left out for good", "run", "tokens", "tail tokens x cut rows"),
     "ledger/excluded_warmup": Metric("tokens sampled while the critic trained alone", "run", "tokens", "stops after the warm-up"),
     "ledger/pending": Metric(
-        "deferred tokens, and tokens of running responses that train at their end", "now", "tokens", "bounded"
+        "deferred tokens, and tokens of responses that train when they, or their groups, have ended", "now", "tokens", "bounded"
+    ),
+    "ledger/held_groups": Metric(
+        "prompts of which some responses have ended and wait for the others; 0 with a value model", "now", "groups", "bounded"
+    ),
+    "ledger/held_responses": Metric("responses that have ended and wait for their group", "now", "responses", "bounded"),
+    "ledger/held_steps": Metric(
+        "steps between a trained response's end and its training, mean; null with a value model", "step", "steps", "synchronous: 0"
     ),
     "ledger/in_flight": Metric("responses RUNNING at the window's edge", "now", "responses", "at most the slots"),
     "ledger/observed": Metric(
@@ -85,7 +92,13 @@ GLOSSARY: dict[str, Metric] = {
     "advantage/mean": Metric("raw advantages over trained tokens, mean", "step", "score", "around 0"),
     "advantage/std": Metric("raw advantages over trained tokens, population standard deviation", "step", "score", "above 0"),
     "advantage/clamped_share": Metric("whitened advantages beyond advantage.clamp / trained tokens", "step", "share", "below 0.01"),
-    "advantage/lam_mean": Metric("lambda, mean over rows", "step", "1", "0.95 to 1"),
+    "advantage/lam_mean": Metric("lambda, mean over rows; null without a value model", "step", "1", "0.95 to 1"),
+    "advantage/flat_groups": Metric(
+        "trained groups whose scores are all alike, which teach nothing / trained groups; null with a value model",
+        "step",
+        "share",
+        "far below 1",
+    ),
     "policy/tokens": Metric("trained tokens", "step", "tokens", "near rollout/tokens"),
     "policy/reused_tokens": Metric("of these, tokens of earlier steps' batches", "step", "tokens", "0; GePPO: 2 in 3"),
     "policy/prefix_tokens": Metric(

@@ -52,7 +52,8 @@ class Parts:
 
     config        the algorithm's settings, and `run`
     record        the whole config, which is written to config.json
-    policy, value, engine, batcher, scorer, parallel, device, averaged     go to the Trainer; `scorer` also has `close`
+    policy, value, engine, batcher, scorer, parallel, device, averaged     go to the Trainer; `scorer` also has `close`. No value
+                  model: None
     evaluator     its engine decodes with the policy's weights; it may be the Trainer's own
     answers_kept  sample answers that are written at each evaluation
     resume_from   the checkpoint to go on from; None: a run that begins

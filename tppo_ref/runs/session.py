@@ -171,10 +171,12 @@ def process_number() -> int:
 def progress_line(metrics: Mapping[str, float], accuracy: float) -> str:
     """What the progress bar says of a step; `accuracy` is the last evaluation's."""
     trained = metrics["policy/tokens"] / max(metrics["time/policy_s"], 1e-9)
+    last = f"explained {metrics['value/explained_variance']:.2f}"
+    if math.isnan(metrics["value/lr"]):  # no value model
+        last = f"held groups {metrics['ledger/held_groups']:.0f}"
     return (
         f"eval {accuracy:.2f}, score {metrics['response/score_mean']:+.2f}, length {metrics['response/length_mean']:.0f} "
         f"(cut {metrics['response/cut_share']:.0%}, capped {metrics['response/capped_share']:.0%}), "
         f"tokens/s {metrics['rollout/tokens_per_s']:.0f} decoded {trained:.0f} trained, "
-        f"idle {1 - metrics['rollout/occupancy']:.0%}, gap {metrics['policy/logprob_gap']:.0e}, "
-        f"explained {metrics['value/explained_variance']:.2f}"
-    )
+        f"idle {1 - metrics['rollout/occupancy']:.0%}, gap {metrics['policy/logprob_gap']:.0e}, {last}"
+    )  # fmt: skip

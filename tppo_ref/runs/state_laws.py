@@ -34,7 +34,9 @@ def broken_law(states: Sequence[Any], trainer: Trainer, *, step: int, whole: boo
             _check_counts(state, trainer, step)
             _check_responses(state, trainer)
         if whole:
-            _check_sums(states, independent=trainer.config.value.update == "independent")
+            independent = trainer.value_learner is not None and trainer.config.value.update == "independent"
+            _check_sums(states, independent=independent)
+            _check_groups(states, trainer.config.rollout.samples_per_prompt)
     except Broken as broken:
         return str(broken)
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -60,7 +62,9 @@ def _check_counts(state: Mapping[str, Any], trainer: Trainer, step: int) -> None
     for name in ("num_steps", "version"):
         _law(state[name] == step and _count(state[name]), f"{name} is {state[name]!r} after step {step}")
     _law(_finite(state["train_s"]) and state["train_s"] >= 0, f"train_s is {state['train_s']!r}")
-    for learner in (trainer.policy_learner, trainer.value_learner):
+    learners = {learner.name for learner in trainer.learners}
+    _law(state["learners"].keys() == learners, f"the learners are {sorted(state['learners'])}, not {sorted(learners)}")
+    for learner in trainer.learners:
         counts = state["learners"][learner.name]
         _law(counts.keys() == learner.state_dict().keys(), f"the counts of the {learner.name}'s learner are {sorted(counts)}")
         _law(all(map(_count, counts.values())), f"a count of the {learner.name}'s learner is none")
@@ -97,8 +101,10 @@ def _check_responses(state: Mapping[str, Any], trainer: Trainer) -> None:
     for response in (response for batch in past for response in batch):
         _check_response(response, trainer, last_version=state["version"])
     seen = dict(state["ledger"]["updates_at"])
-    flying, held = batcher["in_flight"], state["held"]
-    for response in (*flying, *held):
+    flying, held, grouped = batcher["in_flight"], state["held"], state["held_groups"]
+    _law(type(grouped) is list and (not grouped or trainer.value_learner is None), "a value model is there, and groups are held")
+    _law(not held or trainer.value_learner is not None, "responses are held for a value model that is not there")
+    for response in (*flying, *held, *grouped):
         _check_response(response, trainer, last_version=state["version"])
         unknown = set(response["versions"][response["num_settled"] :]) - set(seen)
         _law(not unknown, f"response {response['id']} has tokens of a version that the ledger forgot")
@@ -109,7 +115,12 @@ def _check_responses(state: Mapping[str, Any], trainer: Trainer) -> None:
         _law(response["end"] != End.RUNNING.name and _finite(response["score"]), f"response {response['id']} is held unscored")
         _law(response["num_settled"] == len(response["token_ids"]), f"response {response['id']} is held and not settled")
         _law(len(response["values"]) == len(response["token_ids"]), f"response {response['id']} is held without its values")
-    ids = [response["id"] for response in (*flying, *held)]
+    for response in grouped:
+        _law(response["end"] != End.RUNNING.name and _finite(response["score"]), f"response {response['id']} is held unscored")
+        _law(response["num_settled"] == 0, f"response {response['id']} waits for its group and was trained")
+    for response in (*flying, *grouped) if trainer.value_learner is None else ():
+        _law(response["values"] == [], f"response {response['id']} has values of no value model")
+    ids = [response["id"] for response in (*flying, *held, *grouped)]
     _law(len(set(ids)) == len(ids), "a response is there twice")
     lengths = {
         response["id"]: len(response["token_ids"]) + sum(len(ids) for _, ids in response["observations"]) for response in flying
@@ -160,11 +171,12 @@ def _check_sums(states: Sequence[Mapping[str, Any]], *, independent: bool) -> No
     generated = settled + pending;    drawn = ended + in flight;    with an independent critic, ended = valued + held
     """
     flying = [response for state in states for response in state["batcher"]["in_flight"]]
-    ids = [response["id"] for response in (*flying, *(response for state in states for response in state["held"]))]
+    grouped = [response for state in states for response in state["held_groups"]]
+    ids = [response["id"] for response in (*flying, *(response for state in states for response in state["held"]), *grouped)]
     _law(len(set(ids)) == len(ids), "a response is on two ranks")
     generated = sum(state["batcher"]["num_generated_tokens"] for state in states)
     settled = sum(sum(state["ledger"]["tokens"].values()) for state in states)
-    pending = sum(len(response["token_ids"]) - response["num_settled"] for response in flying)
+    pending = sum(len(response["token_ids"]) - response["num_settled"] for response in (*flying, *grouped))
     _law(generated == settled + pending, f"{generated} tokens were generated and {settled + pending} are accounted for")
     streams = list({state["batcher"]["stream"]["rank"]: state["batcher"]["stream"] for state in states}.values())
     _law(len({stream["world"] for stream in streams} | {len(streams)}) == 1, "the sample streams are not of one run")
@@ -173,6 +185,22 @@ def _check_sums(states: Sequence[Mapping[str, Any]], *, independent: bool) -> No
     _law(issued == ended + len(flying), f"{issued:g} responses were begun and {ended + len(flying)} are accounted for")
     taken = sum(state["ledger"]["valued"] + len(state["held"]) for state in states)
     _law(not independent or ended == taken, f"{ended} responses ended and the value model took or holds {taken}")
+
+
+def _check_groups(states: Sequence[Mapping[str, Any]], size: int) -> None:
+    """What a held group lacks is in flight or yet to be issued, or the group would wait for ever; and no whole group is held."""
+    streams = [state["batcher"]["stream"] for state in states]
+    flying = {response["id"] for state in states for response in state["batcher"]["in_flight"]}
+    held = {response["id"] for state in states for response in state["held_groups"]}
+
+    def to_come(id: int) -> bool:
+        return any(id in s["backlog"] or (id >= s["next"] and (id - s["next"]) % s["world"] == 0) for s in streams)
+
+    for group in sorted({id // size for id in held}):
+        missing = {*range(group * size, (group + 1) * size)} - held
+        _law(bool(missing), f"group {group} has ended and is held")
+        lost = [id for id in sorted(missing) if id not in flying and not to_come(id)]
+        _law(not lost, f"group {group} waits for response {lost[:1]}, which nobody has")
 
 
 def _issued(streams: Sequence[Mapping[str, Any]]) -> float:

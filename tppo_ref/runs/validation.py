@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from tppo_ref.loop.bounds import LARGEST, bounds_of
+from tppo_ref.loop.settings import ValueConfig
 from tppo_ref.method.errors import UserError, refusal
-from tppo_ref.runs.config import Config
+from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import get_field
 
 # ------------------------------------------------------------------------------------------------------------------- one field
@@ -68,7 +69,18 @@ def never_cut(c: Config) -> bool:
     return c.rollout.refill == "batch" or synchronous or c.policy.train_on == "ended"
 
 
+def critic_free(c: Config) -> bool:
+    """There is no value model."""
+    return c.advantage.critic_free
+
+
 IMPOSSIBLE = (
+    Refusal("rollout.samples_per_prompt", lambda c: critic_free(c) and c.rollout.samples_per_prompt < 2,
+            "at least 2 with advantage.estimator {advantage.estimator}, which measures a prompt's responses against each other",
+            "give --rollout.samples_per_prompt 4, or more"),
+    Refusal("policy.train_on", lambda c: critic_free(c) and not never_cut(c),
+            "ended with advantage.estimator {advantage.estimator}: a response that is cut has no score yet",
+            "give it, or --run.method {advantage.estimator}-window"),
     Refusal("rollout.min_response_tokens", lambda c: c.rollout.min_response_tokens >= c.rollout.max_response_tokens,
             "less than rollout.max_response_tokens ({rollout.max_response_tokens})"),
     Refusal("rollout.responses_per_step", lambda c: 0 < c.rollout.responses_per_step < c.rollout.slots,
@@ -113,12 +125,17 @@ def built_in(c: Config) -> bool:
     return c.task.name != "jsonl"
 
 
+NO_VALUE = "with advantage.estimator {advantage.estimator} there is no value model"
+NO_LAMBDA = "with advantage.estimator {advantage.estimator} all tokens of a response have its advantage"
 JOINT = "with value.update joint the value model trains in the policy's mini-batches"
 WHOLE_ROWS = "no row is cut (rollout.refill {rollout.refill}, policy.train_on {policy.train_on})"
 NO_FILE = "task.name {task.name} reads no file; give --task.name jsonl to train on your own prompts"
 BY_TOKENS = "{section}.mini_batch_tokens {{{section}.mini_batch_tokens}} says how many there are; 0 lets mini_batches count"
 
 CANCELLED = (
+    *(Cancelled(f"value.{field.name}", critic_free, NO_VALUE) for field in dataclasses.fields(ValueConfig)),
+    Cancelled("model.value", critic_free, NO_VALUE),
+    *(Cancelled(f"advantage.{name}", critic_free, NO_LAMBDA) for name in ("gamma", "lam", "lam_alpha")),
     *(Cancelled(f"value.{name}", joint, JOINT)
       for name in ("epochs", "batch_responses", "mini_batches", "mini_batch_tokens", "micro_batch_tokens")),
     *(Cancelled(f"advantage.{name}", never_cut, WHOLE_ROWS) for name in ("cut_value", "tail", "tail_tokens")),
@@ -199,6 +216,14 @@ def check_task(config: Config) -> None:
 def check_training(config: Config, given: Collection[str] = ()) -> None:
     """Refuse options of training that do nothing: for a config as it will be trained, its method applied."""
     refuse_cancelled(config, CANCELLED, given)
+
+
+def refuse_without_critic(config: Config) -> None:
+    """For the command that makes a value model: refuse a method that has none."""
+    which = apply_method(config, config.run.method, strict=False).advantage.estimator
+    if which != Config().advantage.estimator:
+        raise UserError(refusal("advantage.estimator", which, "egae: the other estimators train without a value model",
+                                "leave pretrain-value out"))  # fmt: skip
 
 
 def writable_folder(path: str, name: str) -> Path:

@@ -16,7 +16,8 @@ EVERY = 20  # steps between two warnings of one kind
 
 def forewarn(config: Config) -> None:
     """What can be said of a run before its first step: settings that are legal, and hardly meant."""
-    run, rollout, warmup = config.run, config.rollout, config.value.warmup_steps
+    run, rollout = config.run, config.rollout
+    warmup = 0 if config.advantage.critic_free else config.value.warmup_steps
     if run.train_seconds is None and warmup >= run.steps:
         log.warning("value.warmup_steps %d: the policy trains in none of the %d steps (run.steps); give more steps, or fewer of "
                     "warm-up", warmup, run.steps)  # fmt: skip
