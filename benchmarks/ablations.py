@@ -29,7 +29,7 @@ import scipy.stats
 
 from benchmarks import workers
 from benchmarks.common import RESULTS, report
-from benchmarks.equal_tokens import KEY, SHARED, TASKS, Arm, Row, Score, Wanted, mean, plan, score
+from benchmarks.equal_tokens import SHARED, TASKS, Arm, Row, Score, Wanted, mean, plan, scores
 from benchmarks.paired import verdict
 from tppo_ref.runs.comparison import mean_interval
 
@@ -84,9 +84,8 @@ def p_value(differences: Sequence[float]) -> float:
 def summary(rows: Sequence[Row], budget: int) -> list[Row]:
     """A row per comparison, task and metric that has at least one pair of runs at this budget."""
     runs: dict[tuple[str, str], dict[int, Score]] = {}
-    for (task, arm, seed, tokens), group in itertools.groupby(rows, key=lambda r: tuple(r[name] for name in KEY)):
-        if tokens == budget:
-            runs.setdefault((task, arm), {})[seed] = score(list(group))
+    for (task, arm, seed), found in scores(rows, budget).items():
+        runs.setdefault((task, arm), {})[seed] = found
     tasks, table = sorted({task for task, _ in runs}), []
     for question, arm, base in COMPARISONS:
         seeds = {t: sorted(runs.get((t, arm), {}).keys() & runs.get((t, base), {}).keys()) for t in tasks}

@@ -259,3 +259,10 @@ def score(rows: Sequence[Row]) -> Score:
     x, y = zip(*inner, (budget, np.interp(budget, tokens, accuracy)), strict=True)
     marks = [budget * mark / NUM_MARKS for mark in range(NUM_MARKS - NUM_LAST + 1, NUM_MARKS + 1)]
     return Score(float(np.trapezoid(y, x) / budget), float(np.interp(marks, tokens, accuracy).mean()))
+
+
+def scores(rows: Sequence[Row], budget_tokens: int) -> dict[tuple[str, str, int], Score]:
+    """Those of the runs of this budget, by task, arm and seed."""
+    of_budget = [row for row in rows if row["budget_tokens"] == budget_tokens]
+    runs = itertools.groupby(of_budget, key=lambda row: (row["task"], row["arm"], row["seed"]))
+    return {key: score(list(run)) for key, run in runs}

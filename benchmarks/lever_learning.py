@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import workers
 from benchmarks.common import RESULTS
 from benchmarks.critic_batches import contrast
-from benchmarks.equal_tokens import KEY, SHARED, TASKS, Arm, Job, Row, Score, prepare, score
+from benchmarks.equal_tokens import BUDGET, KEY, SHARED, TASKS, Arm, Job, Row, Score, prepare, scores
 from benchmarks.fair_headline import ENGINE, FILLED, small_critic
 
 BASE, SMALL = "tppo", "small-critic"
@@ -38,12 +38,10 @@ WITH_SMALL_CRITIC = (SMALL, "once-small")
 PATH = RESULTS / "lever_learning.csv"
 
 
-def table(rows: Sequence[Row], lever: str) -> list[Row]:
+def table(rows: Sequence[Row], lever: str, budget: int = BUDGET) -> list[Row]:
     """lever - base per score and task ("all": the mean over tasks, seed by seed), with its verdict. Seeds that lack a run are left
     out."""
-    runs: dict[tuple[str, str, int], Score] = {}
-    for key, group in itertools.groupby(rows, key=lambda r: tuple(r[name] for name in KEY)):
-        runs[key[0], key[1], key[2]] = score(list(group))
+    runs = scores(rows, budget)
     tasks = sorted({task for task, arm, _ in runs if arm == lever})
     seeds = sorted(s for s in {seed for _, _, seed in runs} if all((t, a, s) in runs for t in tasks for a in (BASE, lever)))
     found = []
@@ -87,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = workers.parsed(options, argv)
 
     def show(rows: list[Row]) -> None:
-        rows = [row for row in rows if row["budget_tokens"] == arguments.budget]
-        for r in (row | {"lever": lever} for lever in arguments.levers for row in table(rows, lever)):
+        for r in (row | {"lever": lever} for lever in arguments.levers for row in table(rows, lever, arguments.budget)):
             more = f", {r['seeds_needed']} seeds would decide" if r["seeds_needed"] else ""
             print(
                 f"{r['lever']:<16}{r['score']:<6}{r['task']:<7}with {r['with']:.4f}  without {r['without']:.4f}  "

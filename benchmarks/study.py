@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import workers
 from benchmarks.critic_batches import contrast
-from benchmarks.equal_tokens import BUDGET, KEY, SHARED, Arm, Job, Row, Score, Wanted, plan, score
+from benchmarks.equal_tokens import BUDGET, KEY, SHARED, Arm, Job, Row, Score, Wanted, plan, scores
 
 Weights = Mapping[str, float]
 """Arm -> its weight in a contrast; 0 for an arm that is not there."""
@@ -57,28 +57,27 @@ class Study(NamedTuple):
 
 def whole_seeds(study: Study, rows: Sequence[Row]) -> tuple[list[int], dict[tuple[str, str, int], Score]]:
     """The seeds that lack no run, and the scores of all runs by task, arm and seed."""
-    rows = [row for row in rows if row["budget_tokens"] == study.budget]
-    scores = {key[:3]: score(list(group)) for key, group in itertools.groupby(rows, key=lambda r: tuple(r[k] for k in KEY))}
+    found = scores(rows, study.budget)
     names = [name for arm in study.arms for name in study.names(arm)]
-    seeds = sorted({seed for _, _, seed in scores})
-    return [s for s in seeds if all((t, a, s) in scores for t, a in itertools.product(study.tasks, names))], scores
+    seeds = sorted({seed for _, _, seed in found})
+    return [s for s in seeds if all((t, a, s) in found for t, a in itertools.product(study.tasks, names))], found
 
 
 def table(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A row per contrast over the whole seeds, intervals shared by all (Bonferroni); `n` counts seeds, or base models of several;
     `between`: the deviation between base models that seeds do not explain."""
-    seeds, scores = whole_seeds(study, rows)
+    seeds, found = whole_seeds(study, rows)
     out = []
     for what, weights in study.contrasts.items() if seeds else ():
         weighted = [list(zip(study.names(arm), itertools.repeat(weight))) for arm, weight in weights.items()]
         of_base = np.array([
-            [sum(w * np.mean([getattr(scores[t, name, s], study.score) for t in study.tasks]) for name, w in parts) for s in seeds]
+            [sum(w * np.mean([getattr(found[t, name, s], study.score) for t in study.tasks]) for name, w in parts) for s in seeds]
             for parts in zip(*weighted, strict=True)
         ])  # fmt: skip
         several = len(study.bases) > 1
-        found = contrast([float(x) for x in (of_base.mean(axis=1) if several else of_base[0])], 1 - 0.05 / len(study.contrasts))
+        numbers = contrast([float(x) for x in (of_base.mean(axis=1) if several else of_base[0])], 1 - 0.05 / len(study.contrasts))
         early = {"verdict": "not yet"} if len(seeds) < study.seeds else {}
-        out.append({"contrast": what, "seeds": len(seeds), "between": between(of_base) if several else math.nan} | found | early)
+        out.append({"contrast": what, "seeds": len(seeds), "between": between(of_base) if several else math.nan} | numbers | early)
     return out
 
 
