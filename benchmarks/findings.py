@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +38,7 @@ from benchmarks import (
     cut_rules,
     early_decision,
     equal_tokens,
+    factorial,
     fair_headline,
     studies,
 )
@@ -287,9 +289,22 @@ def lines_of_studies() -> str:
     return markdown(("study", "contrast, the primary one in bold", "difference, interval, verdict"), rows)
 
 
+def lines_of_critics() -> str:
+    """How much the critics of the factorials explain in the first third of the budget, over all runs that begin with them."""
+    found = []
+    for made in (studies.ALL["factorial"], studies.ALL["new-tasks"]):
+        rows = [row for row in equal_tokens.read_whole(RESULTS / made.path.name)[0] if row["mark"] == 1]
+        for task, critic in itertools.product(made.tasks if rows else (), factorial.CRITICS):
+            of = [row["explained_variance"] for row in rows if row["task"] == task and f"-{critic}-" in row["arm"]]
+            found.append([task, critic, factorial.CRITICS[critic], written(equal_tokens.mean(of), ".2f")])
+    return (
+        markdown(("task", "critic", "responses it was pre-trained on", "explained variance"), found) if found else "No run yet.\n"
+    )
+
+
 BLOCKS: Blocks = {
     "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early, "cuts": lines_of_cuts,
-    "bound": lines_of_bound, "studies": lines_of_studies,
+    "bound": lines_of_bound, "studies": lines_of_studies, "critics": lines_of_critics,
 }  # fmt: skip
 
 

@@ -334,6 +334,20 @@ def test_verdicts_are_told_with_what_would_decide(results):
     assert told_zero.endswith(" seeds would decide)")
 
 
+def test_what_the_critics_of_the_factorial_explain_stands_beside_it(results):
+    """0.3 for the strong one of chain, 0.1 for its weak one, nothing on fork; steps without a number do not count."""
+    made = studies.ALL["factorial"]
+    assert findings.lines_of_critics() == "No run yet.\n"
+    rows = world(made, lambda *_: 0.5, 2)
+    for row in rows:
+        seen = {"chain": 0.3 if "-strong-" in row["arm"] else 0.1, "fork": 0.0}[row["task"]]
+        row["explained_variance"] = {1: seen if row["seed"] else math.nan, 2: 0.9, 3: 0.9}.get(row["mark"], math.nan)
+    equal_tokens.append(results / "factorial.csv", rows)
+    assert findings.lines_of_critics().splitlines()[2:] == [
+        "| chain | weak | 1024 | 0.10 |", "| chain | strong | 8192 | 0.30 |", "| fork | weak | 1024 | 0.00 |", "| fork | strong | 8192 | 0.00 |"
+    ]  # fmt: skip
+
+
 def test_the_page_shows_the_primary_contrast_of_each_study_with_its_command():
     page = findings.PAGE.read_text()
     assert {m["key"].split()[0] for m in findings.MARK.finditer(page) if m["source"] == "study"} >= {
