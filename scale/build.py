@@ -187,7 +187,8 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
             raise UserError(refusal("engine.tensor_parallel", str(world.tensor_parallel), expected, "give that, or kind vllm"))
         copy = load_policy(str(folder / "config.json"), device=world.device, dtype=engine.dtype)
         return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_ids=ends,
-                           temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens)  # fmt: skip
+                           temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens,
+                           kv_cache=algo.rollout.kv_cache)  # fmt: skip
     heads = AutoConfig.from_pretrained(folder, local_files_only=True).num_attention_heads
     if heads % world.tensor_parallel:
         raise UserError(f"engine.tensor_parallel: got {world.tensor_parallel}; expected a divisor of the {heads} attention heads "
@@ -196,7 +197,7 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
     if cache <= 0:
         raise UserError(f"engine.gpu_memory_utilization: got {engine.gpu_memory_utilization}; expected room for a cache beside the "
                         f"engine's weights; raise it, or engine.tensor_parallel")  # fmt: skip
-    options = dict(engine.vllm)
+    options = {**engine.vllm, "kv_cache_dtype": algo.rollout.kv_cache}
     if engine.block_size:
         options["block_size"] = engine.block_size
     if engine.max_batched_tokens:

@@ -1,7 +1,7 @@
 """vLLM's own options, passed through by name: which there are, and which are spoken for.
 
     engine:
-      vllm: {max_num_seqs: 512, kv_cache_dtype: fp8, enforce_eager: true, disable_custom_all_reduce: true}
+      vllm: {max_num_seqs: 512, enforce_eager: true, disable_custom_all_reduce: true}
 
 Names are vLLM's (`vllm.engine.arg_utils.EngineArgs`), and so is the check of their values. A name is refused where a field of the
 config says the same, or where a promise would not survive it: same seeds, same tokens, and log-probabilities of exactly the
@@ -26,6 +26,7 @@ SPOKEN_FOR = {
     "max_model_len": "algo.rollout.max_response_tokens and algo.task.max_prompt_tokens",
     "tensor_parallel_size": "engine.tensor_parallel", "gpu_memory_utilization": "engine.gpu_memory_utilization",
     "kv_cache_memory_bytes": "engine.gpu_memory_utilization and cluster.device_bytes",
+    "kv_cache_dtype": "algo.rollout.kv_cache",
     "block_size": "engine.block_size", "max_num_batched_tokens": "engine.max_batched_tokens",
     "enable_sleep_mode": "engine.sleep_level",
 }  # fmt: skip

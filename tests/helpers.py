@@ -152,7 +152,8 @@ def make_trainer(
     schedule = SlotSchedule(slots=rollout.slots, window=rollout.window, max_response_tokens=rollout.max_response_tokens,
                             refill=rollout.refill, responses_per_step=rollout.responses_per_step)  # fmt: skip
     stream = SampleStream(make_prompts(), samples_per_prompt=rollout.samples_per_prompt, seed=config.run.seed)
-    engine = TorchEngine(policy, slots=rollout.slots, max_context_tokens=rollout.max_response_tokens + 4, end_token_ids=(END_ID,))
+    engine = TorchEngine(policy, slots=rollout.slots, max_context_tokens=rollout.max_response_tokens + 4, end_token_ids=(END_ID,),
+                         kv_cache=rollout.kv_cache)  # fmt: skip
     return Trainer(
         config,
         policy=Spy(policy, policy_spy) if policy_spy else policy,

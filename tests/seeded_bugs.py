@@ -498,6 +498,13 @@ BUGS = [
         'self.held_groups = self._dealt([state["held_groups"] for state in states], own)',
         "self.held_groups = []",
         "test_restart_state.py::test_a_restored_trainer_is_the_one_that_was_saved_in_every_attribute[grpo-window]"),
+    Bug("an fp8 cache rounds keys alone", "tppo_ref/rollout/attention.py", "key, value = through_fp8(key), through_fp8(value)",
+        "key = through_fp8(key)",
+        "test_fp8.py::test_a_quantised_engine_samples_from_the_policy_that_reads_every_key_and_value_rounded_in_whatever_windows"),
+    Bug("an fp8 cache passes without a weight", "tppo_ref/runs/validation.py",
+        'c.rollout.kv_cache != "auto" and c.policy.importance == "none"',
+        'c.rollout.kv_cache != "auto" and c.policy.old_logprobs == "engine"',
+        "test_fp8.py::test_an_fp8_cache_without_a_weight_is_refused_in_one_line_that_says_which"),
 ]  # fmt: skip
 
 

@@ -102,6 +102,7 @@ def own_base_model(at: Path) -> dict[str, tuple[Any, Places]]:
         "rollout.refill": ("step", lambda m: schedule(m).refill),
         "rollout.samples_per_prompt": (7, lambda m: m.parts.batcher.stream.samples_per_prompt),
         "rollout.temperature": (0.7, sampling("temperature")),
+        "rollout.kv_cache": (("fp8", True), lambda m: [engine._cache.fp8 for engine in m.engines]),
         "run.seed": (11, lambda m: [m.parts.batcher.stream.seed, m.parts.batcher.run_seed, *m.argument("seed", *loads)]),
         "run.steps": ((13, [False, True]), lambda m: [finished_at(m, num_steps=13)]),
         "run.out": (str(at / "out"), lambda m: [str(m.session.out), str(m.parts.checkpointer.folder.parent),

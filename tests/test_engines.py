@@ -18,6 +18,7 @@ SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_lay
 CONFIGS = {
     "qwen2": dict(model_type="qwen2", **SMALL),
     "qwen3": dict(model_type="qwen3", head_dim=16, **SMALL),
+    "qwen3_moe": dict(model_type="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **SMALL),
     "granite": dict(model_type="granite", attention_multiplier=0.9, **SMALL),  # a scale of scores that is not 1/sqrt(D)
     "gpt2": dict(model_type="gpt2", vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=1024),
 }

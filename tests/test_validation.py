@@ -119,6 +119,7 @@ IMPOSSIBLE_EXAMPLES = {
     "rollout.min_response_tokens": {"rollout.min_response_tokens": 320},
     "rollout.responses_per_step": {"rollout.refill": "batch", "rollout.responses_per_step": 31},
     "model.hidden_size": {"model.hidden_size": 34},
+    "rollout.kv_cache": {"rollout.kv_cache": "fp8"},
     "run.profile_steps": {"run.profile_steps": "5:3"},
     "policy.old_logprobs": {"policy.importance": "masked", "policy.old_logprobs": "engine"},
     "run.clock": {"run.clock": "cpu", "model.device": "auto"},

@@ -200,8 +200,8 @@ def kv_cache_bytes(config: ScaleConfig, shape: Shape) -> float:
 def kv_bytes_per_token(config: ScaleConfig, shape: Shape) -> float:
     """On one rank; key heads that are fewer than the ranks of an engine are copied."""
     share = max(1 / engine_split(config), 1 / shape.num_kv_heads)
-    kind = str(config.engine.vllm.get("kv_cache_dtype", "auto"))
-    size = 1 if kind.startswith(("fp8", "int8")) else 2 if kind in ("float16", "bfloat16") else number_bytes(config.engine.dtype)
+    fp8 = config.algo.rollout.kv_cache == "fp8" and config.engine.kind == "vllm"  # TorchEngine rounds, in memory of its own type
+    size = 1 if fp8 else number_bytes(config.engine.dtype)
     return shape.kv_numbers_per_token * size * share
 
 

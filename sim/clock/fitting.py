@@ -24,7 +24,7 @@ class Remedy:
 def kv_capacity(shape: ModelShape, layout: Layout, gpu: Accelerator) -> int:
     """Tokens that a replica's cache holds; negative where weights and reserve leave nothing."""
     share = max(1 / layout.tensor_parallel, 1 / shape.num_kv_heads)
-    return math.floor(kv_cache_bytes(shape, layout, gpu) / (shape.kv_bytes_per_token(layout.bytes_per_parameter) * share))
+    return math.floor(kv_cache_bytes(shape, layout, gpu) / (shape.kv_bytes_per_token(layout.kv_number_bytes) * share))
 
 
 def with_utilisation(shape: ModelShape, layout: Layout, budget: Budget, gpu: Accelerator) -> Layout:

@@ -130,7 +130,7 @@ class Roofline:
     def kv_bytes_per_token(self) -> float:
         """Per device of a replica; with more devices than key-value heads, these are held more than once."""
         share = max(1 / self.layout.tensor_parallel, 1 / self.model.num_kv_heads)
-        return self.model.kv_bytes_per_token(self.layout.bytes_per_parameter) * share
+        return self.model.kv_bytes_per_token(self.layout.kv_number_bytes) * share
 
     @property
     def kv_capacity_tokens(self) -> int:

@@ -23,6 +23,8 @@ class Layout:
     devices_per_node: int = 8
     bytes_per_parameter: int = 2
     """Of weights, activations and KV cache in computing: 2 = bf16, 4 = fp32. Gradients and optimiser state are fp32."""
+    fp8_kv_cache: bool = False
+    """Keys and values take a byte each, in memory and in the traffic of decoding; arithmetic as before."""
     memory_utilisation: float = 0.9
     """Share of a device's memory that the engine takes for weights, reserve and KV cache. vLLM's default [V]."""
     engine_reserve_bytes: float = 4e9
@@ -52,6 +54,11 @@ class Layout:
             raise ValueError(f"engine_reserve_bytes: got {self.engine_reserve_bytes!r}; expected bytes, 0 or more, finite")
         if self.sleep_level not in (0, 1, 2):
             raise ValueError(f"sleep_level: got {self.sleep_level!r}; expected 0, 1 or 2")
+
+    @property
+    def kv_number_bytes(self) -> int:
+        """Of a number in the KV cache."""
+        return 1 if self.fp8_kv_cache else self.bytes_per_parameter
 
     @property
     def engine_devices(self) -> int:

@@ -65,6 +65,7 @@ class PlanConfig:
     offload: bool = option(False, "shards, gradients and moments in host memory [O]")
     no_checkpointing: bool = option(False, "keep all activations [O]")
     sleep_level: int = option(2, "of the engine while training: 0, 1, 2 as vLLM's [O]")
+    kv_cache: Literal["auto", "fp8"] = option("auto", "fp8: a byte for each number of the engine's KV cache; not with --best [O]")
     gamma: float = option(1.0, "discount [S]")
     lam: float = option(0.95, "trace parameter; the floor of the adaptive one [P]")
     alpha: float = option(0.05, "lambda = max(lam, 1 - 1/(alpha L)) [P]; 0: lam at every length")
@@ -170,6 +171,8 @@ def check(config: PlanConfig) -> None:
             raise ValueError(f"{name}: got {getattr(config, name)}; expected 0 or more, finite")
     if config.cap is not None and config.cap < 0:
         raise ValueError(f"cap: got {config.cap}; expected tokens, or 0 for the distribution's own")
+    if config.best and config.kv_cache != "auto":
+        raise ValueError(f"kv_cache: got {config.kv_cache}; expected auto with --best; plan a setting of your own")
     for name in ("gamma", "lam", "slack"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}: got {getattr(config, name)}; expected a number in [0, 1]")
@@ -187,7 +190,7 @@ def _layout(config: PlanConfig, shape: ModelShape, gpu: Accelerator, num_devices
             num_devices=num_devices, tensor_parallel=tensor_parallel,
             micro_batch_tokens=config.micro_batch or budget.sequence_tokens,
             activation_checkpointing=not config.no_checkpointing, sleep_level=config.sleep_level,  # type: ignore[arg-type]
-            memory_utilisation=config.memory_utilisation or 0.9,
+            memory_utilisation=config.memory_utilisation or 0.9, fp8_kv_cache=config.kv_cache == "fp8",
         )  # fmt: skip
         if config.memory_utilisation:
             return plain

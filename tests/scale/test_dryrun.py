@@ -258,9 +258,10 @@ def test_whole_admission_takes_as_many_as_the_cache_holds_at_their_longest():
     assert memory.whole_sequences(few) == 2  # no more than the engine's slots
 
 
-@pytest.mark.parametrize(("kind", "share"), [("auto", 1), ("bfloat16", 1), ("fp8", 2), ("fp8_e5m2", 2)])
-def test_a_cache_of_smaller_numbers_holds_more_tokens(file, kind, share):
-    plain, other = small(file), small(file, engine__vllm={"kv_cache_dtype": kind})
+@pytest.mark.parametrize(("kind", "dtype", "share"), [("vllm", "bfloat16", 2), ("vllm", "float32", 4), ("torch", "float32", 1)])
+def test_an_fp8_cache_holds_more_tokens_but_not_where_numbers_are_only_rounded(file, kind, dtype, share):
+    plain = replace_fields(small(file, engine__dtype=dtype), {"engine.kind": kind})
+    other = replace_fields(plain, {"algo.rollout.kv_cache": "fp8"})
     shape, _ = memory.shapes(plain)
     assert memory.kv_bytes_per_token(plain, shape) == share * memory.kv_bytes_per_token(other, shape)
 

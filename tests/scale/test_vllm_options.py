@@ -11,11 +11,11 @@ from scale.vllm_options import CONTRADICTS, SPOKEN_FOR, check_options, option_na
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.parsing import field_paths, parse, replace_fields
 
-KNOWN = frozenset({"max_num_seqs", "kv_cache_dtype", "hf_overrides", "enforce_eager", *SPOKEN_FOR, *CONTRADICTS})
+KNOWN = frozenset({"max_num_seqs", "hf_overrides", "enforce_eager", *SPOKEN_FOR, *CONTRADICTS})
 
 
 def test_options_of_vllm_pass():
-    check_options({"max_num_seqs": 4, "kv_cache_dtype": "fp8", "hf_overrides": {"rope_theta": 1e6}, "enforce_eager": True}, KNOWN)
+    check_options({"max_num_seqs": 4, "hf_overrides": {"rope_theta": 1e6}, "enforce_eager": True}, KNOWN)
 
 
 @pytest.mark.parametrize("name", SPOKEN_FOR)

@@ -28,6 +28,8 @@ class RolloutConfig:
     """Independent samples of each prompt. The port: 16. [O]"""
     temperature: Positive = 1.0
     """Sampling temperature; log-probabilities are of the sampling distribution. [I]"""
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    """The engine's keys and values: as computed, or rounded to fp8 (e4m3), which wants policy.importance. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -193,6 +193,15 @@ class LiveLayout:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+def through_fp8(x: Tensor) -> Tensor:
+    """`x` rounded to float8 e4m3 (4 bits of exponent, 3 of mantissa) and back, without a scale; beyond +-448 to +-448.
+
+    The scale is 1 as in vLLM's cache of a model that brings no scales (`BaseKVCacheMethod`).
+    """
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return x.clamp(-largest, largest).to(torch.float8_e4m3fn).to(x.dtype)
+
+
 class KVCache:
     """Keys and values of the running sequences: row r of `num_rows`, column = position, for all layers in one tensor.
 
@@ -200,10 +209,12 @@ class KVCache:
     similar length lie in neighbouring rows, so that a group's keys are a slice and short rows read no padding of a long
     one's; `move` restores that when sequences come and go. Columns that a mask hides are read nevertheless, times zero:
     they are zeros at first and then old keys, never uninitialised memory, which may hold NaN.
+
+    fp8   what is read is `through_fp8`: an fp8 cache's numbers, in memory of the model's own type
     """
 
-    def __init__(self, num_layers: int, num_rows: int, max_tokens: int):
-        self.num_layers, self.num_rows, self.max_tokens = num_layers, num_rows, max_tokens
+    def __init__(self, num_layers: int, num_rows: int, max_tokens: int, fp8: bool = False):
+        self.num_layers, self.num_rows, self.max_tokens, self.fp8 = num_layers, num_rows, max_tokens, fp8
         self.width = 0
         self.store: Tensor | None = None  # [layers, 2, R, width, K, D], made at the first write, which knows K and D
 
@@ -275,6 +286,8 @@ class StepLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """query [1, H, P + n, D], key and value [1, K, P + n, D] -> [P + n, H, D]."""
+        if self.cache.fp8:  # prefill reads the cache, too: what a prefix says is the same in whatever window it was read
+            key, value = through_fp8(key), through_fp8(value)
         self.cache.write(layer, self.index, _token_rows(key), _token_rows(value))
         p, outs = self.num_prefill, []
         if self.packed is not None:

@@ -8,6 +8,7 @@ transformers module. scale/vllm_engine.py is the same protocol on vLLM.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ class TorchEngine:
 
     The engine decodes with `policy`'s own module: after an optimiser step the weights are already here, and
     `load_weights` only forgets the cache. It keeps `slots` rows; `max_context_tokens` bounds prompt plus response.
-    temperature, min_response_tokens and end_token_ids define the sampling distribution as in PolicyModel.
+    temperature, min_response_tokens and end_token_ids define the sampling distribution as in PolicyModel; with kv_cache "fp8" keys
+    and values are rounded as in vLLM's cache of that name, and so its log-probabilities are not quite the policy's.
 
     Row i of the state is row i of the cache. Rows lie in groups of similar length (attention.group_by_length); all grow
     by one token a step, so groups only change when a request comes or goes.
@@ -66,6 +68,7 @@ class TorchEngine:
         end_token_ids: Sequence[int],
         temperature: float = 1.0,
         min_response_tokens: int = 0,
+        kv_cache: Literal["auto", "fp8"] = "auto",
     ):
         config = policy.hf.config
         longest = getattr(config, "max_position_embeddings", None)
@@ -77,7 +80,7 @@ class TorchEngine:
         self.policy, self.slots, self.max_context_tokens = policy, slots, max_context_tokens
         self.end_token_ids, self.temperature, self.min_response_tokens = tuple(end_token_ids), temperature, min_response_tokens
         self.version = 0
-        self._cache = KVCache(config.num_hidden_layers, slots, max_context_tokens)
+        self._cache = KVCache(config.num_hidden_layers, slots, max_context_tokens, fp8=kv_cache == "fp8")
         self._pending: list[Request] = []
         self._requests: dict[int, Request] = {}  # by place
         self._places = list(range(slots))  # free rows of the two arrays below

@@ -273,6 +273,7 @@ def make_engine(config: Config, task: Task, policy: PolicyModel, slots: int) -> 
     return TorchEngine(
         policy, slots=slots, max_context_tokens=context, end_token_ids=policy.end_token_ids,
         temperature=config.rollout.temperature, min_response_tokens=config.rollout.min_response_tokens,
+        kv_cache=config.rollout.kv_cache,
     )  # fmt: skip
 
 
