@@ -30,6 +30,7 @@ from tppo_ref.loop.trainer import Scorer
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.engine import RolloutEngine
+from tppo_ref.rollout.flops import EXPERTS
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy
 from tppo_ref.rollout.torch_engine import TorchEngine
 from tppo_ref.runs.build import (
@@ -189,7 +190,12 @@ def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine
         return TorchEngine(copy, slots=slots, max_context_tokens=context, end_token_ids=ends,
                            temperature=algo.rollout.temperature, min_response_tokens=algo.rollout.min_response_tokens,
                            kv_cache=algo.rollout.kv_cache)  # fmt: skip
-    heads = AutoConfig.from_pretrained(folder, local_files_only=True).num_attention_heads
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if world.device == "cpu" and any(getattr(shape, name, 0) for name in EXPERTS):
+        # vLLM 0.32 packs the experts when it first loads (UnquantizedFusedMoEMethod._setup_kernel) and computes with that for ever.
+        expected = "torch on a CPU, where vLLM keeps a packed copy of the experts that no sync renews"
+        raise UserError(refusal("engine.kind", f"vllm for {folder}, a mixture of experts", expected, "give that"))
+    heads = shape.num_attention_heads
     if heads % world.tensor_parallel:
         raise UserError(f"engine.tensor_parallel: got {world.tensor_parallel}; expected a divisor of the {heads} attention heads "
                         f"of {folder}; give one")  # fmt: skip

@@ -215,6 +215,10 @@ def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path,
                         f"{files[name]}: got {name} of shape {rows.get_shape()}; expected {list(parameter.shape)}, by its config"
                     )
                 local.copy_(rows[_own_rows(parameter)])
+        elif parts := _experts(name, files):
+            rows = _own_rows(parameter)
+            for own, expert in zip(local, range(*rows.indices(len(parameter))), strict=True):
+                own.copy_(torch.cat([_read(files, part.format(expert)) for part in parts]))
         elif isinstance(model, ValueModel) and in_value_head(name):
             generator = torch.Generator().manual_seed(seed)
             std = model.hf.config.initializer_range if parameter.dim() > 1 else 0.0
@@ -222,6 +226,20 @@ def _fill(model: PolicyModel | ValueModel, files: dict[str, Path], folder: Path,
             local.copy_(whole[_own_rows(parameter)])
         else:
             raise UserError(f"model.policy: got {folder}, which lacks {name}; expected all weights of its config.json")
+
+
+def _experts(name: str, files: dict[str, Path]) -> list[str]:
+    """A layer's experts are one tensor [experts, rows, columns] in transformers' modules and for vLLM's loader, one of each expert
+    in the files: the names that these have there, with a place for the expert's number. None where the files have no such."""
+    stem, _, last = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+    found = [f"{stem}.{{}}.{part}.weight" for part in parts]
+    return found if all(part.format(0) in files for part in found) else []
+
+
+def _read(files: dict[str, Path], name: str) -> Tensor:
+    with safe_open(files[name], "pt") as tensors:
+        return tensors.get_tensor(name)
 
 
 def _own_rows(parameter: Tensor) -> slice:

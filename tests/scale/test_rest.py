@@ -466,9 +466,20 @@ def test_the_engine_is_given_the_cache_that_the_dry_run_reckons(monkeypatch, tmp
     build.build_engine(config, World(device="cuda:0"), task)
     assert given["kv_cache_bytes"] == int(memory.kv_cache_bytes(config, memory.shapes(config)[0]))
     assert 0.85 * 10e9 - memory.ENGINE_RESERVE_BYTES - 1e6 < given["kv_cache_bytes"] < 0.85 * 10e9 - memory.ENGINE_RESERVE_BYTES
+    assert given["options"]["kv_cache_dtype"] == "auto"
+    build.build_engine(replace_fields(config, {"algo.rollout.kv_cache": "fp8"}), World(device="cuda:0"), task)
+    assert given["options"]["kv_cache_dtype"] == "fp8"
     tight = replace_fields(config, {"cluster.device_bytes": 4e9})
     with pytest.raises(UserError, match=r"^engine\.gpu_memory_utilization: got 0.85; expected room for a cache"):
         build.build_engine(tight, World(device="cuda:0"), task)
+
+
+@pytest.mark.parametrize("kind", ["auto", "fp8"])
+def test_torch_engine_is_given_the_kind_of_cache(model, kind):
+    fields = {"algo.model.policy": str(model), "engine.kind": "torch", "algo.rollout.kv_cache": kind}
+    task = types.SimpleNamespace(end_token_id=2, max_prompt_tokens=16)
+    engine = build.build_engine(replace_fields(ScaleConfig(), fields), World(), task)
+    assert engine._cache.fp8 == (kind == "fp8")
 
 
 @pytest.mark.parametrize(("has", "refused", "told"), [(85e9, False, True), (80.5e9, False, False), (79e9, True, False)])
