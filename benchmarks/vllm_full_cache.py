@@ -1,7 +1,7 @@
 """What lockstep costs when vLLM's cache is full: engine steps per window, by either admission, beside what the clock says.
 
     python -m benchmarks.vllm_full_cache          with vLLM on a CPU, some minutes; writes results/vllm_full_cache.csv
-    python -m benchmarks.vllm_full_cache --clock  the clock's column, for 4,000 lengths of that model
+    python -m benchmarks.vllm_full_cache --clock  the clock's columns alone, anew beside what was measured; without vLLM
 
 A batcher's window is 64 decode steps. With a full cache vLLM queues or preempts, requests lag, and `VLLMEngine.step` lets vLLM run
 on until none lags, so that a window takes more of its steps: slots that are free meanwhile wait. Counted, so a busy machine changes
@@ -11,12 +11,14 @@ nothing: vLLM's steps per window, its preemptions, tokens per step. The model is
     room    33 blocks of 32 tokens, three of the longest: vLLM preempts (`engine.admission` room)
     whole   the same cache, three sequences at a time: it never preempts
 
-`clock` is the clock's decode steps per window for the same lengths, slots and cache: a sequence's last block counts as half empty.
+`clock` is the clock's decode steps per window for the same slots and cache and 4,000 lengths of that model, a sequence's last block
+counting as half empty; `clock_by_tokens` counts tokens instead of blocks. `clock_date` is theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -27,10 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import report
+from benchmarks.common import RESULTS, report, whole_rows
 from tppo_ref.method.records import Prompt
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.runs.comparison import write_csv
 
 SLOTS, WINDOW, CAP, PROMPT, BLOCK, END, VOCAB = 16, 64, 320, 16, 32, 1, 64
 BLOCKS = 33
@@ -86,10 +89,18 @@ def measure(arm: str) -> dict[str, Any]:
         tokens += (window >= WARM) * sum(s.stop - s.begin for s in slices)
         lengths += [len(s.response) for s in slices if s.response.ended]
     return {"steps": counts["steps"] / WINDOWS, "preemptions": counts["preemptions"] / WINDOWS, "tokens": tokens / WINDOWS,
-            "lengths": lengths}  # fmt: skip
+            "length_mean": float(np.mean(lengths))}  # fmt: skip
 
 
-def predicted(arm: str, lengths: list[int], block: int = BLOCK) -> float:
+def clock(arm: str) -> dict[str, Any]:
+    """The clock's columns of a row."""
+    lengths = np.minimum(np.random.default_rng(0).geometric(1 / VOCAB, 4000), CAP).tolist()
+    today = datetime.date.today().isoformat()
+    by_blocks, by_tokens = (round(predicted(arm, lengths, block), 1) for block in (BLOCK, 1))
+    return {"clock": by_blocks, "clock_by_tokens": by_tokens, "clock_date": today}
+
+
+def predicted(arm: str, lengths: list[int], block: int) -> float:
     """The clock's decode steps per window. (Imported here: vLLM looks through all modules, and stumbles over numba's.)"""
     from sim.clock.cluster import Setup
     from sim.clock.distributions import Empirical
@@ -114,9 +125,10 @@ def main() -> None:
     parser.add_argument("--clock", action="store_true", help="the clock alone, without vLLM: by tokens, and by blocks")
     arguments = parser.parse_args()
     if arguments.clock:
-        lengths = np.minimum(np.random.default_rng(0).geometric(1 / VOCAB, 4000), CAP).tolist()
-        for name in ARMS:
-            print(f"{name:6} by tokens {predicted(name, lengths, 1):.1f}, by blocks {predicted(name, lengths):.1f}")
+        rows = [row | clock(row["admission"]) for row in whole_rows(RESULTS / "vllm_full_cache.csv")]
+        write_csv(RESULTS / "vllm_full_cache.csv", rows)
+        for row in rows:
+            print("{admission:6} vLLM {engine_steps}, by tokens {clock_by_tokens}, by blocks {clock}".format(**row))
         return
     arm = arguments.arm
     if arm:
@@ -130,10 +142,10 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         rows.append({
             "admission": name, "window": WINDOW, "slots": SLOTS, "cache_tokens": "all" if name == "ample" else BLOCKS * BLOCK,
-            "engine_steps": round(found["steps"], 1), "clock": round(predicted(name, found["lengths"]), 1),
+            "engine_steps": round(found["steps"], 1), **clock(name),
             "preemptions": round(found["preemptions"], 1), "tokens": round(found["tokens"]),
             "tokens_per_engine_step": round(found["tokens"] / found["steps"], 2),
-            "length_mean": round(float(np.mean(found["lengths"])), 1),
+            "length_mean": round(found["length_mean"], 1),
         })  # fmt: skip
     report("vllm_full_cache", rows)
 

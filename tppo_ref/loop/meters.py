@@ -24,6 +24,9 @@ HOLDING = (*COMPUTING, "sync")
 """Phases with memory."""
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 class PhaseClock:
     """Seconds by phase of one step: `with clock("rollout"): ...`.
 
@@ -32,7 +35,7 @@ class PhaseClock:
     """
 
     def __init__(self, kind: Literal["wall", "cpu"] = "wall") -> None:
-        self.now = time.process_time if kind == "cpu" else time.perf_counter
+        self.now = CLOCKS[kind]
         self.begin = self.now()
         self.seconds: dict[str, float] = {}
 

@@ -133,10 +133,14 @@ class SuccessiveBatcher:
     `num_generated_tokens` counts every token ever sampled.
 
     reply    an environment, asked whenever an end token was sampled; None: each end token ends its response
+    now      the clock of `step_ends_s`
     """
 
-    def __init__(self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int, reply: Reply | None = None):
-        self.schedule, self.stream, self.run_seed, self.reply = schedule, stream, run_seed, reply
+    def __init__(
+        self, schedule: SlotSchedule, stream: SampleStream, *, run_seed: int, reply: Reply | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ):  # fmt: skip
+        self.schedule, self.stream, self.run_seed, self.reply, self.now = schedule, stream, run_seed, reply, now
         self.in_flight: dict[int, Response] = {}
         self.segments: list[Segment] = []
         self.slices: list[WindowSlice] = []
@@ -152,13 +156,13 @@ class SuccessiveBatcher:
         names the responses that an engine lost.
         """
         self.segments, self.slices, self.step_ends_s = [], [], []
-        whole, begins, begin_s = list[WindowSlice](), dict[int, int](), time.perf_counter()
+        whole, begins, begin_s = list[WindowSlice](), dict[int, int](), self.now()
         self._submit(engine, self.schedule.open_window(self.stream.draw))
         while self.schedule.running:
             if self.num_steps == self.schedule.window:  # every grant ends within the window, so waiting longer is in vain
                 raise RuntimeError(f"the engine lost responses {sorted(self.schedule.running)}: not finished at the window's edge")
             decoded = engine.step()
-            self.step_ends_s.append(time.perf_counter() - begin_s)
+            self.step_ends_s.append(self.now() - begin_s)
             if not decoded:
                 continue
             answers = self._enter(decoded, version, begins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +49,10 @@ def decode_steps(segments: Sequence[Segment], slices: Sequence[WindowSlice], ste
 class ObservedEngine:
     """An engine that keeps the load and seconds of its decode steps in `steps`: for evaluation, whose batcher nobody keeps."""
 
-    def __init__(self, engine: RolloutEngine):
-        self.engine, self.steps = engine, list[DecodeStep]()
+    def __init__(self, engine: RolloutEngine, now: Callable[[], float] = time.perf_counter):
+        self.engine, self.steps, self.now = engine, list[DecodeStep](), now
         self._held: dict[int, int] = {}  # prompt and response tokens when it came, by response
-        self._context_tokens, self._prefill_tokens, self._last_end = 0, 0, time.perf_counter()
+        self._context_tokens, self._prefill_tokens, self._last_end = 0, 0, now()
 
     @property
     def num_running(self) -> int:
@@ -67,7 +67,7 @@ class ObservedEngine:
 
     def step(self) -> list[Decoded]:
         decoded = self.engine.step()
-        now, active = time.perf_counter(), len(self._held)
+        now, active = self.now(), len(self._held)
         self.steps.append(DecodeStep(active, self._context_tokens, self._prefill_tokens, now - self._last_end))
         self._last_end, self._prefill_tokens = now, 0
         self._context_tokens += active - sum(self._held.pop(d.response_id) + len(d.token_ids) for d in decoded)

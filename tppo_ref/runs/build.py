@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
+from tppo_ref.loop.meters import CLOCKS
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.settings import RolloutConfig
 from tppo_ref.method.errors import UserError, refusal
@@ -60,7 +61,7 @@ def build(config: Config) -> Parts:
         config=config, record=record, task=task, policy=policy, value=value, device=policy.device, parallel=SingleProcess(),
         engine=make_engine(config, task, policy, rollout.slots), scorer=scorer,
         batcher=make_batcher(make_schedule(rollout), task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt,
-                             seed=config.run.seed, reply=reply_of(task)),
+                             seed=config.run.seed, reply=reply_of(task), now=CLOCKS[config.run.clock]),
         evaluator=make_evaluator(config, task, policy, scorer), checkpointer=checkpointer, resume_from=resume_from,
         due=lambda steps, train_s: int(train_s // every_s) if every_s else 0, watchers=[Watch(config)],
     )  # fmt: skip
@@ -84,7 +85,7 @@ def make_sampler(config: Config, task: Task, policy: PolicyModel, scorer: TaskSc
     slots = min(EVALUATION_SLOTS, num_responses)
     return Sampler(engine=make_engine(config, task, policy, slots), scorer=scorer, slots=slots,
                    max_response_tokens=config.rollout.max_response_tokens,
-                   make_batcher=functools.partial(make_batcher, reply=reply_of(task)))  # fmt: skip
+                   make_batcher=functools.partial(make_batcher, reply=reply_of(task)), now=CLOCKS[config.run.clock])  # fmt: skip
 
 
 def reply_of(task: Task) -> Reply | None:

@@ -33,11 +33,14 @@ class MakeBatcher(Protocol):
 
 def make_batcher(
     schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, limit: int | None = None,
-    reply: Reply | None = None,
+    reply: Reply | None = None, now: Callable[[], float] = time.perf_counter,
 ) -> SuccessiveBatcher:  # fmt: skip
-    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them. reply: the task's environment."""
+    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them. 
+
+    reply: the task's environment; now: the clock of its steps.
+    """
     stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit)
-    return SuccessiveBatcher(schedule, stream, run_seed=seed, reply=reply)
+    return SuccessiveBatcher(schedule, stream, run_seed=seed, reply=reply, now=now)
 
 
 class Sampled(NamedTuple):
@@ -53,6 +56,7 @@ class Sampler:
     """Whole, scored responses from the weights that an engine holds: for evaluation, and for pre-training the value model.
 
     slots   responses that decode at a time, in this rank's engine
+    now     the clock of its decode steps
     """
 
     engine: RolloutEngine
@@ -60,6 +64,7 @@ class Sampler:
     slots: int
     max_response_tokens: int
     make_batcher: MakeBatcher = make_batcher
+    now: Callable[[], float] = time.perf_counter
 
     def __call__(self, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int) -> Sampled:
         """`samples_per_prompt` responses to each prompt; of several ranks, each gets its share. Sample i answers one prompt only.
@@ -70,7 +75,7 @@ class Sampler:
         schedule = SlotSchedule(slots=min(self.slots, total), window=self.max_response_tokens * total,
                                 max_response_tokens=self.max_response_tokens)  # fmt: skip
         batcher = self.make_batcher(schedule, prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=total)
-        engine = ObservedEngine(self.engine)
+        engine = ObservedEngine(self.engine, self.now)
         slices = batcher.window(engine, on_end=self.scorer.submit)
         scores = self.scorer.collect()
         responses = sorted((s.response for s in slices), key=lambda response: response.id)
