@@ -1,6 +1,6 @@
 """The cluster clock against real runs: calibrated on the costs of one run of the CPU demo, it predicts the others.
 
-    python -m benchmarks.reality [--rounds 40] [--out runs/reality] [--results benchmarks/results]
+    python -m benchmarks.reality [--rounds 30] [--alone] [--out runs/reality] [--results benchmarks/results]
 
 Costs come from the first base run (T-PPO on the chain task, window 64, 32 slots; clock/calibrate.py) and, of training, from one
 with a quarter of its tokens per update, which tells an update's own cost from that of its tokens. The other runs differ in window,
@@ -15,7 +15,7 @@ these differ, as the median over rounds of their ratio.
 `low` and `high` are the ends of what the costs of the base run's repeats predict, `predicted` is the first one's.
 A prediction is within tolerance when its error is at most max(10 %, that spread). Ratios are of T-PPO to PPO, on the same task, in
 the same round. `load` is the machine's load average over the rounds: the process itself is 1 of it. Writes results/reality.csv,
-misses included, and the costs to results/reality-costs.csv. Some five minutes of a core; a run that was stopped goes on from its
+misses included, and the costs to results/reality-costs.csv. Some four minutes of a core; a run that was stopped goes on from its
 latest checkpoint in --out, and whole ones are read again. For a try: --rounds 9, and --results, another folder for the tables.
 """
 
@@ -265,9 +265,10 @@ def rows_of(measured: Mapping[str, Steps], by_costs: Sequence[Mapping[str, Steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/reality"))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--alone", action="store_true", help="costs of the base run alone, for --results elsewhere")
     arguments = parser.parse_args()
     if arguments.rounds < LEFT_OUT_STEPS + MIN_STEPS:
         parser.error(f"--rounds: got {arguments.rounds}; expected {LEFT_OUT_STEPS + MIN_STEPS} or more, to fit costs to")
@@ -275,7 +276,8 @@ def main() -> None:
     torch.set_num_threads(1)  # as the runs have: the tables say so
     begin = time.monotonic()
     folders = make_runs(SETTINGS, arguments.rounds, arguments.out)
-    costs, *others = (Measured.from_run(folders[base], folders[CALIBRATION[1]]) for base in BASES)
+    beside = [] if arguments.alone else [folders[CALIBRATION[1]]]
+    costs, *others = (Measured.from_run(folders[base], *beside) for base in BASES)
     report("reality-costs", cost_rows(costs), arguments.results / "reality-costs.csv")
     measured = {name: measured_steps(folder) for name, folder in folders.items()}
     by_costs = [{name: predicted_steps(folder, one) for name, folder in folders.items()} for one in (costs, *others)]

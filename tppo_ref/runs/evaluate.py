@@ -35,7 +35,7 @@ def make_batcher(
     schedule: SlotSchedule, prompts: Sequence[Prompt], *, samples_per_prompt: int, seed: int, limit: int | None = None,
     reply: Reply | None = None, now: Callable[[], float] = time.perf_counter,
 ) -> SuccessiveBatcher:  # fmt: skip
-    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them. 
+    """`MakeBatcher` of one process: it draws every sample, up to `limit` of them.
 
     reply: the task's environment; now: the clock of its steps.
     """
