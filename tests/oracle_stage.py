@@ -346,7 +346,8 @@ class Stage:
         self.batcher = SuccessiveBatcher(schedule, stream, run_seed=config.run.seed, reply=reply)
         self.plain_window, self.batcher.window = self.batcher.window, self._window
         self.live: dict[int, Response] = {}
-        self.shown: list[Response] = []  # the step's rows and the value model's batch: those of several ranks change places
+        self.rows: list[Response] = []  # the step's
+        self.shown: list[Response] = []  # these and the value model's batch: those of several ranks change places
         self.num_forward_passes = 0
         if averaged is not None:
             averaged = Recorded(averaged, "policy-copy", self.events)
@@ -355,7 +356,7 @@ class Stage:
                                scorer=MixedScorer(), parallel=ranks, averaged=averaged, observer=self._observe)  # fmt: skip
 
     def _observe(self, rows: Any, forward: Any, advantages: Any, batch: Any) -> None:
-        self.shown = [*rows.responses, *batch.responses]
+        self.rows, self.shown = list(rows.responses), [*rows.responses, *batch.responses]
 
     def _window(self, *args: Any, **named: Any) -> Any:
         slices = self.plain_window(*args, **named)

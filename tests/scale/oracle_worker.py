@@ -38,7 +38,10 @@ SMALL: dict[str, Any] = {
     "policy.engine_gap_limit": 1.0, "policy.micro_batch_tokens": 25, "value.micro_batch_tokens": 25, "policy.max_grad_norm": 0.3,
     "policy.epochs": 2, "value.epochs": 2, "policy.weight_decay": 0.1,
 }  # fmt: skip
-FURTHER = {"tppo-once": {"policy.prefix": "constant"}}  # so that a constant prefix is seen on ranks, too
+FURTHER = {
+    "tppo-once": {"policy.prefix": "constant"},  # so that a constant prefix is seen on ranks, too
+    "grpo": {"rollout.samples_per_prompt": 2}, "rloo-window": {"rollout.samples_per_prompt": 2, "rollout.window": 5},
+}  # fmt: skip
 
 
 class RecordingCollective(Collective):
@@ -74,10 +77,14 @@ class RankStage(Stage):
         gather = self.trainer.parallel.gather_objects
         windows: list[Window] = gather(self.last_window)
         plans: list[Plan] = gather(self._plan())
-        for rank in gather([(s.response.id, s.response.values, s.response.num_settled) for s in self.trainer.slices]):
-            self.stored |= {i: (values, num_settled) for i, values, num_settled in rank}
+        seen = [s.response for s in self.trainer.slices]
+        if self.value is None:  # those that were held are in no slice of this window, and may have moved out of one
+            seen += self.rows
+        for rank in gather([(r.id, r.values, r.num_settled) for r in seen]):
+            for i, values, num_settled in rank:
+                self.stored[i] = values, max(num_settled, self.stored.get(i, ([], 0))[1])
         self.whole = {id(module): [(name, p.full_tensor()) for name, p in module.named_parameters()]
-                      for module in (self.policy, self.value, *self.policy.copies)}  # fmt: skip
+                      for module in (self.policy, self.value, *self.policy.copies) if module}  # fmt: skip
         assert len({json.dumps({k: x for k, x in m.items() if not k.startswith("time/")}) for m in gather(metrics)}) == 1
         if self.trainer.parallel.rank == 0:
             self._by_the_oracle(metrics, windows, plans)
@@ -114,7 +121,7 @@ def main(out: Path, context_parallel: int, methods: list[str]) -> None:
         steps, moved = [], 0
         for _ in range(3):
             steps.append(stage.step())
-            moved += sum(s.response.id not in stage.live for s in stage.trainer.slices)
+            moved += len({r.id for r in stage.rows} - stage.live.keys())
         moved = sum(stage.trainer.parallel.gather_objects(moved))
         if world.rank == 0:
             (out / f"{method}.json").write_text(json.dumps({"steps": steps, "moved": moved}))

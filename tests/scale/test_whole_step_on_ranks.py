@@ -7,7 +7,7 @@ import json
 import pytest
 from scale_helpers import HERE, run_ranks
 
-METHODS = ("tppo", "tppo-defer", "tppo-ewma", "tppo-once", "ppo", "ppo-dual", "partial-is")
+METHODS = ("tppo", "tppo-defer", "tppo-ewma", "tppo-once", "ppo", "ppo-dual", "partial-is", "grpo", "rloo-window")
 SHARED = ("tppo-defer", "tppo-once", "ppo")  # full and constant prefixes; cut, deferred and whole rows; both value updates
 
 
@@ -30,7 +30,10 @@ def test_the_cases_reach_what_ranks_add(played):
         for step in found["steps"]:
             assert step["policy/updates"] >= 2, method
             assert step["response/ended"] > 0, method
-        assert any(step["response/cut_share"] > 0 for step in found["steps"]) == (method not in ("ppo", "ppo-dual"))
+        assert any(step["response/cut_share"] > 0 for step in found["steps"]) == (method not in ("ppo", "ppo-dual", "grpo"))
+    held = [step["ledger/held_responses"] for step in played["rloo-window"]["steps"]]
+    assert max(held) > 0
+    assert played["rloo-window"]["steps"][-1]["policy/staleness_max"] > 0
 
 
 def test_a_rank_that_differs_from_the_oracle_is_seen(tmp_path):
