@@ -16,7 +16,7 @@ test: $(READY) lint  ## tppo_ref, sim and the notebooks; no vLLM, and no browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/scale --ignore tests/pages
 
 test-scale: $(SCALE)  ## scale/, with vLLM's CPU build and several ranks on this machine
-	CI_SCALE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/scale
+	CI_SCALE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/scale
 
 docs: $(DOCS)  ## the pages as a site: site/index.html; links and anchors checked, nothing fetched when it is read
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
