@@ -43,6 +43,8 @@ KEY = ("task", "arm", "seed", "budget_tokens")
 COLUMNS = (*KEY, "mark", "generated_tokens", "trained_tokens", "prefix_tokens", "decode_steps", "steps", "accuracy", "length_mean",
            "explained_variance", "cut_share", "cpu_s", "final", "settings")  # fmt: skip
 TEXTS, FRACTIONS = ("task", "arm", "settings"), ("accuracy", "length_mean", "explained_variance", "cut_share", "cpu_s")
+LATER = {"advantage.estimator": "egae", "rollout.kv_cache": "auto"}
+"""Fields that came after runs were made, each at what these did without it: there it leaves a run's settings what they were."""
 Row = dict[str, Any]
 
 
@@ -82,6 +84,10 @@ class Job:
         critic = "cold" if config.model.value is None else "pre-trained"
         config = replace_fields(config, {"model.policy": Path(config.model.policy or "").name, "model.value": critic})
         sections = {name: fields for name, fields in dataclasses.asdict(config).items() if name not in ("run", "compare")}
+        for path, before in LATER.items():
+            section, name = path.split(".")
+            if sections[section].get(name) == before:
+                del sections[section][name]
         text = json.dumps([sections, config.run.eval_prompts, config.run.eval_samples], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

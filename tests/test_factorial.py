@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -108,3 +109,20 @@ def test_a_table_of_something_else_is_refused_in_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --out: got {path} with others; expected the columns task, arm")
     assert path.read_text() == "task,arm\nchain,tppo\n"
+
+
+BASES = {"chain": "chain-74ed860129820911", "fork": "fork-3e7342ca34409d5f"}  # of the runs in the table
+
+
+def test_a_field_that_came_later_leaves_the_settings_of_earlier_runs_what_they_were():
+    """Else a study that is made in several sittings could not go on; a run that uses the field has settings of its own."""
+    kept = {(r["task"], r["arm"]): r["settings"] for r in equal_tokens.read_whole(RESULTS / "factorial.csv")[0] if r["seed"] == 0}
+    assert len(kept) == len(TASKS) * len(CELLS)
+    for task, cell in itertools.product(TASKS, CELLS):
+        fields = {"run.cache": "x", "run.eval_prompts": 256, "run.eval_samples": 4, **equal_tokens.SHARED, "task.name": task,
+                  "value.pretrain_responses": CRITICS[cell[1]], "model.policy": f"x/{BASES[task]}", "model.value": "x"}  # fmt: skip
+        job = Job(task=task, arm=name(cell), what=arm(cell), seed=0, budget_tokens=BUDGET, fields=fields, start={})
+        assert job.settings() == kept[task, name(cell)]
+    for field in equal_tokens.LATER:
+        other = {"advantage.estimator": "grpo", "rollout.kv_cache": "fp8"}[field]
+        assert dataclasses.replace(job, fields={**fields, field: other}).settings() != job.settings()
