@@ -32,7 +32,7 @@ from tppo_ref.rollout.batcher import SampleStream
 from tppo_ref.rollout.models import load_value_model
 from tppo_ref.runs.build import build
 from tppo_ref.runs.checkpoint import MANIFEST, complete_checkpoints, read_state
-from tppo_ref.runs.compare import compare
+from tppo_ref.runs.compare import compare, prepare
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
@@ -482,6 +482,18 @@ def test_ppo_and_rloo_are_compared_with_one_pre_trained_critic_which_rloo_does_n
         found = metrics_of(run)
         assert [record["value/lr"] is None or math.isnan(record["value/lr"]) for record in found] == [method == "rloo"] * 2
     assert (out / "report.md").exists() or list(out.glob("*.csv"))
+
+
+def test_a_comparison_of_critic_free_methods_pre_trains_no_value_model(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("tppo_ref.runs.compare.cached_value", lambda *arguments: 1 / 0)
+    fields = TINY | {
+        "value.warmup_steps": 0,
+        "rollout.samples_per_prompt": 2,
+        "compare.methods": ["rloo", "grpo"],
+        "run.cache": str(cache),
+    }
+    config, _ = prepare(replace_fields(Config(), fields), tmp_path)
+    assert config.model.value is None
 
 
 LEARNS = {
