@@ -223,21 +223,20 @@ def train(setup: Setup, prefix_n: Ints, live_n: Ints, value_fed_n: Ints, *, trai
     """
     costs, recipe, whole_n = setup.train_costs or setup.costs, setup.recipe, prefix_n + live_n
     updates, value_updates = _num_updates(setup, trained), _num_updates(setup, value_trained) * recipe.critic
-    whole, live, prefix, value = Fed(0, whole_n), Fed(prefix_n, whole_n), Fed(0, prefix_n), Fed(0, value_fed_n)
+    whole, value = Fed(0, whole_n), Fed(0, value_fed_n)
     policy_s = logprob_s = value_s = value_train_s = 0.0
+    wait = value_wait = 1.0
     if updates:
-        trains = whole if recipe.prefix == "full" else live
-        policy_s = float(costs.policy_train_s(*trains.sums, num_updates=updates))
-        policy_s += float(costs.prefix_s(*prefix.sums)) if recipe.prefix == "forward" and prefix_n.any() else 0.0
+        live = whole if (recipe.prefix, recipe.values) == ("full", "row") else Fed(prefix_n, whole_n)
+        policy_s = float(costs.policy_train_s(*(whole if recipe.prefix == "full" else live).sums, num_updates=updates))
+        policy_s += float(costs.prefix_s(*Fed(0, prefix_n).sums)) if recipe.prefix == "forward" and prefix_n.any() else 0.0
         logprob_s = float(costs.logprob_s(*whole.sums)) if recipe.logprobs == "recompute" else 0.0
         reads = live if recipe.values == "window" else whole
         value_s = float(costs.value_forward_s(*reads.sums)) if recipe.critic else 0.0
+        wait = waiting_factor(whole.work(costs), ranks=setup.ranks, updates=updates, copies=setup.copies)
     if value_updates:
         value_train_s = float(costs.value_train_s(*value.sums, num_updates=value_updates))
-    wait, value_wait = (
-        waiting_factor(rows.work(costs), ranks=setup.ranks, updates=max(1, number), copies=setup.copies)
-        for rows, number in ((whole, updates), (value, value_updates))
-    )
+        value_wait = waiting_factor(value.work(costs), ranks=setup.ranks, updates=value_updates, copies=setup.copies)
     training = Training(wait * logprob_s, wait * value_s, wait * policy_s, value_wait * value_train_s, updates)
     check_seconds("training", np.array(training[:-1]))
     return training
