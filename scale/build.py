@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import accuracy_metrics
-from scale.group import group_of
+from scale.group import Group, group_of
 from scale.memory.budget import CPU_KV_BYTES, config_file, kv_cache_bytes, read_shape, whole_sequences
 from scale.rewards import GRADE
 from scale.shaping import Shaped
@@ -25,6 +26,7 @@ from scale.sharding import load_sharded
 from scale.shutdown import under_torchrun
 from scale.vllm_engine import VLLMEngine
 from scale.watch import ClusterWatch, GapLimit
+from tppo_ref.loop.meters import CLOCKS
 from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.trainer import Scorer
 from tppo_ref.method.errors import UserError, refusal
@@ -82,7 +84,7 @@ def build(config: ScaleConfig, world: World) -> Parts:
         config=algo, record=record, task=task, policy=policy, value=value, device=world.device, parallel=parallel, engine=engine,
         scorer=training_scorer, checkpointer=checkpointer, resume_from=resume_from,
         averaged=build_policy(config, world, task, weights=new) if algo.policy.ewma_decay else None,
-        batcher=group_of(world, reply_of(task))(schedule, task.prompts("train"),
+        batcher=batcher_of(config, world, task)(schedule, task.prompts("train"),
                                                 samples_per_prompt=algo.rollout.samples_per_prompt, seed=algo.run.seed),
         evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
         due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | EVALUATION,
@@ -117,7 +119,12 @@ def build_sampler(config: ScaleConfig, world: World, task: Task, engine: Rollout
     """Whole responses from the engine of this rank's group."""
     return Sampler(engine=engine, scorer=scorer, slots=slots_and_windows(config, world).slots,
                    max_response_tokens=config.algo.rollout.max_response_tokens,
-                   make_batcher=group_of(world, reply_of(task)))  # fmt: skip
+                   make_batcher=batcher_of(config, world, task), now=CLOCKS[config.algo.run.clock])  # fmt: skip
+
+
+def batcher_of(config: ScaleConfig, world: World, task: Task) -> Callable[..., Group]:
+    """Makes this rank's batchers, for training and for evaluation: the task's environment answers, the run's clock times."""
+    return group_of(world, reply_of(task), CLOCKS[config.algo.run.clock])
 
 
 def build_scorer(config: ScaleConfig, world: World, task: Task) -> TaskScorer:

@@ -6,6 +6,7 @@ until it has ended: that rank counts its tokens, saves it and has it verified; w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -107,9 +108,10 @@ class Group:
             self.num_generated_tokens = self.batcher.num_generated_tokens if self.part == 0 else 0
 
 
-def group_of(world: World, reply: Reply | None = None) -> Callable[..., Group]:
+def group_of(world: World, reply: Reply | None = None, now: Callable[[], float] = time.perf_counter) -> Callable[..., Group]:
     """tppo_ref's `MakeBatcher` for this rank: its engine draws every `num_engines`-th sample, of which it answers for its share.
-    Ranks that hold the same rows answer for the same share. reply: the task's environment, which each rank of an engine asks."""
+    Ranks that hold the same rows answer for the same share. reply: the task's environment, which each rank of an engine asks;
+    now: the clock of its decode steps."""
     same = {}
     if world.context_parallel > 1:
         same["check"] = partial(refuse_other_rows, context=context_of(world))
@@ -119,6 +121,7 @@ def group_of(world: World, reply: Reply | None = None) -> Callable[..., Group]:
     ) -> Group:
         stream = SampleStream(prompts, samples_per_prompt=samples_per_prompt, seed=seed, limit=limit, rank=world.engine,
                               world=world.num_engines)  # fmt: skip
-        return Group(SuccessiveBatcher(schedule, stream, run_seed=seed, reply=reply), part=world.part, parts=world.parts, **same)
+        batcher = SuccessiveBatcher(schedule, stream, run_seed=seed, reply=reply, now=now)
+        return Group(batcher, part=world.part, parts=world.parts, **same)
 
     return make

@@ -13,11 +13,16 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_batching import LAW, RUN_SEED, KnownLengthEngine, Plan, plans
 
+from scale.build import batcher_of, build_sampler
+from scale.config import ScaleConfig
 from scale.distributed import World
 from scale.group import Group
 from scale.group import group_of as maker_of
+from tppo_ref.loop.meters import CLOCKS
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SuccessiveBatcher
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.tasks import load_task
 
 
 def group_of(plan: Plan, parts: int, *, rank: int = 0, world: int = 1, slots: int | None = None) -> list[Group]:
@@ -128,3 +133,21 @@ def test_ranks_of_a_group_hold_the_same_conversation_and_each_answers_for_its_ow
     one, two = ({i: r.observations for i, r in b.batcher.in_flight.items()} for b in group)
     assert one == two
     assert any(s.response.observations for share in shares for s in share)
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_decode_steps_are_timed_by_the_clock_of_the_run(clock, monkeypatch):
+    """In training and in evaluation, whose batchers are made in one place."""
+    ticks = iter(range(1000))
+    monkeypatch.setitem(CLOCKS, clock, lambda: float(next(ticks)))
+    config = replace_fields(ScaleConfig(), {"algo.run.clock": clock, "algo.rollout.samples_per_prompt": 1})
+    plan = Plan(lengths=(4, 5, 3, 6), slots=2, window=5, cap=20)
+    made = batcher_of(config, World(), load_task("chain"))
+    batcher = made(
+        SlotSchedule(slots=2, window=5, max_response_tokens=20), plan.stream().prompts, samples_per_prompt=1, seed=RUN_SEED
+    )
+    batcher.window(KnownLengthEngine(plan))
+    assert batcher.step_ends_s == sorted(batcher.step_ends_s)
+    assert all(end == int(end) < 1000 for end in batcher.step_ends_s)
+    assert len(batcher.step_ends_s) == 5
+    assert build_sampler(config, World(), load_task("chain"), None, None).now is CLOCKS[clock]
