@@ -218,7 +218,10 @@ def follow(trainer: Trainer, num_steps: int) -> tuple[dict[str, np.ndarray], lis
         for name, module in modules.items():
             seen[name][(module.trained > before[name]).numpy()] = step
             seen[f"{name} times"] = module.trained.numpy().copy()
-        ledger.append({name.partition("/")[2]: int(x) for name, x in metrics.items() if name.startswith("ledger/")})
+        counts = {
+            name: x for name, x in metrics.items() if name.startswith("ledger/") and not np.isnan(x)
+        }  # a mean of nothing is NaN
+        ledger.append({name.partition("/")[2]: int(x) for name, x in counts.items()})
     return seen, ledger, responses
 
 

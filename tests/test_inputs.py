@@ -105,7 +105,7 @@ def test_a_critic_is_used_again_where_nothing_that_pre_training_reads_is_other(c
 
 
 OTHER_ROLLOUT = {"slots": 8, "max_response_tokens": 6, "min_response_tokens": 2, "samples_per_prompt": 2, "temperature": 0.5,
-                 "window": 8, "refill": "step", "responses_per_step": 9}  # fmt: skip
+                 "window": 8, "refill": "step", "responses_per_step": 9, "kv_cache": "fp8"}  # fmt: skip
 SHAPES_NO_RESPONSE = {"window", "refill", "responses_per_step"}  # pre-training samples whole responses, in one window
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from tppo_ref.loop.ledger import Ledger
-from tppo_ref.loop.meters import PhaseClock
+from tppo_ref.loop.meters import CLOCKS, PhaseClock
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.method.records import End, Prompt, Response, WindowSlice
 
@@ -52,7 +51,7 @@ def test_where_nothing_ended_a_mean_is_not_0():
 
 def test_a_phase_that_is_entered_twice_takes_both_times(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 10.0, 14.0, 20.0])  # begin; in, out; in, out; the end
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setitem(CLOCKS, "wall", lambda: next(now))
     clock = PhaseClock()
     for _ in range(2):
         with clock("policy"):
