@@ -500,7 +500,7 @@ def test_after_a_cut_a_seed_begins_another_response_and_a_reset_within_the_windo
 def test_a_full_window_takes_no_step():
     env = WindowCut(TokenEnv(by_hand()), 2)
     walk(env, [0, 0], seed=0)
-    with pytest.raises(ResetNeeded, match="step\(\): got a full window"):
+    with pytest.raises(ResetNeeded, match=r"step\(\): got a full window"):
         env.step(0)
 
 
@@ -674,10 +674,10 @@ def test_what_is_no_batch_of_tokens_is_refused(actions):
 
 def test_a_step_without_a_running_response_needs_a_reset():
     env = TokenEnv("thinking", length=4)
-    with pytest.raises(ResetNeeded, match="step\(\): got no running response"):
+    with pytest.raises(ResetNeeded, match=r"step\(\): got no running response"):
         env.step(0)
     walk(env, [1], seed=0)
-    with pytest.raises(ResetNeeded, match="step\(\): got no running response"):
+    with pytest.raises(ResetNeeded, match=r"step\(\): got no running response"):
         env.step(0)
     for mode in MODES:
         envs = TokenVectorEnv("thinking", num_envs=2, length=4, autoreset_mode=mode)
