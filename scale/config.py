@@ -86,7 +86,7 @@ class ClusterConfig:
     device_bytes: Positive = 80e9
     """Memory of one device, in bytes, for the dry run's verdict. [O]"""
     timeout_s: Positive = 600.0
-    """Longest wait for another rank, in seconds; then the run ends and says who was missing. [O]"""
+    """Longest wait for another rank, in seconds; then the run ends and says which one waited. [O]"""
     requeued: bool = False
     """A scheduler started this job again: go on from the newest checkpoint where there is one, else start anew. [O]"""
     plan_file: str = ""
