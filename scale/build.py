@@ -84,7 +84,7 @@ def build(config: ScaleConfig, world: World) -> Parts:
         config=algo, record=record, task=task, policy=policy, value=value, device=world.device, parallel=parallel, engine=engine,
         scorer=training_scorer, checkpointer=checkpointer, resume_from=resume_from,
         averaged=build_policy(config, world, task, weights=new) if algo.policy.ewma_decay else None,
-        batcher=batcher_of(config, world, task)(schedule, task.prompts("train"),
+        batcher=groups_here(config, world, task)(schedule, task.prompts("train"),
                                                 samples_per_prompt=algo.rollout.samples_per_prompt, seed=algo.run.seed),
         evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
         due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | EVALUATION,
@@ -119,10 +119,10 @@ def build_sampler(config: ScaleConfig, world: World, task: Task, engine: Rollout
     """Whole responses from the engine of this rank's group."""
     return Sampler(engine=engine, scorer=scorer, slots=slots_and_windows(config, world).slots,
                    max_response_tokens=config.algo.rollout.max_response_tokens,
-                   make_batcher=batcher_of(config, world, task), now=CLOCKS[config.algo.run.clock])  # fmt: skip
+                   make_batcher=groups_here(config, world, task), now=CLOCKS[config.algo.run.clock])  # fmt: skip
 
 
-def batcher_of(config: ScaleConfig, world: World, task: Task) -> Callable[..., Group]:
+def groups_here(config: ScaleConfig, world: World, task: Task) -> Callable[..., Group]:
     """Makes this rank's batchers, for training and for evaluation: the task's environment answers, the run's clock times."""
     return group_of(world, reply_of(task), CLOCKS[config.algo.run.clock])
 

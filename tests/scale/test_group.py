@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_batching import LAW, RUN_SEED, KnownLengthEngine, Plan, plans
 
-from scale.build import batcher_of, build_sampler
+from scale.build import build_sampler, groups_here
 from scale.config import ScaleConfig
 from scale.distributed import World
 from scale.group import Group
@@ -142,7 +142,7 @@ def test_decode_steps_are_timed_by_the_clock_of_the_run(clock, monkeypatch):
     monkeypatch.setitem(CLOCKS, clock, lambda: float(next(ticks)))
     config = replace_fields(ScaleConfig(), {"algo.run.clock": clock, "algo.rollout.samples_per_prompt": 1})
     plan = Plan(lengths=(4, 5, 3, 6), slots=2, window=5, cap=20)
-    made = batcher_of(config, World(), load_task("chain"))
+    made = groups_here(config, World(), load_task("chain"))
     batcher = made(
         SlotSchedule(slots=2, window=5, max_response_tokens=20), plan.stream().prompts, samples_per_prompt=1, seed=RUN_SEED
     )
