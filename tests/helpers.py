@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.models import load_policy, load_value_model
 from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs.build import build
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.session import Session
 
 VOCAB, END_ID = 20, 0
 TINY = dict(model_type="qwen2", vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -173,3 +176,22 @@ def bare_numbers(page: str, noise: Sequence[str]) -> set[str]:
     for pattern in noise:
         text = re.sub(pattern, "", text, flags=re.MULTILINE)
     return {number.rstrip(".,") for number in re.findall(r"\d[\d.,]*", text)}
+
+
+LEARNS = {
+    "task.name": "calculator", "model.warm_start_steps": 400, "model.hidden_size": 48, "model.num_layers": 2, "model.num_heads": 4,
+    "rollout.slots": 64, "rollout.window": 24, "rollout.max_response_tokens": 60, "policy.lr": 2e-3,
+    "run.eval_prompts": 128, "run.progress": False, "run.threads": 1,
+}  # fmt: skip
+
+
+def learnt(method: str, folder: Path, *, steps: int, **changes: Any) -> tuple[list[dict[str, float]], float, float]:
+    """A tiny model on the calculator, with all real parts: each step's metrics, accuracy on test prompts before and after."""
+    fields = LEARNS | changes | {"run.out": str(folder / "run"), "run.cache": str(folder / "cache")}
+    session = Session(build(apply_method(replace_fields(Config(), fields), method)))
+    try:
+        before = session.parts.evaluator().metrics["eval/accuracy"]
+        made = [session.trainer.step() for _ in range(steps)]
+        return made, before, session.parts.evaluator().metrics["eval/accuracy"]
+    finally:
+        session.close()

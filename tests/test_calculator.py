@@ -7,14 +7,12 @@ import random
 
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401  (a fixture)
+from helpers import learnt, one_thread  # noqa: F401  (a fixture)
 from test_resume import config_of, train
 
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.build import build, end_token_ids, reply_of
 from tppo_ref.runs.checkpoint import read_state
-from tppo_ref.runs.config import Config, apply_method
-from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.runs.state_laws import broken_law
@@ -171,24 +169,9 @@ def test_a_checkpoint_in_the_middle_of_a_conversation_is_a_checkpoint(tmp_path, 
     assert last["ledger/observed"] == state["ledger"]["observed"] > 0
 
 
-LEARNS = {
-    "task.name": "calculator", "model.warm_start_steps": 400, "model.hidden_size": 48, "model.num_layers": 2, "model.num_heads": 4,
-    "rollout.slots": 64, "rollout.window": 24, "rollout.max_response_tokens": 60, "policy.lr": 2e-3, "value.lr": 1e-3,
-    "run.eval_prompts": 128, "run.progress": False, "run.threads": 1,
-}  # fmt: skip
-
-
 def test_a_policy_learns_what_the_key_stands_for_from_conversations_that_windows_cut(tmp_path):
     """End to end on the real parts: a tiny model, its tool, the verifier's processes, T-PPO's steps."""
-    fields = LEARNS | {"run.out": str(tmp_path / "run"), "run.cache": str(tmp_path / "cache")}
-    config = replace_fields(apply_method(replace_fields(Config(), fields), "tppo", strict=False), fields)
-    session = Session(build(config))
-    try:
-        before = session.parts.evaluator().metrics["eval/accuracy"]
-        steps = [session.trainer.step() for _ in range(10)]
-        after = session.parts.evaluator().metrics["eval/accuracy"]
-    finally:
-        session.close()
+    steps, before, after = learnt("tppo", tmp_path, steps=10)
     assert all(m["response/cut_share"] > 0.1 for m in steps)
     assert steps[-1]["ledger/observed"] > 1000
     assert steps[-1]["response/turns_mean"] > 2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY as TINY_SHAPE
-from helpers import ToyScorer, make_prompts, make_trainer, one_thread, same, weights_of  # noqa: F401  (a fixture)
+from helpers import ToyScorer, learnt, make_prompts, make_trainer, one_thread, same, weights_of  # noqa: F401  (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle_stage import make_config, real_stage, toy_stage
@@ -496,24 +496,9 @@ def test_a_comparison_of_critic_free_methods_pre_trains_no_value_model(tmp_path,
     assert config.model.value is None
 
 
-LEARNS = {
-    "task.name": "calculator", "model.warm_start_steps": 400, "model.hidden_size": 48, "model.num_layers": 2, "model.num_heads": 4,
-    "rollout.slots": 64, "rollout.window": 24, "rollout.max_response_tokens": 60, "rollout.samples_per_prompt": 4, "policy.lr": 2e-3,
-    "run.eval_prompts": 128, "run.progress": False, "run.threads": 1,
-}  # fmt: skip
-
-
 def test_a_policy_learns_from_groups_that_wait_over_windows(tmp_path):
     """End to end on the real parts: T-PPO's windows over conversations, and no value model."""
-    fields = LEARNS | {"run.out": str(tmp_path / "run"), "run.cache": str(tmp_path / "cache")}
-    config = apply_method(replace_fields(Config(), fields), "rloo-window")
-    session = Session(build(config))
-    try:
-        before = session.parts.evaluator().metrics["eval/accuracy"]
-        steps = [session.trainer.step() for _ in range(15)]
-        after = session.parts.evaluator().metrics["eval/accuracy"]
-    finally:
-        session.close()
+    steps, before, after = learnt("rloo-window", tmp_path, steps=15, **{"rollout.samples_per_prompt": 4})
     assert max(m["ledger/held_groups"] for m in steps) > 0
     assert max(m["policy/staleness_max"] for m in steps if not math.isnan(m["policy/staleness_max"])) > 0
     assert after > before + 0.25, (before, after)
