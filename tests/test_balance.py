@@ -84,17 +84,21 @@ def test_more_devices_do_not_divide_the_training_by_their_number():
 
 
 def test_training_is_the_even_spread_times_the_waiting():
+    """Each model waits for the fullest rank of its own rows."""
     rng = np.random.default_rng(0)
-    live_n, prefix_n = rng.integers(1, 2000, 96), np.full(96, 50)
+    live_n, prefix_n, ended_n = rng.integers(1, 2000, 96), np.full(96, 50), rng.integers(1, 6000, 20)
     setup = setup_on(8)
     even, waiting = (
-        train(s, prefix_n, live_n, live_n[:0], trained=1, value_trained=0) for s in (dataclasses.replace(setup, ranks=1), setup)
+        train(s, prefix_n, live_n, ended_n, trained=1, value_trained=1) for s in (dataclasses.replace(setup, ranks=1), setup)
     )
-    work = setup.costs.row_work(prefix_n + live_n, (prefix_n + live_n) * (prefix_n + live_n + 1) // 2)
-    expected = waiting_factor(work, ranks=8, updates=4)
-    assert expected > 1
-    for name in ("logprob_s", "value_forward_s", "policy_train_s"):
-        assert getattr(waiting, name) == pytest.approx(expected * getattr(even, name)), name
+    policy, value = (
+        waiting_factor(setup.costs.row_work(fed_n, fed_n * (fed_n + 1) // 2), ranks=8, updates=4)
+        for fed_n in (prefix_n + live_n, ended_n)
+    )
+    assert value > 1.1 * policy > 1.1
+    expected = {"logprob_s": policy, "value_forward_s": policy, "policy_train_s": policy, "value_train_s": value}
+    for name, factor in expected.items():
+        assert getattr(waiting, name) == pytest.approx(factor * getattr(even, name)), name
 
 
 def test_few_replicas_that_stand_for_all_wait_as_all_do():
