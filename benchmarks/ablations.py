@@ -3,8 +3,8 @@
     python -m benchmarks.ablations [--seeds 5] [--tasks chain fork length] [--arms tppo window-16 ...] [--jobs 2] [--budget 30720]
 
 An arm is T-PPO with its defaults, less one thing (ARMS); a comparison is an arm against its base, and belongs to one of the
-questions of docs/theory.md (COMPARISONS). The budget is in generated tokens: a busy machine makes a run longer, not worse. Runs of
-a task start from the same base model and, unless the critic is cold, from the same pre-trained critic, as in `compare`.
+questions of docs/findings.md (COMPARISONS). The budget is in generated tokens: a busy machine makes a run longer, not worse. Runs
+of a task start from the same base model and, unless the critic is cold, from the same pre-trained critic, as in `compare`.
 
 Writes results/ablations.csv, a row per evaluation, and results/ablations_summary.csv, a row per comparison, task and metric.
 A run's rows are appended when the run is whole: a command that was stopped goes on where it was, and asking for more seeds makes

@@ -1,6 +1,6 @@
 """The counter-example: does T-PPO lose its advantage where an early token decides and a long rest follows?
 
-    python -m benchmarks.early_decision [--seeds 8] [--out FILE.csv]
+    python -m benchmarks.early_decision [--seeds 32] [--out FILE.csv]
 
 The real Trainer on a token MDP (`sim.lab.learning`): at token `at` the right choice leads to +1, the other to -1; every later token
 ends the response with 5 %, the 64th must. 32 slots, windows of 8, about 256 tokens per update, whichever the method. Counted is
@@ -138,7 +138,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a user's mistake, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="seeds 0 to this less 1; 0 only prints the table")
+    parser.add_argument("--seeds", type=int, default=32, help="seeds 0 to this less 1; 0 only prints the table")
     parser.add_argument("--out", type=Path, default=PATH)
     arguments = parser.parse_args(argv)
     if arguments.seeds < 0:

@@ -3,12 +3,11 @@
     python -m benchmarks.front_page [--check]      rewrites them; --check only says what is stale, and exits with 1 if anything is
 
 A number stands before a comment that names its source, as in docs/findings.md (`benchmarks.findings`, whose sources are all here),
-and four more:
+and three more:
 
     response "1 2" advantage    results/one_response.csv: window 1, token 2; `waited`: what the token would have been told had the
                                 machine waited for the end; "all": the response as a whole
     rule "critic 2" advantage   the same window under another cut rule; "critic last" delta: the delta at the cut
-    fair "chain seconds" ratio  the fair headline: PPO at its best / tppo-once, and how many seeds arrive
     motion "tppo" ended         the picture of slots: responses that ended, busy share of the slots, its settings
 """
 

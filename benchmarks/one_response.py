@@ -8,7 +8,8 @@ results/one_response.csv gets a row per window and token. Everything is the Trai
 
     delta     recomputed: V(s_{t+1}) - V(s_t) (gamma is 1, rewards before the last token are 0); at the cut V(s_l) := V(s_{l-1})
     last_value    what the critic says after the last token that is there: V(s_l), which the paper's rule does not use
-    push      -d loss / d log pi(token) at the update's begin, where the ratio is 1: advantage / trained tokens of its mini-batch
+    push      -d loss / d log pi(token) at the update's begin, of the clipped surrogate, whose ratio is 1 there: advantage / trained
+              tokens of its mini-batch. The LM loss on right responses is not in it
     after     the token's probability under the policy after the update
 """
 

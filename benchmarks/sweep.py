@@ -5,10 +5,10 @@
 Every cell is one `compare` run of ppo and tppo on seeds that the headline does not use. PPO then gets more: its three best cells
 run twice as long on two further seeds, so that a near tie, or a cell that collapses later, is not decided by luck against it.
 
-Writes results/sweep-<task>.csv: a row per method, cell and seed with the mean accuracy over the training clock (the area under the
-learning curve, which rewards speed and level alike) and the final 3-point mean. The cell with the best mean area over seeds is the
-method's setting in the headline and in the demo. Run it alone: the ranking is by wall-clock, and tokens_per_s shows when other work
-disturbed a cell.
+Writes results/sweep-<task>.csv: a row per method, cell and seed with the mean accuracy over the training clock (the area under
+the learning curve, which rewards speed and level alike) and the final 3-point mean. The cell with the best mean area over seeds
+is the method's setting in the headline (the demo's is fair_headline.py's). Run it alone: the ranking is by wall-clock, and
+tokens_per_s shows when other work disturbed a cell.
 """
 
 from __future__ import annotations

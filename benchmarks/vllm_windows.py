@@ -1,9 +1,10 @@
-"""T-PPO's step against synchronous PPO's, both decoding with real vLLM, same config otherwise: generated tokens per second.
+"""T-PPO's step against one that waits as synchronous PPO's does, both with real vLLM, same config otherwise: tokens per second.
 
     python -m benchmarks.vllm_windows [--seeds 5]
 
 The task is `chain`, whose longest response is ten times the mean; 32 slots on one rank of cpu-tiny. PPO is the same run with a
-window as long as the longest response and refill at the step's edge: every step waits for its longest. The two are run in turn,
+window as long as the longest response and refill at the step's edge: every step waits for its longest. Its critic update is
+T-PPO's, which changes seconds little. The two are run in turn,
 seed by seed; the first steps of each are left out. Aim: at least twice the generated tokens per second, training and weight
 sync included. Policies learn meanwhile, so lengths may drift apart: each row gives its mean. Needs vLLM (make test-scale
 installs it).
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from tqdm import tqdm
 
 from benchmarks.common import report
+from benchmarks.paired import geometric
 from tppo_ref.runs.sinks import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -65,14 +66,9 @@ def run(arm: str, seed: int, out: Path) -> dict[str, Any]:
 
 
 def ratio(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
-    """T-PPO over PPO, seed by seed: the geometric mean and its 95 % bootstrap interval."""
+    """T-PPO over PPO, seed by seed: the geometric mean and the 95 % Student-t interval of logarithms."""
     of = {arm: np.array([row[column] for row in rows if row["method"] == arm], dtype=float) for arm in ARMS}
-    logs = np.log(of["tppo"] / of["ppo"])
-    found = {"ratio": float(np.exp(logs.mean()))}
-    if len(logs) > 1:
-        ends = scipy.stats.bootstrap((logs,), np.mean, n_resamples=2000, rng=np.random.default_rng(0), method="percentile")
-        found |= {"low": float(np.exp(ends.confidence_interval.low)), "high": float(np.exp(ends.confidence_interval.high))}
-    return found
+    return dict(zip(("ratio", "low", "high"), geometric(of["tppo"] / of["ppo"]), strict=True))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from tppo_ref import __version__
 from tppo_ref.__main__ import COMMANDS, main
 from tppo_ref.runs import console
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.parsing import field_paths
+from tppo_ref.runs.parsing import field_paths, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 OTHERS = ("bias", "throughput", "plan", "launch")
@@ -60,6 +60,13 @@ def test_a_commands_help_fits_a_screen_and_names_only_fields_that_exist(command,
     shown = set(re.findall(r"--([a-z]+\.[a-z_]+)", " ".join(lines)))
     assert shown - {"section.field"} <= set(field_paths(Config))
     assert "--help-all" in lines[-1]
+
+
+def test_the_help_of_the_demo_shows_the_defaults_of_the_demo(capsys):
+    main(["demo", "--help"])
+    shown = capsys.readouterr().out
+    assert f"(default {parse(Config, console.fields_of('demo', []), prog='demo').run.out})" in shown
+    assert Config().run.out not in shown
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import xml.etree.ElementTree as ET
@@ -13,6 +14,8 @@ import pytest
 from helpers import bare_numbers
 
 from benchmarks import findings, front_page, pictures
+from sim.command import parse
+from sim.lab.examination import BiasConfig, examine
 from tppo_ref.method.records import End
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.runs.config import Config
@@ -51,6 +54,14 @@ def test_its_commands_are_modules_that_are_there():
     commands = set(re.findall(r"python -m ([\w.]+)", PAGE))
     assert {"benchmarks.one_response", "benchmarks.front_page", "benchmarks.headline", "benchmarks.findings"} <= commands
     assert [name for name in commands if importlib.util.find_spec(name) is None] == []
+
+
+def test_its_bias_command_prints_the_bias_that_the_page_states():
+    (words,) = re.findall(r"`python -m sim (bias [^`]*)`", PAGE)
+    config = parse(BiasConfig, words.split()[1:], command="bias", description="")
+    near, *_, far = examine(dataclasses.replace(config, estimators=("egae",))).findings["egae"].distances[config.window[0]]
+    assert f"{near.mean_bias:.4f}<!-- exact" in PAGE
+    assert f"{far.mean_bias:.4f}<!-- exact" in PAGE
 
 
 # ------------------------------------------------------------------------------------------------------- the response, by hand

@@ -56,7 +56,7 @@ class PlanConfig:
         "all", "with --best: what may be recommended: all, tppo, partial-is, ppo, or a method's name [O]", metavar="NAME"
     )
     mini_batch: int = option(512, "with --best: responses whose tokens an update trains [P]")
-    slack: float = option(0.03, "with --best: share of the speed that a shorter step is worth [O]")
+    slack: float = option(0.03, "with --best: share of the speed that fresher tokens are worth [O]")
     longest_prompt: int = option(1024, "with --best: tokens of the longest prompt; memory is planned for it [O]")
     tp: int = option(0, "devices of an engine replica; 0: the fastest that fits [O]")
     micro_batch: int = option(0, "tokens per device and pass; 0: the longest sequence [O]")

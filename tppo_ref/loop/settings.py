@@ -13,7 +13,7 @@ class RolloutConfig:
     """Successive batching: slots and windows."""
 
     slots: Annotated[int, Bounds(1, 1e6)] = 32
-    """Decoding slots; under synchronous PPO also the responses per step. The port: 512 prompts x 16. [M]"""
+    """Decoding slots; under synchronous PPO also the responses per step, if that is not given. The port: 512 prompts x 16. [M]"""
     window: Annotated[int, Bounds(1, 1e8)] = 64
     """Decode steps per window, in tokens. The paper: 8k [S]; the port: a third of the longest response. [M]"""
     max_response_tokens: Annotated[int, Bounds(1, 1e8)] = 320

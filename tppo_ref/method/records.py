@@ -39,7 +39,7 @@ class Response:
     logprobs        log-probability of each token under the policy that sampled it (the behaviour policy)
     versions        weight version of that policy, per token
     values          V before each token, as the critic estimated it in the first step that fed the token to it: the step
-                    that sampled it (partial-is: the step in which the response ended); used by the critic's clip only
+                    that sampled it (a later one where rows wait: partial-is, tppo-once); used by the critic's clip only
     window_starts   columns at which the response's windows begin, ascending; the first is 0
     end             RUNNING, END_TOKEN or LENGTH_CAP
     score           the verifier's verdict, None until it is known

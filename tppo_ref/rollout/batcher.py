@@ -70,7 +70,7 @@ class SampleStream:
     """Numbers the samples of a run and says which prompt each one answers.
 
     Sample g belongs to group g // samples_per_prompt: the group's prompt comes from a permutation of the prompts, a new one per
-    epoch; nothing waits for a group. Rank r of `world` draws samples r, r + world, ... below `limit`, where one is set.
+    epoch; drawing waits for no group. Rank r of `world` draws samples r, r + world, ... below `limit`, where one is set.
     """
 
     def __init__(

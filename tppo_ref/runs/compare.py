@@ -1,7 +1,7 @@
 """`compare`: several methods over several seeds on one task, each run in a process of its own.
 
-All runs share the base model, the pre-trained value model, slots and engine; the value model is pre-trained once. Runs that are
-complete are kept, so that a comparison that was stopped goes on where it was.
+All runs share the base model, the pre-trained value model and the engine, and slots where `compare.per_method` gives none; the
+value model is pre-trained once. Runs that are complete are kept, so that a comparison that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class RunConfig:
     """How long, where to, what is kept."""
 
     method: str = "tppo"
-    """Named method: a set of defaults for the fields above (see METHODS). [O]"""
+    """Named method, which fixes some fields: METHODS in tppo_ref/runs/config.py lists them. [O]"""
     seed: Natural = 0
     """Seed of sampling, prompt order and mini-batches. [O]"""
     steps: Count = 1000

@@ -16,7 +16,7 @@ from pathlib import Path
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.docs_pages import field_help
-from tppo_ref.runs.parsing import field_paths, get_field
+from tppo_ref.runs.parsing import field_paths, get_field, parse
 from tppo_ref.runs.repair import read_config
 
 GROUP = "tppo.commands"
@@ -76,7 +76,7 @@ def short_help(name: str, line: str) -> str:
     """A command's help on one screen."""
     hints = typing.get_type_hints(Config)
     texts = {f"{section}.{field}": text for section in hints for field, (text, _) in field_help(hints[section]).items()}
-    default = Config()
+    default = parse(Config, fields_of(name, []), prog=name) if name == "demo" else Config()
     rows = [(path, texts[path], get_field(default, path)) for path in ESSENTIAL[name]]
     width = max((len(path) for path, _, _ in rows), default=0)
     options = [f"  --{path:{width}}  {text}{'' if value is None else f' (default {value})'}" for path, text, value in rows]

@@ -1,7 +1,8 @@
 """The command `pretrain-value`: fit the value model to responses of the frozen policy before training.
 
-Value pre-training (VC-PPO, arXiv 2503.01491; VAPO, arXiv 2504.05118) is its own cheap command: inside of the loop, every one of its
-updates would wait for a window. Responses to a fifth of the prompts are held out, and say how much the fitted model explains.
+Value pre-training (VC-PPO, arXiv 2503.01491; VAPO, arXiv 2504.05118) is its own cheap command: inside of the loop, every one of
+its updates would wait for a window. Responses to a fifth of the prompts are held out, with all that have the same text (most of
+them where prompts repeat), and say how much the fitted model explains.
 """
 
 from __future__ import annotations
