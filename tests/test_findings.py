@@ -78,6 +78,9 @@ def test_settings_that_the_page_names_are_those_of_the_code():
     )
     assert (early_decision.TARGET, early_decision.LENGTH - 1, early_decision.WINDOW) == (0.70, 63, 8)
     assert exact_numbers.NUM_RANDOM == 40
+    of_random = [mark["key"] for mark in findings.MARK.finditer(PAGE) if mark["key"].startswith("random")]
+    assert of_random
+    assert all("anywhere" in key for key in of_random), "on the forty random MDPs responses begin anywhere in a window"
     assert {r["critic"] for r in findings.table("bound_in_practice")} == {"1024"}
     assert {exact_numbers.estimator(name).lam for name in ("egae", "cut-gae", "egae-defer4", "gae")} == {0.95}
     assert ablations.ARMS["cold-critic-warmup"].fields["value.warmup_steps"] == 10

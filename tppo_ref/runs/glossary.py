@@ -40,7 +40,7 @@ MEMORY = {
 
 GLOSSARY: dict[str, Metric] = {
     "time/train_s": Metric("sum of time/step_s: the training clock", "run", "s", "rises"),
-    "time/step_s": Metric("wall-clock of the step, evaluation and checkpoints excluded", "step", "s", "steady"),
+    "time/step_s": Metric("seconds of the step by run.clock, evaluation and checkpoints excluded", "step", "s", "steady"),
     "time/rollout_s": Metric("decoding one window, prefill included", "step", "s", "steady"),
     "time/verify_s": Metric("waiting for scores once decoding is done", "step", "s", "near 0: it overlaps decoding"),
     "time/forward_s": Metric("values and old log-probabilities", "step", "s", "below time/policy_s"),
