@@ -188,12 +188,14 @@ def study_table(name: str) -> tuple[dict[str, Any], ...]:
     return tuple(stated.table(made, rows))
 
 
-def study(key: str, column: str) -> str:
-    """ "factorial 1": `said` of the study's first contrast, the primary one: difference, interval, verdict; or "not yet"."""
+def study(key: str, column: str) -> Any:
+    """ "factorial 1": of the study's first contrast, the primary one, its `difference` with the interval, its `verdict`, the number of
+    `seeds`, or all of it, `said`, which is "not yet" before the first whole seed."""
     name, number = key.split()
-    assert column == "said"
-    made = studies.ALL[name]
-    rows = study_table(name)
+    made, rows = studies.ALL[name], study_table(name)
+    if column != "said":
+        row = rows[int(number) - 1]
+        return (row["difference"], row["low"], row["high"]) if column == "difference" else row[column]
     return f"({stated.told(made, rows[int(number) - 1]) if rows else f'not yet, none of {made.seeds} seeds'})"
 
 
