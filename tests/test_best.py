@@ -160,7 +160,7 @@ def test_every_method_fits_and_makes_one_to_the_most_updates():
 
 def test_the_recommended_one_is_the_freshest_of_the_fast():
     found = small()
-    candidates = [one for one in found.found if not set(one.method.levers) & set("ab")]
+    candidates = [one for one in found.found if not set(one.method.levers) & set("ab") and one.method.critic == "own"]
     fastest = max(one.speed for one in candidates)
     near = [one for one in candidates if one.speed >= 0.97 * fastest]
     assert found.recommended.system.middle.lag_updates == min(one.system.middle.lag_updates for one in near)
@@ -169,6 +169,26 @@ def test_the_recommended_one_is_the_freshest_of_the_fast():
 def test_what_was_measured_to_cost_learning_is_recommended_by_its_name_alone():
     assert not set(small().recommended.method.levers) & set("ab")
     assert best.answer(dataclasses.replace(SMALL, method="tppo+ac")).recommended.method.name == "tppo+ac"
+
+
+def test_a_method_without_a_critic_runs_here_and_is_recommended_by_its_name_alone(tmp_path):
+    """Asked for PPO's kind, the answer is PPO with a critic, though without one it is faster; the advice says where it is."""
+    asked = dataclasses.replace(SMALL, method="ppo")
+    found = best.answer(asked)
+    assert found.named("ppo/none").speed > found.recommended.speed
+    assert found.recommended.method.critic == "own"
+    (line,) = [line for line in best.advice(found) if "ppo/none" in line]
+    assert "docs/critic_free.md" in line
+    assert "not in this repository" not in line
+    named = dataclasses.replace(SMALL, method="ppo/none")
+    assert loaded(best.text(named, best.answer(named)), tmp_path).algo.run.method == "rloo"
+
+
+def test_one_answer_to_a_prompt_leaves_nothing_to_compare_it_with():
+    alone = dataclasses.replace(SMALL, samples=1)
+    assert best.answer(alone).named("ppo/none") is None
+    with pytest.raises(ValueError, match=r"^samples: got 1 with ppo/none; expected at least 2"):
+        best.answer(dataclasses.replace(alone, method="ppo/none"))
 
 
 def test_a_window_whose_cuts_weigh_too_much_is_left_to_partial_rollouts():

@@ -22,7 +22,7 @@ from sim.clock.plan import PlanConfig, check
 from sim.clock.ranges import Range
 from sim.clock.run_config import as_tree, as_yaml, fields_of
 from sim.clock.run_lengths import doubts
-from sim.clock.search import COSTS_LEARNING, Answer, Found, Question, search
+from sim.clock.search import Answer, Found, Question, search
 
 WIDTH = 128
 
@@ -76,18 +76,25 @@ def advice(found: Answer) -> list[str]:
                         "whole responses: --method partial-is writes that config.")  # fmt: skip
         else:
             said.append(f"Partial rollouts ({partial.method.name}) would bring {ratio.text()} {tppo.method.name}'s tokens.")
-    if costly := [one for one in found.found if set(one.method.levers) & COSTS_LEARNING and one.speed > chosen.speed]:
-        names = ", ".join(f"{one.method.name} {one.system.gain(chosen.system).text()}" for one in costly)
-        said.append(f"Faster, but a constant prefix was measured to cost learning (docs/log.md): {names}; --method takes the name.")
+    faster = [one for one in (*found.found, *found.elsewhere) if one.speed > chosen.speed]
+    if costly := [one for one in faster if one.costs_learning]:
+        said.append(f"Faster, but a constant prefix was measured to cost learning (docs/log.md): {_over(chosen, costly)}; --method "
+                    "takes the name.")  # fmt: skip
+    if alone := [one for one in faster if one in found.found and one.method.critic == "none"]:
+        said.append(f"Faster, but without a value model, and how it learns was not compared (docs/critic_free.md): "
+                    f"{_over(chosen, alone)}; --method takes the name.")  # fmt: skip
     if chosen.method.kind == "ppo":
         said.append("Nothing beats synchronous PPO here: many responses per step hide the longest, and the cache is full.")
-    faster = [one for one in found.elsewhere if one.speed > chosen.speed]
-    if faster:
-        names = ", ".join(f"{one.method.name} {one.system.gain(chosen.system).text()}" for one in faster)
-        said.append(f"Faster, but not in this repository: {names}.")
+    if outside := [one for one in faster if one in found.elsewhere]:
+        said.append(f"Faster, but not in this repository: {_over(chosen, outside)}.")
     if chosen.method.price:
         said.append(f"Not in these seconds: {chosen.method.price}.")
     return said
+
+
+def _over(chosen: Found, others: list[Found]) -> str:
+    """Names, each with its tokens per second over the chosen one's."""
+    return ", ".join(f"{one.method.name} {one.system.gain(chosen.system).text()}" for one in others)
 
 
 HEADS = (("method", -15), ("TP", 3), ("slots", 6), ("window", 7), ("updates", 8), ("tokens/s (low to high)", 27),

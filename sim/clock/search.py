@@ -39,12 +39,12 @@ from tppo_ref.method.slots import Refill
 RUNNABLE = {
     "tppo": ("tppo+c", "tppo+cf", "tppo", "tppo+f", "tppo+ac", "tppo+acf"),
     "partial-is": ("partial-is+c", "partial-is"),
-    "ppo": ("ppo+c", "ppo"),
+    "ppo": ("ppo+c", "ppo", "ppo/none"),
 }
-"""By kind, the methods that tppo_ref and scale/ run."""
+"""By kind, the methods that tppo_ref and scale/ run; ppo/none is method rloo there, and its step waits for its groups anyway."""
 COSTS_LEARNING = frozenset("ab")
 """Levers that were measured to cost learning (a constant prefix, docs/log.md): such a method is recommended only by its name."""
-ELSEWHERE = ("partial+c", "partial+c/none", "ppo/none", "tail+c", "async:4")
+ELSEWHERE = ("partial+c", "partial+c/none", "tail+c", "async:4")
 """Methods that need another trainer, for comparison."""
 DOUBT = 0.02
 """A ceiling's own, as a share: it is of mean rows."""
@@ -162,6 +162,16 @@ class Found:
         return self.system.middle.tokens_per_s
 
     @property
+    def costs_learning(self) -> bool:
+        """Whether it has a lever that was measured to."""
+        return bool(set(self.method.levers) & COSTS_LEARNING)
+
+    @property
+    def by_name_only(self) -> bool:
+        """It learns otherwise than what it is compared with, at a cost or at one that nobody measured: never recommended unasked."""
+        return self.costs_learning or self.method.critic == "none"
+
+    @property
     def mini_batches(self) -> int:
         """Updates of a step."""
         return max(1, round(self.system.middle.updates))
@@ -177,9 +187,8 @@ class Answer:
     recommended: Found
 
     def of_kind(self, kind: str) -> Found | None:
-        """The fastest of a kind, among those without a lever that costs learning."""
-        some = (one for one in self.found if one.method.kind == kind and not set(one.method.levers) & COSTS_LEARNING)
-        return next(some, None)
+        """The fastest of a kind, among those that may be recommended unasked."""
+        return next((one for one in self.found if one.method.kind == kind and not one.by_name_only), None)
 
     def named(self, name: str) -> Found | None:
         return next((found for found in (*self.found, *self.elsewhere) if found.method.name == name), None)
@@ -194,12 +203,15 @@ def search(question: Question, wanted: str = "all", *, elsewhere: bool = True) -
     if wanted not in ("all", *RUNNABLE, *itertools.chain(*RUNNABLE.values())):
         known = ", ".join(("all", *RUNNABLE, *itertools.chain(*RUNNABLE.values())))
         raise ValueError(f"method: got {wanted!r}; expected one of {known}")
-    grids = {name: list(settings_of(question, kind)) for kind, names in RUNNABLE.items() for name in names}
+    if wanted.endswith("/none") and question.samples < 2:
+        raise ValueError(f"samples: got {question.samples} with {wanted}; expected at least 2 answers to each prompt")
+    grids = {name: list(settings_of(question, kind)) for kind, names in RUNNABLE.items() for name in names
+             if question.samples > 1 or method(name).critic != "none"}  # fmt: skip
     grids |= {name: grid_outside(question, name) for name in ELSEWHERE if elsewhere}
     methods = [one for name, systems in explored(question, grids).items() if (one := chosen(question, name, systems))]
     found = [one for one in methods if one.method.name not in ELSEWHERE]
     candidates = [one for one in found if one.method.name == wanted or
-                  (wanted in ("all", one.method.kind) and not set(one.method.levers) & COSTS_LEARNING)]  # fmt: skip
+                  (wanted in ("all", one.method.kind) and not one.by_name_only)]  # fmt: skip
     if not candidates:
         raise ValueError(f"method: got {wanted!r}, of which no setting trains a mini-batch of {question.mini_batch} responses in a "
                          f"step of at most {question.most_updates} updates; change --mini-batch or --window")  # fmt: skip
