@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import functools
@@ -26,9 +27,9 @@ from sim.__main__ import main
 from sim.clock import best
 from sim.clock.calibrate import Measured, Passes
 from sim.clock.ceiling import ceiling, rows
-from sim.clock.cluster import Setup
+from sim.clock.cluster import Recipe, Setup
 from sim.clock.devices import ACCELERATORS, accelerator, cluster
-from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.distributions import Constant, Empirical, TwoPoint
 from sim.clock.efficiency import Efficiency
 from sim.clock.hardware import Layout, Roofline, model
 from sim.clock.lengths import load_lengths
@@ -50,6 +51,8 @@ from sim.clock.search import (
     settings_of,
     setup_of,
 )  # fmt: skip
+from sim.clock.trace import check_conservation
+from tppo_ref.method.records import End
 from tppo_ref.runs.parsing import get_field, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,6 +178,7 @@ def test_a_method_without_a_critic_runs_here_and_is_recommended_by_its_name_alon
     """Asked for PPO's kind, the answer is PPO with a critic, though without one it is faster; the advice says where it is."""
     asked = dataclasses.replace(SMALL, method="ppo")
     found = best.answer(asked)
+    assert {"ppo/none", "partial-is+c/none"} <= {one.method.name for one in found.found}
     assert found.named("ppo/none").speed > found.recommended.speed
     assert found.recommended.method.critic == "own"
     (line,) = [line for line in best.advice(found) if "ppo/none" in line]
@@ -215,6 +219,44 @@ def test_a_response_of_three_windows_trains_once_by_hand():
     assert [r.staleness_max for r in records] == [0, 0, 2, 0, 0, 2]
     assert [r.tokens_fed for r in records] == [0, 0, 11, 0, 0, 11]
     assert sum(r.prefix_tokens_trained for r in records) == 0
+
+
+def critic_free(lengths, *, slots: int, samples: int) -> Setup:
+    work = setup(1, lengths.cap, slots=slots)
+    return dataclasses.replace(work, lengths=lengths, samples_per_prompt=samples, recipe=Recipe(critic=False))
+
+
+@pytest.mark.parametrize("refill", ["immediate", "step"])
+@pytest.mark.parametrize(("slots", "samples", "replicas"), [(2, 2, 1), (8, 4, 2), (6, 3, 2), (5, 8, 1)])
+def test_a_group_trains_in_the_step_in_which_its_last_response_ends(slots, samples, replicas, refill):
+    """By definition, from what was decoded where: tokens, their age, and what is held."""
+    lengths = Empirical(values=tuple(range(1, 14)), cap=13, correlation=0.4)
+    work = dataclasses.replace(critic_free(lengths, slots=slots, samples=samples), num_replicas=replicas)
+    system, steps = tppo(work, window=4, refill=refill, train_on="ended"), 40
+    records, decoded, ended_in = [], collections.defaultdict(list), {}
+    for step in range(steps):
+        records.append(system.step())
+        for _, sample, begin, stop, end in system.segments[1].tolist():
+            decoded[sample] += [step] * (stop - begin)
+            if end != End.RUNNING:
+                ended_in[sample] = step
+    groups = collections.defaultdict(list)
+    for sample, step in ended_in.items():
+        groups[sample // samples].append((step, sample))
+    trained_in = {sample: max(group)[0] for group in groups.values() if len(group) == samples for _, sample in group}
+    for step, record in enumerate(records):
+        ages = [step - at for sample, when in trained_in.items() if when == step for at in decoded[sample]]
+        assert (record.trained, record.staleness_sum, record.staleness_max) == (len(ages), sum(ages), max(ages, default=0))
+        assert record.completed == sum(when == step for when in trained_in.values())
+    assert any(trained_in[sample] > when for sample, when in ended_in.items() if sample in trained_in)  # somebody waited
+    check_conservation(records)
+
+
+def test_with_a_critic_nobody_waits_for_a_group():
+    lengths = Empirical(values=tuple(range(1, 14)), cap=13)
+    work = dataclasses.replace(critic_free(lengths, slots=8, samples=4), recipe=Recipe())
+    records = run(tppo(work, window=4, train_on="ended"), steps=20).records
+    assert [r.completed for r in records] == [r.finished for r in records]
 
 
 def test_with_a_window_as_long_as_a_response_it_is_ppo():

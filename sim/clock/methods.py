@@ -4,9 +4,11 @@ method("ppo")             synchronous PPO; with more responses per step than slo
 method("tppo")            the paper's
 method("tppo+acd")        with levers; "tppo-once" is tppo+cf, as in tppo_ref
 method("partial-is")      partial rollouts by windows, as tppo_ref has them: what ended trains, whole; the rest goes on
+method("partial-is/none") the same with groups instead of a critic: what ended waits for its group
 method("partial+c")       partial rollouts, old log-probabilities from the engine
 method("tail"), method("async:4")    tail batching; asynchronous with a staleness of at most 4 syncs
-method("ppo/small"), method("partial/none")   a critic of about a quarter of the policy's size; groups instead of a critic
+method("ppo/small"), method("partial/none")   a critic of about a quarter of the policy's size; groups instead of a critic, of which
+                          partial rollouts as others have them train what has ended, without a wait
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ The other systems are in systems.py.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sim.clock.cluster import Setup, Timeline, check_count, step_record, train
 from sim.clock.course import Course, Window
@@ -56,13 +57,48 @@ def run(
     return Trace(system=system.name, records=tuple(records))
 
 
+class Ended(NamedTuple):
+    """Responses that ended and are not trained yet, each token once: by sample, the versions of the policies of its tokens."""
+
+    sample_n: Ints
+    prompt_n: Ints
+    length_n: Ints
+    version_sum_n: Ints
+    first_version_n: Ints
+
+    def only(self, mask_n: NDArray[np.bool_]) -> Ended:
+        return Ended(*(column_n[mask_n] for column_n in self))
+
+    def beside(self, others: Ended) -> Ended:
+        return Ended(*(np.concatenate(columns) for columns in zip(self, others, strict=True)))
+
+
+def split_whole_groups(ended: Ended, size: int) -> tuple[Ended, Ended]:
+    """Those whose group, `size` successive samples, has ended; those that wait for it: `tppo_ref.loop.groups` by the thousand."""
+    _, group_n, num_g = np.unique(ended.sample_n // size, return_inverse=True, return_counts=True)
+    whole_n = num_g[group_n] == size
+    return ended.only(whole_n), ended.only(~whole_n)
+
+
+class Work(NamedTuple):
+    """What a step trains: rows n of the policy, tokens before and in them; tokens of the responses that the value model reads."""
+
+    prefix_n: Ints
+    tokens_n: Ints
+    value_n: Ints
+    completed_length: int
+    counts: dict[str, int]
+    """Fields of a StepRecord that are the method's own."""
+
+
 class Windowed:
     """T-PPO: windows of `window` decode steps. PPO is the same with the window as long as a response and refill="step".
 
     tail             last `tail_tokens` of a cut row: left out for good ("exclude"), or trained in the next window ("defer"); the
                      masks are those of `tppo_ref.method.masks`
     min_new_tokens   a cut row with fewer untrained tokens trains none of them in this step, but in the next; at most the window
-    train_on         "ended": a response trains when it has ended, whole and once (partial rollouts by windows, `policy.train_on`)
+    train_on         "ended": a response trains when it has ended, whole and once (partial rollouts by windows, `policy.train_on`);
+                     without a critic, when all of its group have (docs/critic_free.md)
     readable         see course.Course
     course           who decodes when, where it is shared; None: its own
 
@@ -94,6 +130,8 @@ class Windowed:
         self.course = course or Course(setup, window=window, refill=refill, readable=readable)
         self.samples, self.timeline, self.num_steps, self.num_updates = self.course.samples, Timeline(setup), 0, 0
         self.pending_S, self.version_sum_S, self.first_version_S = np.zeros((3, setup.slots), dtype=np.int64)
+        self.group_size = 1 if setup.recipe.critic else setup.samples_per_prompt
+        self.held = Ended(*np.zeros((5, 0), dtype=np.int64))
 
     def step(self) -> StepRecord:
         """One window on every replica, and the updates on it."""
@@ -101,38 +139,20 @@ class Windowed:
         self.latest = window
         _, _, begin_n, stop_n, end_n = window.rows.T
         row, new_n, cut_n = window.before, stop_n - begin_n, end_n == End.RUNNING
-        context_n, done_n, begun_n = row.prompt + row.done, row.done + new_n, row.done > 0
+        begun_n = row.done > 0
         rollout = window.rollout(setup.costs, keep=self.course.keep)
-
-        old_n = np.where(begun_n, self.pending_S[window.place_n], 0)
-        unsettled_n = old_n + new_n
-        waits_n = cut_n & (self.whole | (unsettled_n < self.min_new_tokens))
-        kept_n = np.where(waits_n, unsettled_n, np.where(cut_n, np.minimum(self.tail_tokens, unsettled_n), 0))
-        trained_n = unsettled_n - kept_n
-        pending_n = np.where(waits_n | (self.tail == "defer"), kept_n, 0)
-        staleness_sum, staleness_max = self._staleness(window, old_n, new_n, trained_n)
-        self.pending_S[window.place_n[cut_n]] = pending_n[cut_n]
-
-        trained, completed_length = int(trained_n.sum()), int(done_n[~cut_n].sum())
-        fed_n, policy_n = row.prompt + done_n, ~waits_n
-        again_n = (
-            begun_n & policy_n & ~((self.whole | (self.min_new_tokens > 0)) & (old_n == row.done))
-        )  # what waited was not fed before
-        level = "in_flight" if self.whole else "deferred"
-        training = train(setup, (fed_n - unsettled_n)[policy_n], unsettled_n[policy_n], fed_n[~cut_n], trained=trained,
-                         value_trained=completed_length)  # fmt: skip
+        work = (self._ended if self.whole else self._unsettled)(window, new_n, cut_n)
+        trained = work.counts["trained"]
+        training = train(setup, work.prefix_n, work.tokens_n, work.value_n, trained=trained, value_trained=work.completed_length)
         self.num_steps, self.num_updates = step + 1, self.num_updates + training.updates
         return step_record(
-            setup, step, rollout, self.timeline.place(rollout.seconds, training), training,
-            preemptions=window.preemptions, generated=int(new_n.sum()), trained=trained, **{level: int(pending_n.sum())},
-            excluded=int((kept_n - pending_n).sum()),
-            tokens_fed=int(fed_n[policy_n].sum()), prefix_tokens_trained=int(context_n[again_n].sum()),
-            value_tokens_trained=int(fed_n[~cut_n].sum()),
-            reprefilled_tokens=rollout.prefill_tokens - int((context_n - 1)[~begun_n].sum()),
-            staleness_sum=staleness_sum, staleness_max=staleness_max,
+            setup, step, rollout, self.timeline.place(rollout.seconds, training), training, preemptions=window.preemptions,
+            generated=int(new_n.sum()), tokens_fed=int((work.prefix_n + work.tokens_n).sum()),
+            value_tokens_trained=int(work.value_n.sum()),
+            reprefilled_tokens=rollout.prefill_tokens - int((row.prompt + row.done - 1)[~begun_n].sum()),
             started=int((~begun_n).sum()), started_length=int(row.length[~begun_n].sum()),
             finished=int((~cut_n).sum()), capped=int((end_n == End.LENGTH_CAP).sum()),
-            completed=int((~cut_n).sum()), completed_length=completed_length,
+            completed=len(work.value_n), completed_length=work.completed_length, **work.counts,
         )  # fmt: skip
 
     @property
@@ -140,20 +160,44 @@ class Windowed:
         """Of the last step: see the class."""
         return self.latest.replica_n, self.latest.rows
 
-    def _staleness(self, window: Window, pending_n: Ints, new_n: Ints, trained_n: Ints) -> tuple[int, int]:
-        """Of the trained tokens in syncs: their sum, and the largest. What a cut row kept back is of the window before; a response
-        that trains whole remembers the policies of all its windows."""
-        step, begun_n, place_n = self.num_steps, window.before.done > 0, window.place_n
-        lag, old_lag = (step - self.timeline.version(max(k, 0)) for k in (step, step - 1))
-        if not self.whole:
-            old_n = np.minimum(pending_n, trained_n)  # trained first
-            longest = max(lag * bool((trained_n > old_n).any()), old_lag * bool(old_n.any()))
-            return int((trained_n - old_n).sum()) * lag + int(old_n.sum()) * old_lag, longest
-        sum_n = np.where(begun_n, self.version_sum_S[place_n], 0) + (step - lag) * new_n
-        first_n = np.where(begun_n, self.first_version_S[place_n], step - lag)
-        ended_n = trained_n > 0
-        self.version_sum_S[place_n[~ended_n]], self.first_version_S[place_n[~ended_n]] = sum_n[~ended_n], first_n[~ended_n]
-        return int((step * trained_n - sum_n)[ended_n].sum()), int((step - first_n)[ended_n].max(initial=0))
+    def _unsettled(self, window: Window, new_n: Ints, cut_n: NDArray[np.bool_]) -> Work:
+        """What the window decoded and what waited from the one before, but for what waits now. Staleness in syncs."""
+        row, place_n, begun_n = window.before, window.place_n, window.before.done > 0
+        old_n = np.where(begun_n, self.pending_S[place_n], 0)
+        unsettled_n, done_n = old_n + new_n, row.done + new_n
+        waits_n = cut_n & (unsettled_n < self.min_new_tokens)
+        kept_n = np.where(waits_n, unsettled_n, np.where(cut_n, np.minimum(self.tail_tokens, unsettled_n), 0))
+        trained_n = unsettled_n - kept_n
+        pending_n = np.where(waits_n | (self.tail == "defer"), kept_n, 0)
+        self.pending_S[place_n[cut_n]] = pending_n[cut_n]
+        fed_n = row.prompt + done_n
+        never_fed_n = (self.min_new_tokens > 0) & (old_n == row.done)  # it waited until now
+        lag, old_lag = (self.num_steps - self.timeline.version(max(k, 0)) for k in (self.num_steps, self.num_steps - 1))
+        late_n = np.minimum(old_n, trained_n)  # what waited is of the window before, and is trained first
+        longest = max(lag * bool((trained_n > late_n).any()), old_lag * bool(late_n.any()))
+        return Work(
+            (fed_n - unsettled_n)[~waits_n], unsettled_n[~waits_n], fed_n[~cut_n], int(done_n[~cut_n].sum()),
+            {"trained": int(trained_n.sum()), "deferred": int(pending_n.sum()), "excluded": int((kept_n - pending_n).sum()),
+             "prefix_tokens_trained": int((row.prompt + row.done)[begun_n & ~waits_n & ~never_fed_n].sum()),
+             "staleness_sum": int((trained_n - late_n).sum()) * lag + int(late_n.sum()) * old_lag, "staleness_max": longest},
+        )  # fmt: skip
+
+    def _ended(self, window: Window, new_n: Ints, cut_n: NDArray[np.bool_]) -> Work:
+        """Responses that have ended, with their group where there is no critic; each remembers the policies of all its windows."""
+        row, place_n, begun_n = window.before, window.place_n, window.before.done > 0
+        version, length_n = self.timeline.version(self.num_steps), row.done + new_n
+        sum_n = np.where(begun_n, self.version_sum_S[place_n], 0) + version * new_n
+        first_n = np.where(begun_n, self.first_version_S[place_n], version)
+        self.version_sum_S[place_n[cut_n]], self.first_version_S[place_n[cut_n]] = sum_n[cut_n], first_n[cut_n]
+        fresh = Ended(window.rows[:, 1], row.prompt, length_n, sum_n, first_n).only(~cut_n)
+        ready, self.held = split_whole_groups(self.held.beside(fresh), self.group_size)
+        trained = int(ready.length_n.sum())
+        return Work(
+            ready.prompt_n, ready.length_n, ready.prompt_n + ready.length_n, trained,
+            {"trained": trained, "in_flight": int(length_n[cut_n].sum() + self.held.length_n.sum()), "prefix_tokens_trained": 0,
+             "staleness_sum": self.num_steps * trained - int(ready.version_sum_n.sum()),
+             "staleness_max": int((self.num_steps - ready.first_version_n).max(initial=0))},
+        )  # fmt: skip
 
 
 def tppo(setup: Setup, *, window: int, min_new_tokens: int = 0, **options: Any) -> Windowed:

@@ -38,10 +38,10 @@ from tppo_ref.method.slots import Refill
 
 RUNNABLE = {
     "tppo": ("tppo+c", "tppo+cf", "tppo", "tppo+f", "tppo+ac", "tppo+acf"),
-    "partial-is": ("partial-is+c", "partial-is"),
+    "partial-is": ("partial-is+c", "partial-is", "partial-is+c/none"),
     "ppo": ("ppo+c", "ppo", "ppo/none"),
 }
-"""By kind, the methods that tppo_ref and scale/ run; ppo/none is method rloo there, and its step waits for its groups anyway."""
+"""By kind, the methods that tppo_ref and scale/ run; without a critic they are rloo-window and rloo there."""
 COSTS_LEARNING = frozenset("ab")
 """Levers that were measured to cost learning (a constant prefix, docs/log.md): such a method is recommended only by its name."""
 ELSEWHERE = ("partial+c", "partial+c/none", "tail+c", "async:4")
@@ -168,7 +168,7 @@ class Found:
 
     @property
     def by_name_only(self) -> bool:
-        """It learns otherwise than what it is compared with, at a cost or at one that nobody measured: never recommended unasked."""
+        """It learns otherwise than those beside it, at a cost or at one that nobody measured: never recommended unasked."""
         return self.costs_learning or self.method.critic == "none"
 
     @property
