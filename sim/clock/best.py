@@ -97,7 +97,7 @@ def _over(chosen: Found, others: list[Found]) -> str:
     return ", ".join(f"{one.method.name} {one.system.gain(chosen.system).text()}" for one in others)
 
 
-HEADS = (("method", -15), ("TP", 3), ("slots", 6), ("window", 7), ("updates", 8), ("tokens/s (low to high)", 27),
+HEADS = (("method", -17), ("TP", 3), ("slots", 6), ("window", 7), ("updates", 8), ("tokens/s (low to high)", 27),
          ("gain (low to high)", 22), ("s/step (low to high)", 23), ("a day", 6), ("lag", 5), ("GB", 5))  # fmt: skip
 COLUMNS = " ".join(f"{name:<{-width}}" if width < 0 else f"{name:>{width}}" for name, width in HEADS)
 
@@ -105,7 +105,7 @@ COLUMNS = " ".join(f"{name:<{-width}}" if width < 0 else f"{name:>{width}}" for 
 def row(found: Answer, one: Found) -> str:
     at, system = one.setting, one.system
     window = f"{at.window:,}{'*' * (at.refill == 'step')}" if at.window else f"x{at.responses:,}" if at.responses else "-"
-    return (f"{one.method.name:15} {at.tp:>3} {at.slots:>6,} {window:>7} {system.middle.updates:>8.1f} "
+    return (f"{one.method.name:17} {at.tp:>3} {at.slots:>6,} {window:>7} {system.middle.updates:>8.1f} "
             f"{_text(system.speed):>27} {gain(found, one).text():>22} {_text(system.step):>23} "
             f"{system.middle.updates_per_day:>6,.0f} {system.middle.lag_updates:>5.1f} {peak(one) / 1e9:>5.0f}")  # fmt: skip
 
