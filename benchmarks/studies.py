@@ -27,7 +27,7 @@ from benchmarks.study import Study
 BEFORE, BEHIND, FURTHER = (len(LEAD) + shift for shift in (0, 1, 2))  # the window's edge, seen from the deciding token
 ALIGNED: dict[str, Any] = {"advantage.tail_tokens": 0, "rollout.refill": "step", "rollout.samples_per_prompt": 1}
 CRITIC = {"value.pretrain_responses": 4096, "value.pretrain_epochs": 8, "rollout.samples_per_prompt": 64}
-"""64 to a prompt, for the critic alone: a fifth of the prompts is held out with all that have the same text, and with one response$
+"""64 to a prompt, for the critic alone: a fifth of the prompts is held out with all that have the same text, and with one response
 to each of 4,096 prompts that would be nearly all of late-fork's few texts."""
 
 

@@ -34,7 +34,7 @@ DAPO = "dapo-32b@2049"  # DAPO's run, half-way: a mean of 2,586 tokens
 
 
 def conditions() -> Iterator[Case]:
-    """What is charged, one thing after the other, on the paper's cluster with its 8,192 slots and with a quarter of them.
+    """What is charged, one thing after the other, on 64 H800 with the port's 8,192 slots and with a quarter of them.
 
     "lognormal:median=7500,sigma=0.4" has a mean of a third of the cap: with it 249/84 is met, and nothing else says it was so [I].
     """
