@@ -47,7 +47,7 @@ roofline; "kv": keys and values are read too; "cache": and their room is limited
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """`lengths` is a spec of lengths.py, with @step for one that grows. 32B and windows of 8k are the paper's [S], a cap of 24k and
-    a mini-batch of 512 responses the port's [P]; the rest, the cluster too, is ours [O]. `tp`, `slots` 0: each system's own best."""
+    a mini-batch of 512 responses the port's [P]; the rest, the cluster too, is ours [O]. `tp`, `slots` 0: a system's own best."""
 
     what: str = ""
     model: str = "Qwen2.5-32B"
