@@ -15,7 +15,7 @@ python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, fiv
 python -m benchmarks.sweep            tunes PPO and T-PPO on the same grid
 python -m benchmarks.fuzz             thousands of bad inputs: each one line and exit code 2
 python -m benchmarks.headline         PPO against T-PPO, five seeds a task
-python -m benchmarks.fair_headline    PPO with every lever and at its best against T-PPO, on the CPU or the wall clock, twelve seeds
+python -m benchmarks.fair_headline    PPO with every lever and at its best against tppo-once, on the CPU clock, twelve seeds
 python -m benchmarks.dropped_gradient the policy gradient with and without the way through the prefix
 python -m benchmarks.lever_learning   what each lever of training once costs in learning, at equal tokens
 python -m benchmarks.factorial        cut rule x critic x window on text, stated before its first run: hours

@@ -1,11 +1,11 @@
-"""The Trainer's own share of a demo step, the occupancy of the slots, and resident memory over many steps.
+"""The Trainer's own share of a step, the occupancy of the slots, and resident memory over many steps.
 
     python -m benchmarks.overhead [--steps 1000]
     python -m benchmarks.overhead --memory [--steps 10000] [--minutes 14]
 
 "Own share": everything in a step outside of model forward, backward, gradient clipping, optimiser and decoding, over the step's
 seconds (aim: at most 5 %). Occupancy with immediate refill (aim: at least 98 %). Memory: resident bytes at the end against
-those after a tenth of the steps (aim: flat, within 2 %). The run is the chain task with the demo's settings.
+those after a tenth of the steps (aim: flat, within 2 %). The run is T-PPO with its defaults on the chain task.
 
 --memory: the second alone, of whole steps of the loop with all that a run writes, on a model and windows that are tiny, so that
 10,000 steps fit in minutes; a checkpoint every 1,000. It stops after --minutes, with fewer steps, and says how many.
