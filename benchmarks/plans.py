@@ -4,7 +4,7 @@
     python -m benchmarks.plans --configs    writes scale/configs/*-math.yaml anew, too
 
 Every method of a case is a row, at its preferred setting, with its range; `recommended` says which one is the config. docs/scale.md
-quotes the table, and a test holds the shipped configs to it. `search_cpu_s` is the search's own time, compiled loops loaded (numba).
+quotes the table, and a test holds the shipped configs to it. `search_cpu_s` is the search's own time, loops compiled (numba).
 """
 
 from __future__ import annotations

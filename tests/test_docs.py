@@ -120,11 +120,26 @@ def test_no_machine_path_and_no_registry_host_is_in_a_page() -> None:
 def test_the_theory_page_names_tests_that_exist_and_every_law_and_refutation():
     page = (ROOT / "docs" / "theory.md").read_text()
     laws = (ROOT / "tests" / "test_bias_laws.py").read_text()
+    proofs, _, conservation = page.partition("## Conservation")
     there = set(re.findall(r"^def (test_\w+)", laws, re.MULTILINE))
-    named = set(re.findall(r"`(test_\w+)`", page))
+    named = set(re.findall(r"`(test_\w+)`", proofs))
     assert named - there == set(), "named on the page, and no test"
     assert {f"p{i}" for i in range(1, 8)} <= {name.split("_")[1].rstrip("s") for name in named}
     for fraction in ("175/164096", "1043/164096", "25/492288", "29849/492288"):
         assert fraction in page
         numerator, denominator = fraction.split("/")
         assert re.search(rf"{numerator}\D+{denominator}", laws), f"{fraction} is in no test"
+    everywhere = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").glob("*.py")), re.MULTILINE))
+    for law in re.split(r"^(?=\*\*F\d)", conservation, flags=re.MULTILINE)[1:]:
+        named = set(re.findall(r"`(test_\w+)`", law))
+        assert named, law
+        assert named <= everywhere, law
+
+
+def test_every_law_that_a_text_takes_from_the_theory_page_is_there():
+    stated = set(re.findall(r"^(?:## |\*\*)([PF]\d)\b", (ROOT / "docs" / "theory.md").read_text(), re.MULTILINE))
+    texts = [*(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb"),
+             *(path for wing in ("tppo_ref", "sim", "scale", "benchmarks", "tests") for path in (ROOT / wing).rglob("*.py"))]  # fmt: skip
+    named = {law for path in texts for law in re.findall(r"theory\.md[^\n]{0,20}?\b([PF]\d)\b", path.read_text())}
+    assert {"P4", "F1", "F6"} <= named
+    assert named <= stated
