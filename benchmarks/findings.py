@@ -189,8 +189,8 @@ def study_table(name: str) -> tuple[dict[str, Any], ...]:
 
 
 def study(key: str, column: str) -> Any:
-    """ "factorial 1": of the study's first contrast, the primary one, its `difference` with the interval, its `verdict`, the number of
-    `seeds`, or all of it, `said`, which is "not yet" before the first whole seed."""
+    """ "factorial 1": of the study's first contrast, the primary one, its `difference` with the interval, its `verdict`, the number
+    of `seeds`, or all of it, `said`, which is "not yet" before the first whole seed."""
     name, number = key.split()
     made, rows = studies.ALL[name], study_table(name)
     if column != "said":
