@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -29,12 +30,17 @@ INKS = {  # name: (in light, in dark)
     "ppo": look("ppo").shades, "ppo2": ("#F0A87A", "#A8531D"), "tppo": look("tppo").shades, "tppo2": ("#7DB7E8", "#2C5F8A"),
     **{rule: look(rule).shades for rule in ("previous", "critic", "zero")},
 }  # fmt: skip
+TEXT = "text{font-variant-numeric:tabular-nums;paint-order:stroke;stroke-width:3px;stroke-linejoin:round}"
 FONT = "system-ui, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
 
 def text(x: float, y: float, words: object, ink: str = "ink", size: float = 13, anchor: str = "start", weight: int = 400) -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" class="f-{ink}" font-size="{size}" text-anchor="{anchor}" font-weight="{weight}">'
-            f"{html.escape(str(words))}</text>")  # fmt: skip
+    """`words` at a place, in front of a line that crosses them; A_t and V(s_t) with their index below the line of writing."""
+    index = r'<tspan dy="4" font-size="75%">t</tspan><tspan dy="-4">\1</tspan>'
+    written = re.sub(r"(?<=[sA])_t\b(.*)", index, html.escape(str(words)))
+    rim = " s-ground" * (anchor != "middle")  # words in the middle of a box have no line behind them
+    return (f'<text x="{x:.1f}" y="{y:.1f}" class="f-{ink}{rim}" font-size="{size}" text-anchor="{anchor}" font-weight="{weight}">'
+            f"{written}</text>")  # fmt: skip
 
 
 def box(x: float, y: float, width: float, height: float, ink: str, more: str = "") -> str:
@@ -54,7 +60,7 @@ def svg(width: float, height: float, title: str, description: str, parts: Sequen
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{FONT}">',
         f"<title>{html.escape(title)}</title>", f"<desc>{html.escape(description)}</desc>",
-        f"<style>text{{font-variant-numeric:tabular-nums}}{light}@media(prefers-color-scheme:dark){{{dark}}}{style}</style>",
+        f"<style>{TEXT}{light}@media(prefers-color-scheme:dark){{{dark}}}{style}</style>",
         box(0, 0, width, height, "ground", 'rx="8"'), *parts, "</svg>\n",
     ])  # fmt: skip
 
@@ -226,8 +232,8 @@ def response_picture(first: Told, second: Told, waited: Sequence[float]) -> str:
         parts.append(text(left, y + 14, label, ink, 15, weight=700))
         on = [t < len(rows) and rows[t][column] == "1" for t in range(length)]
         parts += [box(left + t * step + 1, y + 19, step - 2, 11, ink if on[t] else "field") for t in range(length)]
-    height = 352 + 38 * 3 + 6
-    parts.append(line(edge, 40, edge, height - 6, "ink", 1.6, "5 4"))
+    height = 352 + 38 * len(strips) + 6
+    parts.insert(0, line(edge, 40, edge, height - 6, "ink", 1.6, "5 4"))  # behind the words
     missed = ", ".join(f"{a:+.2f}" for a in waited)
     say = f"A response of {length} tokens, cut after {cut}. In their window the first {cut} are told {listed(first)}; had the "
     say += f"machine waited, {missed}. The policy trains on each window's tokens in that window, less the tail before the cut; the "

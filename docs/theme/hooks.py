@@ -1,5 +1,5 @@
-"""What the site does beside mkdocs: files that the pages link to become pages, notebooks too, mathematics becomes MathML, and drawn
-pictures follow the page's light and dark.
+"""What the site does beside mkdocs: files that the pages link to become pages, notebooks too, mathematics becomes MathML, V(s_l)
+gets its index, and drawn pictures follow the page's light and dark.
 
 The pages of docs/ link to sources, notebooks and tables by their paths in the checkout, so that they read as they are on a
 code-hosting page. Here each such file gets a place of its own in the site: Python and other text under source/, with a heading for
@@ -13,12 +13,16 @@ import ast
 import html
 import posixpath
 import re
+import xml.etree.ElementTree as etree
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from latex2mathml.converter import convert
+from markdown import Extension, Markdown
+from markdown.inlinepatterns import InlineProcessor
+from markdown.util import AtomicString
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
@@ -148,6 +152,38 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 # ------------------------------------------------------------------------------------------------------------------ each page
+
+
+class Indices(Extension):
+    """s_l, V(s_{l-1}) and (γλ)^{n-1} in running text, where a $formula$ would be too much, with <sub> and <sup>.
+
+    Without it two underscores of a proof are an emphasis to Python-Markdown, and a {l-1} at a paragraph's end its attributes.
+    A base has one letter, perhaps with a mark over it: cut_value is a name and stays one.
+    """
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        for tag, pattern in (
+            ("sub", r"(?<!\w)[^\W\d_][\u0300-\u036f]?(_(\{[^{}]+\}|\w+))|\|(_(∞))"),
+            ("sup", r"(?<![\[\s])(\^(\{[^{}]+\}|\w+|\*))"),
+        ):
+            processor = Index(pattern, md)
+            processor.tag = tag
+            md.inlinePatterns.register(processor, tag, 65)  # behind code, links and HTML, before the emphasis at 60
+
+
+class Index(InlineProcessor):
+    tag: str
+
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[etree.Element, int, int]:  # type: ignore[override]
+        whole, index = (1, 2) if m[1] else (3, 4)
+        element = etree.Element(self.tag)
+        element.text = AtomicString(m[index].strip("{}").replace("-", "−"))
+        return element, m.start(whole), m.end(whole)
+
+
+def on_config(config: Any) -> Any:
+    config.markdown_extensions.append(Indices())
+    return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
