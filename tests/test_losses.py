@@ -246,10 +246,23 @@ VALUE_CASES = [
 def test_every_case_of_the_clipped_value_loss_in_value_and_gradient(value, target, loss, slope):
     for old in (0.0, 3.0):  # the clip is around the old value, wherever that is
         values = row(old + value).requires_grad_()
-        actual, _ = value_loss(values, row(old), row(old + target), torch.tensor([[True]]), denominator=4)
+        actual, stats = value_loss(values, row(old), row(old + target), torch.tensor([[True]]), denominator=4)
         assert actual.shape == ()
+        assert stats == {"value_clipped_tokens": float(slope == 0)}  # tokens whose gradient the clip took
         close(actual, loss / 4)
         close(gradient(actual, values), [[slope / 4]])
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "low", "high"), [pytest.param(*c[:2], *bounds, id=f"{bounds}, {c[4]}") for c in VALUE_CASES for bounds in [(None, 0.6), (0.5, None)]]
+)  # fmt: skip
+def test_a_clip_of_one_side_leaves_the_other_free(value, target, low, high):
+    held = value if (low is None and value < 0) or (high is None and value > 0) else min(max(value, -0.5), 0.6)
+    values = row(value).requires_grad_()
+    loss, _ = value_loss(values, row(0.0), row(target), torch.tensor([[True]]), denominator=1, clip_low=low, clip_high=high)
+    larger, further = (value - target) ** 2, (held - target) ** 2
+    close(loss, max(larger, further) / 2)
+    close(gradient(loss, values), [[value - target if larger >= further else 0.0]])
 
 
 @pytest.mark.parametrize("how", [{"old": None}, {"clip_low": None, "clip_high": None}])
@@ -398,7 +411,9 @@ def test_a_tensor_of_another_shape_or_a_mask_that_is_no_bool_is_named(name):
     good = make(3)
     for argument in good:
         wrong = good[argument][:1]  # [1, T], which would broadcast
-        with pytest.raises(ValueError, match=r"^\w+_BT: got .+; expected .+"):
+        # A mask that is too small makes every other tensor too large: the first of them is named.
+        named = next(iter(good)) if argument == "mask_BT" else argument
+        with pytest.raises(ValueError, match=rf"^{named}: got .+; expected .+"):
             loss_of(**good | {argument: wrong}, denominator=3)
     with pytest.raises(ValueError, match=r"^mask_BT: got .+; expected .+"):
         loss_of(**good | {"mask_BT": good["mask_BT"].double()}, denominator=3)

@@ -78,6 +78,37 @@ def test_terms_that_are_written_block_by_block_give_the_sum_of_the_whole(case, c
     assert (asked[runs.mask_BT] == 1).all()
 
 
+@pytest.fixture
+def rounded_products():
+    """The places where torch is told how to multiply float32 matrices, told to round: to TF32 on a GPU, in bfloat16 on a CPU."""
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    for place, rounding in zip(places, ("tf32", "bf16"), strict=True):
+        place.fp32_precision = rounding
+    yield places
+    for place, precision in zip(places, before, strict=True):
+        place.fp32_precision = precision
+
+
+def test_products_are_in_full_precision_and_the_caller_gets_its_settings_back(rounded_products):
+    """Most machines that run this can round in neither way, so that the settings are read; after an error within, too."""
+    seen = []
+
+    def terms(rows: slice, columns: slice, out_RT: torch.Tensor) -> None:
+        seen.append([place.fp32_precision for place in rounded_products])
+        out_RT.fill_(1.0)
+        if len(seen) == 2:
+            raise ValueError("from within")
+
+    runs, rate_B1 = make_runs([(0, 40)], 40), torch.tensor([[0.5]], dtype=F64)
+    discounted_sum(terms, runs, rate_B1, dtype=F32)
+    assert [place.fp32_precision for place in rounded_products] == ["tf32", "bf16"]
+    with pytest.raises(ValueError, match="from within"):
+        discounted_sum(terms, runs, rate_B1, dtype=F32)
+    assert [place.fp32_precision for place in rounded_products] == ["tf32", "bf16"]
+    assert seen == [["ieee", "ieee"]] * 2
+
+
 @pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("length", [1, 16, 17, 800])

@@ -23,5 +23,7 @@ def test_two_ranks_leave_out_what_either_has_found(tmp_path, model, problems):
     assert [row["where"] for row in listed["evaluation"]] == [f"{test}:3"]
     assert all("reference answer" in row["why"] for row in listed["left_out"])
     assert done.stderr.count("2 of 8 references fail against themselves") == 1, "once, whatever the number of ranks"
-    assert {int(row["prompt"]) for row in responses_of(out)} <= {0, 1, 3, 4, 6, 7}
+    ended = {int(row["prompt"]) for row in responses_of(out)}
+    assert len(ended) > 1
+    assert ended <= {0, 1, 3, 4, 6, 7}
     check_conservation(out)

@@ -155,9 +155,10 @@ def test_a_run_that_was_restarted_is_the_run_that_was_not(halves):
     a, b = metrics_of(halves / "whole"), metrics_of(halves / "halves")
     assert len(a) == len(b) == 6
     for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
         for name, number in one.items():
-            if not name.startswith(("time/", "rollout/tokens_per_s", "rollout/idle")) and isinstance(number, int | float):
-                assert other[name] == pytest.approx(number, rel=1e-5, abs=1e-6, nan_ok=True), (one["step"], name)
+            if not name.startswith(("time/", "rollout/tokens_per_s", "rollout/idle")):  # None: a mean of nothing
+                assert other[name] == (None if number is None else pytest.approx(number, rel=1e-5, abs=1e-6)), (one["step"], name)
 
 
 def test_its_responses_and_its_checkpoint_are_the_same(halves):
@@ -371,7 +372,10 @@ def test_a_prompt_file_that_is_not_there(tmp_path, model):
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path, model, problems):
-    one_error(launch(*arguments(model, problems, tmp_path / "out", "--engine.tensor_paralel", "2")), "tensor_paralel")
+    one_error(
+        launch(*arguments(model, problems, tmp_path / "out", "--engine.tensor_paralel", "2")),
+        "did you mean engine.tensor_parallel?",
+    )
 
 
 def test_tensor_parallelism_that_does_not_divide_the_heads(tmp_path, problems, needs_vllm):
@@ -432,13 +436,6 @@ def test_ranks_leave_with_a_launcher_that_was_killed(tmp_path, model, problems):
     while ranks_left(out) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert ranks_left(out) == []
-
-
-def test_a_named_method_runs_or_is_refused_in_one_line(tmp_path, model, problems):
-    """tppo-ewma keeps an average of the sharded policy's weights."""
-    done = launch(*arguments(model, problems, tmp_path / "out", "--algo.run.method", "tppo-ewma", ranks=1, steps=2))
-    assert done.returncode in (0, 2)
-    assert "Traceback" not in done.stderr
 
 
 def test_a_critic_of_another_size_trains_and_goes_on_from_its_checkpoint(tmp_path, model, problems):
