@@ -413,7 +413,7 @@ BUGS = [
     Bug("moves stop at the first", "scale/distributed.py",
         "        found.append(Move(source, target, index))\n",
         "        found.append(Move(source, target, index))\n        break\n",
-        "scale/test_level.py::test_ranks_end_within_the_longest_thing_of_each_other_where_everything_may_move"),
+        "scale/test_level.py::test_ranks_end_within_twice_the_longest_thing_of_each_other_where_everything_may_move"),
     Bug("a group's share of the slots is the group's", "scale/group.py",
         "return self.batcher.slot_steps / self.parts",
         "return self.batcher.slot_steps",

@@ -102,7 +102,7 @@ def test_a_shape_that_is_none_or_that_no_machine_holds(refused, fields, said):
 )
 def test_a_models_config_that_cannot_be_read(refused, content):
     Path("m.json").write_text(content)
-    assert refused(*JSONL, "--model.policy", "m.json").count("m.json") + content.count("3")
+    assert "m.json" in refused(*JSONL, "--model.policy", "m.json")
 
 
 @pytest.mark.parametrize(("argv", "said"), [

@@ -31,7 +31,7 @@ def test_the_gap_is_what_egae_leaves_out_at_the_last_token_before_the_cut():
 
 def test_what_is_noted_of_a_real_step_is_there_row_by_row():
     trainer = make_trainer("tppo")
-    notes, at_cuts, live, edges = Notes(1.0, 0.95), list[float](), list[float](), list[int]()
+    notes, at_cuts, live, edges, gaps = Notes(1.0, 0.95), list[float](), list[float](), list[int](), list[float]()
 
     def observe(rows, forward, *rest):
         notes(rows, forward, *rest)
@@ -42,6 +42,11 @@ def test_what_is_noted_of_a_real_step_is_there_row_by_row():
                 at_cuts.append(values[-1] - values[-2])
             else:
                 edges.extend(response.window_starts[1:])
+                delta = [
+                    after - before for before, after in itertools.pairwise([*values, response.score])
+                ]  # the end pays the score
+                for l in response.window_starts[1:]:
+                    gaps.append(values[l] - values[l - 1] + 0.95 * sum(0.95 ** (k - l) * d for k, d in enumerate(delta) if k >= l))
             live.extend(abs(after - before) for before, after in itertools.pairwise(values))
 
     trainer.observer = observe
@@ -54,8 +59,10 @@ def test_what_is_noted_of_a_real_step_is_there_row_by_row():
     assert found["step_mean"] == pytest.approx(sum(at_cuts) / len(at_cuts), abs=1e-5)
     assert found["step_size"] == pytest.approx(sum(map(abs, at_cuts)) / len(at_cuts), abs=1e-5)
     assert found["lip"] == pytest.approx(max(live), abs=1e-5)
-    assert found["step_largest"] <= found["lip"]
-    assert abs(found["gap_mean"]) <= found["gap_size"]
+    assert found["step_largest"] == pytest.approx(max(map(abs, at_cuts)), abs=1e-5)
+    assert found["live_size"] == pytest.approx(sum(live) / len(live), abs=1e-5)
+    assert found["gap_mean"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
+    assert found["gap_size"] == pytest.approx(sum(map(abs, gaps)) / len(gaps), abs=1e-5)
 
 
 def row(task: str, seed: int, number: float, window: int = 16) -> dict[str, str]:

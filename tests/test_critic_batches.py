@@ -64,8 +64,8 @@ def test_more_area_is_better_and_more_of_an_error_or_of_a_setback_is_worse():
 
 
 def test_a_run_is_a_row_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(critic_batches, "STEPS", 2)
-    monkeypatch.setattr(critic_batches, "WORLDS", {"cliff": WORLDS["cliff"]})
+    monkeypatch.setattr(critic_batches, "STEPS", 4)
+    monkeypatch.setattr(critic_batches, "WORLDS", {"early-decision": WORLDS["early-decision"]})
     path = tmp_path / "runs.csv"
     made, run = [], critic_batches.run
     monkeypatch.setattr(critic_batches, "run", lambda *job: made.append(job) or run(*job))
@@ -75,7 +75,10 @@ def test_a_run_is_a_row_and_the_same_command_goes_on(tmp_path, monkeypatch, caps
         there = list(csv.DictReader(file))
     assert [(r["start"], r["arm"]) for r in there] == [(b, a) for b in STARTS for a in ARMS]
     held = [r for r in there if r["arm"] == "held"]
-    assert all(float(r["value_responses"]) % 16 == 0 for r in held)  # mean of two steps, batches of 32
+    means = {r["start"]: float(r["value_responses"]) for r in held}
+    assert set(means) == set(STARTS)
+    assert all(mean > 0 and mean % 8 == 0 for mean in means.values()), "a mean of four steps, in each one batch of 32 or none"
+    assert all(float(r["value_responses"]) % 8 for r in there if r["arm"] == "all"), "some ended in each window"
     path.write_text(path.read_text()[:-5])  # a kill tore the last line
     assert critic_batches.main(["--seeds", "1", "--out", str(path)]) == 0
     assert made[6:] == made[5:6]

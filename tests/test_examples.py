@@ -34,7 +34,9 @@ def scores(run: Path) -> list[float]:
 def test_a_task_of_ones_own_with_a_verifier_of_ones_own(tmp_path):
     printed = run("own_task.py", tmp_path)
     assert "checkpoint: runs/own_task/run/checkpoints/step-00000002" in printed
-    assert set(scores(tmp_path / "runs/own_task/run")) <= {1.0, -1.0}
+    found = scores(tmp_path / "runs/own_task/run")
+    assert found
+    assert set(found) <= {1.0, -1.0}
     listed = json.loads((tmp_path / "runs/own_task/run/references.json").read_text())
     assert (listed["verifier"], listed["left_out"]) == ("own_task:verify", [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 
@@ -210,11 +211,17 @@ def test_a_demonstrated_word_errs_in_its_outermost_brackets_alone():
         assert turned[n] / seen[n] == pytest.approx(1 - brackets.KEEP_PROBABILITY[n - 1], abs=0.04)
 
 
-@given(st.integers(1, 6), st.floats(0.0, 1.0))
-def test_the_value_of_a_word_that_stands_straight(k, q):
-    """The docstring's formula for k closers that turn with probability q, against all outcomes."""
-    even = sum(q ** sum(t) * (1 - q) ** (k - sum(t)) for t in itertools.product((0, 1), repeat=k) if sum(t) % 2 == 0)
-    assert even == pytest.approx((1 + (1 - 2 * q) ** k) / 2)
+@given(st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3))
+def test_the_value_of_a_word_that_stands_straight(turn):
+    """The docstring's formula for closers to come that turn with these probabilities, against all outcomes and their scores."""
+    problem = (0, 1, 0, 3, 2, 7)
+    word, depth = prompt_of(BRACKETS, problem)
+    right = 0.0
+    for turns in itertools.product((False, True), repeat=3):
+        bars = [bar_keeps(word, n) != (n <= 3 and turns[3 - n]) for n in range(depth, 0, -1)]
+        if brackets.verify(BRACKETS.answer(problem), ids(BRACKETS, nested((word, depth), bars)[0])) > 0:
+            right += math.prod(q if turned else 1 - q for q, turned in zip(turn, turns, strict=True))
+    assert right == pytest.approx((1 + math.prod(1 - 2 * q for q in turn)) / 2)
 
 
 @pytest.mark.parametrize("task", CHECK, ids=lambda task: task.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -77,6 +78,8 @@ def test_no_prompt_is_on_both_sides_for_any_number_of_ranks(texts, wanted, sampl
         fit, test, ids = sides(world)
     except UserError as error:
         assert "expected at least 2 different ones" in str(error)  # noqa: PT017
+        num_chosen = -(-wanted // max(samples, -(-wanted // len(texts))))
+        assert num_chosen <= max(Counter(texts).values()), "they cannot all have been one"
         return
     assert not fit & test
     assert fit

@@ -83,6 +83,8 @@ def same_numbers(new, old):
     for column, value in new.items():
         if isinstance(value, float):
             assert value == pytest.approx(float(old[column]), rel=1e-6, abs=1e-9), column
+        else:
+            assert str(value) == old[column], column
 
 
 def test_the_tables_committed_are_all_of_their_cases():

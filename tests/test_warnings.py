@@ -48,9 +48,15 @@ def test_each_threshold_is_passed_before_it_is_warned_of(caplog, field, limit, m
     assert warnings_of(caplog, metrics(above), step=2, **{field: limit}) == [], "every 20 steps, not at each"
 
 
-def test_verifications_that_fail_are_told_when_there_are_more(caplog):
-    (said,) = warnings_of(caplog, {"verify/timeouts": 3})
-    assert "verify/timeouts is 3" in said
+@pytest.mark.parametrize("name", ["verify/timeouts", "verify/errors"])
+def test_verifications_that_fail_are_told_when_there_are_more(caplog, name):
+    """At any step, and each of them once: the numbers are sums over the run."""
+    watch = Watch(Config())
+    with caplog.at_level(logging.WARNING, logger="tppo_ref"):
+        for step, so_far in enumerate((0, 3, 3, 3, 4), 6):
+            watch(step, WELL | {name: so_far})
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition(";")[0] for text in said] == [f"step 7: {name} is 3 so far", f"step 10: {name} is 4 so far"]
 
 
 @pytest.mark.parametrize(("fields", "said"), [

@@ -23,6 +23,7 @@ def read_config(source: Any, trust_remote_code: bool = False) -> Any:
     """The transformers config that `source` names (as `load_policy`); a copy, since loading writes into it."""
     import transformers
 
+    what = str(source) if isinstance(source, (str, os.PathLike)) else "model config"
     if isinstance(source, transformers.PretrainedConfig):
         source = source.to_dict()
     elif isinstance(source, (str, os.PathLike)):
@@ -39,7 +40,7 @@ def read_config(source: Any, trust_remote_code: bool = False) -> Any:
             return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
         source = content
     if not isinstance(source, dict) or not isinstance(source.get("model_type"), str):
-        raise UserError(refusal("model config", "no 'model_type'", "one, for example 'qwen2'"))
+        raise UserError(refusal(what, "no 'model_type'", "one, for example 'qwen2'"))
     return transformers.AutoConfig.for_model(**source)
 
 
