@@ -70,7 +70,7 @@ class Ablations:
         """Per arm what the budget bought."""
         print(f"{len(self.ends)} runs of {self.budget} generated tokens on {', '.join(self.tasks)}")
         heads = f"{'trained':>9}{'cut':>7}{'fed again':>11}{'decode steps':>14}{'steps':>7}{'length':>8}{'explained':>11}"
-        print(f"{'arm':<20}{'seeds':>12}{heads}")
+        print(f"{'arm':<20}{'seeds':>7}{heads}")
         for arm in self.arms:
             counts = [sum(row["arm"] == arm and row["task"] == task for row in self.ends) for task in self.tasks]
             trained, fed = (self.mean_of(arm, name, "generated_tokens") for name in ("trained_tokens", "prefix_tokens"))
@@ -78,18 +78,25 @@ class Ablations:
                 self.mean_of(arm, name) for name in ("cut_share", "decode_steps", "steps", "length_mean", "explained_variance")
             )
             rest = f"{trained:>9.0%}{cut:>7.0%}{fed:>11.1f}{decode:>14.0f}{steps:>7.0f}{length:>8.1f}{explained:>11.2f}"
-            print(f"{arm:<20}{'/'.join(map(str, counts)):>12}{rest}")
+            print(f"{arm:<20}{'/'.join(map(str, counts)):>7}{rest}")
 
     def print_comparisons(self) -> None:
         """Per comparison its interval, its verdict before and after Holm, and the single tasks on which it is decided."""
-        heads = f"{'area, mean over tasks':<25}{'verdict':<11}{'after Holm':<12}decided on single tasks"
+        heads = f"{'area, mean over tasks':<25}{'verdict':<11}after Holm"
+        single: dict[str, list[str]] = {}
         print(f"{'':<4}{'arm':<20}{'against':<13}{'n':>2}  {heads}")
         for row in self.together:
             same = [r for r in self.areas if r["task"] != "all" and (r["arm"], r["base"]) == (row["arm"], row["base"])]
-            single = ", ".join(f"{r['task']} {r['verdict']} (n = {r['n']})" for r in same if r["verdict"] != "undecided") or "none"
+            single[f"{row['arm']} against {row['base']}"] = [
+                f"{r['task']} {r['verdict']}" for r in same if r["verdict"] != "undecided"
+            ]
             kept = row["verdict"] if self.stands[id(row)] else "undecided"
             which = f"{row['question']:<4}{row['arm']:<20}{row['base']:<13}{row['n']:>2}"
-            print(f"{which}  {said(row):<25}{row['verdict']:<11}{kept:<12}{single}")
+            print(f"{which}  {said(row):<25}{row['verdict']:<11}{kept}")
+        print("\ndecided on single tasks")
+        for which, tasks in single.items():
+            if tasks:
+                print(f"  {which}: {', '.join(tasks)}")
         decided, left = sum(row["verdict"] != "undecided" for row in self.summary), sum(self.stands.values())
         print(f"\n{len(self.summary)} tests in all, {decided} with an interval without 0. Left after Holm's correction: {left}")
         for row in self.summary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -60,15 +60,15 @@ class FirstCut:
 
 def print_fading(calm: FirstCut, cliff: FirstCut, on: int) -> None:
     """Biases and bounds, n tokens before the cut."""
-    print("calm chain, token ON          |  cliff, token on the way, and the two that decide")
+    print("calm chain, token ON                         |  cliff, token on the way")
     print(" n    EGAE  P2's bound  P4's bound    zero  |    EGAE  P4's bound   zero")
     for n in (1, 2, 3, 6, 11, 16):
         i = n - 1
         p2 = f"{calm.second[i, on]:>11.5f}" if n > 1 else f"{'-':>11}"
         line = f"{n:>2} {calm.bias['egae'][i, on]:>7.5f}{p2}{calm.bound[i, on]:>12.5f}{calm.bias['zero-cut'][i, on]:>8.3f}  |"
-        line += f"{cliff.bias['egae'][i, on]:>8.3f}{cliff.bound[i, on]:>12.3f}{cliff.bias['zero-cut'][i, on]:>7.3f}"
-        wrong = f"   right;  wrong: EGAE {cliff.bias['egae'][0, 1]:.3f}, bound {cliff.bound[0, 1]:.3f}"
-        print(line + (wrong if n == 1 else ""))
+        print(line + f"{cliff.bias['egae'][i, on]:>8.3f}{cliff.bound[i, on]:>12.3f}{cliff.bias['zero-cut'][i, on]:>7.3f}")
+    bias, bound = cliff.bias["egae"][0, 1], cliff.bound[0, 1]
+    print(f"cliff, n = 1: that is the right token; for the wrong one EGAE is off by {bias:.3f}, and P4's bound is {bound:.3f}")
 
 
 def draw_fading(calm: FirstCut, cliff: FirstCut, on: int) -> Figure:
@@ -124,15 +124,16 @@ def split_errors(worlds: Mapping[str, Rollouts], window: int) -> Split:
 
 
 def print_split(split: Split, worlds: Sequence[str]) -> None:
+    wide = {name: max(16, len(RULES[name]) + 2) for name in CUTS}
     for world in worlds:
-        print(f"{world:<14}{'critic alone':>16}" + "".join(f"{RULES[name]:>28}" for name in CUTS))
+        print(f"{world:<14}{'critic alone':>13}" + "".join(f"{RULES[name]:>{wide[name]}}" for name in CUTS))
         for spec in CRITICS:
             line = f"   {spec:<11}"
             for name in CUTS:
                 errors = split[world, spec, name]
                 total, own = (mean_interval([getattr(e, part) for e in errors]) for part in ("relative", "critic"))
                 around = f" ± {total.high - total.value:.3f}" if len(errors) > 1 else ""
-                line += (f"{own.value:>16.3f}" if name == CUTS[0] else "") + f"{f'{total.value:.3f}{around}':>28}"
+                line += (f"{own.value:>13.3f}" if name == CUTS[0] else "") + f"{f'{total.value:.3f}{around}':>{wide[name]}}"
             print(line)
 
 
@@ -191,30 +192,29 @@ def sweep_windows(worlds: Mapping[str, Rollouts]) -> Sweep:
 
 
 def print_knees(sweep: Sweep, worlds: Mapping[str, Rollouts], tolerance: float) -> None:
-    """Knees in the relative and in the rescaled error, and errors at a window of 12."""
+    """Knees in the relative and in the rescaled error, and errors at a window of 12: a line per case, a column per world."""
 
-    def knees(world: str, measure: Any = "relative") -> str:
-        return "".join(f"{knee(sweep[world, case], tolerance, measure) or 'none up to 32':>26}" for case in CASES)
+    def row(label: str, cells: Iterable[object], digits: str = "") -> None:
+        print(f"{label:<32}" + "".join(f"{cell:>16{'' if isinstance(cell, str) else digits}}" for cell in cells))
 
-    print(f"{'knee at ' + format(tolerance, '.0%'):<14}{'mean length':>12}" + "".join(f"{case:>26}" for case in CASES))
-    for world, rollouts in worlds.items():
-        print(f"{world:<14}{rollouts.solution.visits_N.sum():>12.1f}" + knees(world))
-    print("the same, if a gradient may be too short:")
-    for world in worlds:
-        print(f"   {world:<23}" + knees(world, "rescaled"))
-    print()
-    print(f"{'error at 12':<26}" + "".join(f"{case:>26}" for case in CASES))
-    for world in worlds:
-        print(f"{world:<26}" + "".join(f"{sweep[world, case][12].relative:>26.3f}" for case in CASES))
-    alone = ", ".join(f"{world} {sweep[world, 'EGAE, shrunk:0.9'][12].critic:.3f}" for world in worlds)
-    print(f"{'critic alone, shrunk:0.9':<26}" + alone)
+    row("", worlds)
+    row("mean length", (rollouts.solution.visits_N.sum() for rollouts in worlds.values()), ".1f")
+    measures: tuple[tuple[str, Any], ...] = (("", "relative"), (", if a gradient may be too short", "rescaled"))
+    for words, measure in measures:
+        print(f"knee at {tolerance:.0%}{words}")
+        for case in CASES:
+            row(f"   {case}", (knee(sweep[world, case], tolerance, measure) or "none up to 32" for world in worlds))
+    print("error at 12")
+    for case in CASES:
+        row(f"   {case}", (sweep[world, case][12].relative for world in worlds), ".3f")
+    row("   critic alone, shrunk:0.9", (sweep[world, "EGAE, shrunk:0.9"][12].critic for world in worlds), ".3f")
 
 
 def draw_knees(sweep: Sweep, worlds: Sequence[str], tolerance: float) -> Figure:
     """EGAE's error against the window, exact critic and one that is 10 % too small; rings: the knees."""
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.1), layout="constrained", sharey=True)
     for axes, case in zip(panels, ("EGAE, exact critic", "EGAE, shrunk:0.9"), strict=True):
-        for i, world in zip((4, 3, 6), worlds, strict=True):  # colours that no estimator has
+        for i, world in zip((7, 4, 6), worlds, strict=True):  # looks that no estimator has
             errors = sweep[world, case]
             style: dict[str, Any] = {"color": COLOURS[i], "linestyle": LINES[i], "marker": MARKERS[i], "linewidth": 1.7}
             axes.loglog(list(errors), [e.relative for e in errors.values()], **style, markersize=5, label=world)

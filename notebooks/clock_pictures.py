@@ -81,7 +81,7 @@ def draw_active(traces: Mapping[str, Trace], until_s: float, slots: int) -> Figu
         decoding, of_all = busy_shares(trace)
         axes.set(xlim=(0, until_s), ylim=(0, 1.1 * slots))
         shares = f"{100 * decoding:.0f} % of the slots busy while decoding, {100 * of_all:.0f} % of all seconds"
-        tidy(axes, title=f"{name}: {shares}", x="", y="decode")
+        tidy(axes, title=f"{name}: {shares}", x="", y="sequences")
     panels[-1].set_xlabel("time (s)")
     _, of_all = busy_shares(traces["T-PPO"])
     title = f"T-PPO's slots are full while it decodes; over all seconds {100 * of_all:.0f} % are busy, for it also trains"
@@ -108,11 +108,11 @@ def draw_roofline(gpu: Accelerator, reached: Callable[[int, int], tuple[float, f
     who = {"ppo": "84 sequences, as PPO has in the mean", "tppo": "249 sequences, as T-PPO has"}
     for at, (context, pair) in enumerate(points.items()):
         x, y = pair.T
-        axes.plot(x, y, color="#7F7F7F", linestyle=LINES[at], zorder=1, label=f"context {context:,} tokens")
+        axes.plot(x, y, color="#7F7F7F", linestyle=LINES[at], zorder=1, label=f"context of {context:,} token{'s' * (context > 1)}")
         for number, (name, label) in enumerate(who.items()):
             dot = look(name).line(linestyle="", markersize=7)
             axes.plot(x[number], y[number], **dot, label=None if at else label)
-        axes.annotate(f"{x[1]:.0f}", (x[1], y[1]), xytext=(7, -4), textcoords="offset points", fontsize=9)
+        axes.annotate(f"{x[1]:.0f}", (x[1], y[1]), xytext=(-4, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.axvline(gpu.ridge, color="#888888", linewidth=0.8, linestyle=(0, (4, 4)))
     axes.annotate(f"ridge {gpu.ridge:.0f}", (gpu.ridge * 1.05, 14), fontsize=8.5)
     axes.set(xscale="log", yscale="log", xlim=(8, 1000), ylim=(10, 1500))
@@ -150,7 +150,8 @@ def draw_speeds(median: float = 1500, sigma: float = 1.0, slots: int = 512, devi
     mine = Case(model="Qwen2.5-7B", gpus=devices, lengths=spec, cap=16_384, window=5461, mini_batch=128)
     tp = 2
     cells = {"PPO, one per slot": ("ppo", Cell(tp, slots)), "PPO, four per slot": ("ppo", Cell(tp, slots, 4 * slots))}
-    cells |= {name: (name, Cell(tp, slots)) for name in ("tppo", "tppo+ac", "partial")}
+    others = {"T-PPO": "tppo", "T-PPO that trains once": "tppo+ac", "partial rollouts": "partial"}
+    cells |= {name: (method, Cell(tp, slots)) for name, method in others.items()}
     speeds = {name: run_at(mine, *how).speed for name, how in cells.items()}
     figure, axes = plt.subplots(figsize=(7.5, 3), layout="constrained")
     for name, s in speeds.items():
@@ -161,5 +162,5 @@ def draw_speeds(median: float = 1500, sigma: float = 1.0, slots: int = 512, devi
     best = max(speeds, key=lambda name: speeds[name].middle)
     title = f"7B on {devices}, {slots} slots, lengths with median {median} and sigma {sigma}"
     tidy(axes, title=title, x="trained tokens per second", y="")
-    figure.suptitle(f"Fastest here: {best}", fontweight="bold", fontsize=11)
+    figure.suptitle(f"Fastest here, by the middles of the ranges: {best}", fontweight="bold", fontsize=11)
     return figure

@@ -1,4 +1,4 @@
-"""Notebook 04: statistics over seeds of `sim.learning`'s records, its tables, and its figures.
+"""Notebook 04: statistics over seeds of `sim.lab.learning`'s records, its tables, and its figures.
 
 An arm looks the same in 04 and 05: a critic worth asking is T-PPO as it is meant, cold and waiting ones have colours of no method.
 """
@@ -45,7 +45,7 @@ def paired(histories: Histories, base: Histories, name: str = "mean_return", ste
 
 def verdict(gap: Estimate) -> str:
     word = "undecided" if gap.low <= 0 <= gap.high else "higher" if gap.value > 0 else "lower"
-    return f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}) {word}"
+    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] {word}"
 
 
 class Kept:
@@ -83,20 +83,20 @@ def run_arms(instance: Instance, arms: Mapping[str, Mapping[str, Any]], window: 
 
 def print_silent(runs: Runs, steps: Sequence[int]) -> None:
     print("share of the trained tokens whose raw advantage is exactly 0")
-    print(f"{'step':<8}" + "".join(f"{step:>16}" for step in steps))
+    print(f"{'step':<8}" + "".join(f"{step:>14}" for step in steps))
     for arm in ("cold", "warm"):
         silent = column(runs[arm], "no_signal_share")
-        print(f"{arm:<8}" + "".join(f"{show(silent[:, step]):>16}" for step in steps))
+        print(f"{arm:<8}" + "".join(f"{show(silent[:, step]):>14}" for step in steps))
 
 
 def print_arms(title: str, runs: Runs, pairs: Sequence[tuple[str, str | None]], last: int) -> None:
     """Return and critic's error per arm, and its paired difference from a base."""
-    head = f"{title:<20}{'return, step ' + str(last):>18}{'critic rms, step 5':>20}"
-    print(head + "   mean return of all steps against the base (95 % interval)")
+    head = f"{title:<15}{'return, step ' + str(last):>16}{'rms, step 5':>15}"
+    print(head + "   mean return of all steps, difference (95 %)")
     for arm, base in pairs:
         returns, rms = column(runs[arm], "mean_return")[:, last], column(runs[arm], "critic_rms")[:, 5]
         against = f"{verdict(paired(runs[arm], runs[base]))}, against {base}" if base else "base"
-        print(f"{arm:<20}{show(returns):>18}{show(rms):>20}   {against}")
+        print(f"{arm:<15}{show(returns):>16}{show(rms):>15}   {against}")
 
 
 def style_of(arm: str) -> dict[str, Any]:

@@ -105,7 +105,9 @@ def draw_bias(worlds: Mapping[str, tuple[Rollouts, int]], lam: float) -> Figure:
             y = np.where(moments.sampled_NA > 0, np.abs(moments.bias_NA), 0.0)[first][::-1].max(1)
             axes.semilogy(n[y > 1e-12], y[y > 1e-12], **look(name).line(markersize=7), label=label)
         axes.set_xlim(0.3, window + 0.7)
-        tidy(axes, title=title, x="tokens before the cut, n", y="|bias| of the advantage" if axes is panels[0] else "")
+        tidy(
+            axes, title=title, x="tokens before the cut, n", y="|bias| of the advantage (score is ±1)" if axes is panels[0] else ""
+        )
     panels[0].legend(frameon=False, fontsize=8.5, loc="upper right")
     panels[0].set(ylim=(0.001, 3), yticks=[0.001, 0.01, 0.1, 1], yticklabels=["0.001", "0.01", "0.1", "1"])
     panels[0].minorticks_off()

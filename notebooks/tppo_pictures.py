@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,12 +81,15 @@ def body(function: Callable[..., Any]) -> list[str]:
 
 
 def quote(where: Callable[..., Any], *words: str) -> None:
-    """The lines of the library's source that contain one of `words`, and the function that holds them."""
+    """The lines of the library's source that contain one of `words`, each of which is there, and the function that holds them."""
     module = inspect.getmodule(where)
     assert module
+    print(f"    {module.__name__.partition('.')[2]}.{where.__qualname__}:")
+    missing = [word for word in words if not any(word in line for line in body(where))]
+    assert not missing, f"{where.__qualname__} has no line with {missing} any more: what does the notebook mean to quote?"
     for line in body(where):
         if any(word in line for word in words):
-            print(f"    {module.__name__.partition('.')[2]}.{where.__qualname__}:  {line.strip()}")
+            print(*textwrap.wrap(line.strip(), 88, initial_indent=" " * 8, subsequent_indent=" " * 12), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------- section 5: where each token goes
