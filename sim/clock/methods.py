@@ -29,7 +29,7 @@ Critic = Literal["own", "small", "none"]
 LEVERS = {
     "a": ("earlier tokens forward only", "no gradient through the earlier tokens' keys and values"),
     "b": ("earlier keys and values kept from the log-probability pass", "as a, and they are as old as the step"),
-    "c": ("old log-probabilities from the engine", "engine and trainer must agree, or an importance weight corrects them"),
+    "c": ("old log-probabilities from the engine", "engine and trainer must agree, since a gap between them counts as an update"),
     "d": ("the critic reads the window only", "what it knew of earlier tokens is from its last pass"),
     "f": ("a cut response trains once it has a window of untrained tokens", "some tokens are one sync old"),
 }
