@@ -190,7 +190,11 @@ def study_table(name: str) -> tuple[dict[str, Any], ...]:
 
 def study(key: str, column: str) -> Any:
     """ "factorial 1": of the study's first contrast, the primary one, its `difference` with the interval, its `verdict`, the number
-    of `seeds`, or all of it, `said`, which is "not yet" before the first whole seed."""
+    of `seeds`, or all of it, `said`, which is "not yet" before the first whole seed. "whole": how many `contrasts` the studies have
+    that have all their seeds, and how many of these are `decided`."""
+    if key == "whole":
+        verdicts = [row["verdict"] for name in studies.ALL for row in study_table(name) if row["verdict"] != "not yet"]
+        return {"contrasts": len(verdicts), "decided": len(verdicts) - verdicts.count("undecided")}[column]
     name, number = key.split()
     made, rows = studies.ALL[name], study_table(name)
     if column != "said":

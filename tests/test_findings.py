@@ -254,6 +254,12 @@ def test_the_strawman_and_the_largest_of_the_others_are_those_that_the_answer_na
     assert ablations.ARMS["cold-critic-warmup"].fields["value.warmup_steps"] > findings.runs("all cold-critic-warmup", "steps") / 2
 
 
+def test_only_contrasts_of_whole_studies_count_and_undecided_is_not_decided(monkeypatch):
+    verdicts = {"factorial": ["better", "undecided", "equal"], "edge": ["not yet"], "bases": ["worse"]}
+    monkeypatch.setattr(findings, "study_table", lambda name: [{"verdict": verdict} for verdict in verdicts.get(name, [])])
+    assert (findings.study("whole", "contrasts"), findings.study("whole", "decided")) == (4, 3)
+
+
 def test_losing_choices_are_named_with_their_flags():
     flags = set(re.findall(r"`--([a-z_.]+ [a-z]+)`", PAGE))
     assert flags == {"advantage.cut_value critic", "advantage.tail defer"}
