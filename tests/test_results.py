@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, fair_headline, findings, headline, lever_learning
+from benchmarks import common, fair_headline, findings, headline, lever_learning, studies, study
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
 from benchmarks.fair_headline import shown
@@ -96,6 +96,16 @@ def test_the_estimators_and_the_schedules_own_speed():
         result, aim = line(what)
         assert result == f"{cost:.2f} us"
         verdict(aim, cost <= 2)
+
+
+@pytest.mark.parametrize(("what", "name"), [("the factorial", "factorial"), ("an edge right behind", "edge")])
+def test_a_stated_study_is_told_as_its_program_tells_it(what, name):
+    made = studies.ALL[name]
+    rows, _ = read_whole(made.path)
+    result, _ = line(what)
+    assert result == study.told(made, study.table(made, rows)[0])
+    num = len({(row["task"], row["arm"], row["seed"]) for row in rows})
+    assert f"{num} runs, {made.seeds} seeds: " in (FOLDER / "RESULTS.md").read_text()
 
 
 def test_what_the_planner_recommends_and_what_its_search_costs():
