@@ -67,8 +67,11 @@ def test_the_readme_says_what_the_fair_headline_found() -> None:
         row = fair_headline.found(task, "seconds")
         said = "{ratio} times {the}on `{task}` ({once} and {ppo} of {seeds} seeds arrive)"
         assert said.format(ratio=fair_headline.shown(row), the="the CPU seconds " * (task == "fork"), task=task, **row) in flowing
-    area = fair_headline.found("maze", "area")
-    assert f"mean accuracy at equal CPU seconds {fair_headline.shown(area, '+.3f')} ({area['verdict']})" in flowing
+    areas = [
+        f"{fair_headline.shown(row, '+.3f')} ({row['verdict']})"
+        for row in map(fair_headline.found, ("maze", "brackets"), ("area",) * 2)
+    ]
+    assert f"mean accuracy at equal CPU seconds {' and '.join(areas)}" in flowing
     assert README.index("PPO takes") < README.index("PPO reaches it"), "what came out against PPO at its best comes first"
 
 
