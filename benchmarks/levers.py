@@ -177,7 +177,8 @@ critic open to both, PPO with its best batch and refilled within the step: `pyth
 ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)). Above 1, and above 0 in area, `tppo-once` is ahead. Geometric means
 with 95 % t-intervals, seed by seed, over the seeds in which both arrive; area is mean accuracy at equal CPU seconds, over all. The
 verdict says how many seeds of `tppo-once` and of PPO arrive; where not all do, the ratio has no verdict.
-What `tppo-once` is was chosen on the first three tasks ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)); the last two came after it.
+What `tppo-once` is was chosen on the first three tasks ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)); the
+last two came after it.
 """
 
 
