@@ -19,7 +19,7 @@ import numpy as np
 
 from sim.clock.cluster import Recipe, Rows, Samples, Setup, capacity_of
 from sim.clock.compiled import AVAILABLE
-from sim.clock.decoding import Ints, Loads, Rollout, Stints, clock, load, measure
+from sim.clock.decoding import Ints, Loads, Rollout, Stints, clock, load, measure, only
 from sim.clock.hardware import Costs
 from sim.clock.queueing import queued
 from sim.clock.windows import CompiledWindows, ReadableWindows
@@ -106,10 +106,10 @@ class Course:
         crowded_R = (loads.peak_context_R(setup.half_block) > capacity) | (places_R < share_R)
         if not crowded_R.any():
             return stints, loads
-        parts = [stints.only(~crowded_R[stints.replica_n])]
+        parts = [only(stints, ~crowded_R[stints.replica_n])]
         for replica in np.flatnonzero(crowded_R):
             mine_n = stints.replica_n == replica
-            parts.append(queue_slots(stints.only(mine_n), slot_n[mine_n], capacity, places_R[replica], setup.half_block))
+            parts.append(queue_slots(only(stints, mine_n), slot_n[mine_n], capacity, places_R[replica], setup.half_block))
         stints = Stints(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         return stints, load(stints, num_replicas)
 

@@ -16,7 +16,7 @@ the last of them is its end, of no steps.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,14 @@ from sim.clock.hardware import Costs, causal_context
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Numbers = NDArray[Any]  # whole numbers, in whichever type the sums come
+
+
+Table = TypeVar("Table", bound=tuple[Any, ...])
+
+
+def only(table: Table, some_n: NDArray[np.bool_]) -> Table:
+    """Of a named tuple of columns, these rows."""
+    return type(table)(*(column_n[some_n] for column_n in table))
 
 
 class Stints(NamedTuple):
@@ -41,13 +49,10 @@ class Stints(NamedTuple):
     stop_n: Ints
     context_n: Ints
 
-    def only(self, some_n: NDArray[np.bool_]) -> Stints:
-        return Stints(*(column_n[some_n] for column_n in self))
-
     def until(self, stop_R: Ints) -> Stints:
         """What is left of the stints when replica r stops after stop_R[r] decode steps."""
         cut = self._replace(stop_n=np.minimum(self.stop_n, stop_R[self.replica_n]))
-        return cut.only(cut.stop_n > cut.begin_n)
+        return only(cut, cut.stop_n > cut.begin_n)
 
 
 class Loads(NamedTuple):
@@ -207,7 +212,7 @@ def measure(costs: Costs, stints: Stints, loads: Loads, times: Clock) -> Rollout
     num_replicas, queue_s = len(loads.steps_R), 0.0
     late_n = stints.ready_n < stints.begin_n
     if late_n.any():
-        late = stints.only(late_n)
+        late = only(stints, late_n)
         waits = [times.time_E[loads.at(late.replica_n, step_n)] for step_n in (late.begin_n, late.ready_n)]
         queue_s = float((waits[0] - waits[1]).sum())
     decode_s = float(times.decode_s_E.sum())

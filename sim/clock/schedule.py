@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sim.clock.cluster import Setup, Timeline, check_count, step_record, train
 from sim.clock.course import Course, Window
-from sim.clock.decoding import Ints
+from sim.clock.decoding import Ints, only
 from sim.clock.trace import StepRecord, Trace, check_conservation
 from tppo_ref.method.records import End
 from tppo_ref.method.slots import Refill
@@ -66,9 +66,6 @@ class Ended(NamedTuple):
     version_sum_n: Ints
     first_version_n: Ints
 
-    def only(self, mask_n: NDArray[np.bool_]) -> Ended:
-        return Ended(*(column_n[mask_n] for column_n in self))
-
     def beside(self, others: Ended) -> Ended:
         return Ended(*(np.concatenate(columns) for columns in zip(self, others, strict=True)))
 
@@ -77,7 +74,7 @@ def split_whole_groups(ended: Ended, size: int) -> tuple[Ended, Ended]:
     """Those whose group, `size` successive samples, has ended; those that wait for it: `tppo_ref.loop.groups` by the thousand."""
     _, group_n, num_g = np.unique(ended.sample_n // size, return_inverse=True, return_counts=True)
     whole_n = num_g[group_n] == size
-    return ended.only(whole_n), ended.only(~whole_n)
+    return only(ended, whole_n), only(ended, ~whole_n)
 
 
 class Work(NamedTuple):
@@ -189,7 +186,7 @@ class Windowed:
         sum_n = np.where(begun_n, self.version_sum_S[place_n], 0) + version * new_n
         first_n = np.where(begun_n, self.first_version_S[place_n], version)
         self.version_sum_S[place_n[cut_n]], self.first_version_S[place_n[cut_n]] = sum_n[cut_n], first_n[cut_n]
-        fresh = Ended(window.rows[:, 1], row.prompt, length_n, sum_n, first_n).only(~cut_n)
+        fresh = only(Ended(window.rows[:, 1], row.prompt, length_n, sum_n, first_n), ~cut_n)
         ready, self.held = split_whole_groups(self.held.beside(fresh), self.group_size)
         trained = int(ready.length_n.sum())
         return Work(

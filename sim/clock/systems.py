@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.clock.cluster import Rows, Samples, Setup, Timeline, Times, Training, capacity_of, check_count, step_record, train
-from sim.clock.decoding import Clock, Floats, Ints, Loads, Rollout, Stints, all_at_once, clock, load, measure, steps_until
+from sim.clock.decoding import Clock, Floats, Ints, Loads, Rollout, Stints, all_at_once, clock, load, measure, only, steps_until
 from sim.clock.queueing import queued
 from sim.clock.trace import StepRecord
 
@@ -63,7 +63,7 @@ class _Continuous:
         capacity, parts = capacity_of(setup.costs, stints), []
         peak_R = load(stints, setup.num_replicas).peak_context_R(setup.half_block)
         for replica, ids in enumerate(ids_R):
-            part, places = stints.only(replica_n == replica), setup.places(replica, capacity)
+            part, places = only(stints, replica_n == replica), setup.places(replica, capacity)
             if len(ids) > places or peak_R[replica] > capacity:
                 found = queued(part.context_n, part.stop_n, places=places, capacity=capacity, unused=setup.half_block)
                 job_n, *others = found.T
