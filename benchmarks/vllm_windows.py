@@ -4,7 +4,7 @@
 
 The task is `chain`, whose longest response is ten times the mean; 32 slots on one rank of cpu-tiny. PPO is the same run with a
 window as long as the longest response and refill at the step's edge: every step waits for its longest. Its critic update is
-T-PPO's, which changes seconds little. The two are run in turn,
+T-PPO's. The two are run in turn,
 seed by seed; the first steps of each are left out. Aim: at least twice the generated tokens per second, training and weight
 sync included. Policies learn meanwhile, so lengths may drift apart: each row gives its mean. Needs vLLM (make test-scale
 installs it).
