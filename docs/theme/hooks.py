@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^()\s]+)(\))")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 DRAWN = re.compile(r'<img ([^>]*?)src="([^":]*)\.svg"([^>]*)>')
+PIXELS = re.compile(r'<img [^>]*?src="([^"]+\.png)"[^>]*>')
 DARK = re.compile(r"@media\(prefers-color-scheme:dark\)\{((?:[^{}]*\{[^{}]*\})*)\}")
 TEXT = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash", ".txt": "text", ".json": "json"}
 SHOWN = {*TEXT, ".md", ".ipynb", ".csv", ".png", ".svg"}
@@ -200,7 +201,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML, which browsers show by themselves: no script, no fonts. Drawn pictures once in light and once in dark."""
+    """Formulas as MathML, which browsers show by themselves: no script, no fonts. Drawn pictures once in light and once in dark. A
+    figure of pixels opens in its own size: as wide as a telephone its labels are too small to read."""
+    content = PIXELS.sub(r'<a class="figure" href="\1" title="in its own size">\g<0></a>', content)
     content = FORMULA.sub(lambda match: formula(html.unescape(match[2]), match[1] == "div"), content)
     return DRAWN.sub(
         lambda match: "".join(

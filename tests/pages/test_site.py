@@ -84,6 +84,13 @@ def test_every_picture_is_said_in_words(read):
     assert {str(path): page.nameless for path, page in read.items() if page.nameless} == {}
 
 
+def test_every_figure_of_pixels_opens_in_its_own_size(read):
+    """On a telephone, where its labels are too small to read."""
+    shown = {path: {s for s in page.fetched if s.endswith(".png") and "assets/" not in s} for path, page in read.items()}
+    assert {str(path): pictures - set(read[path].links) for path, pictures in shown.items() if pictures - set(read[path].links)} == {}
+    assert sum(map(len, shown.values())) > 20
+
+
 def test_every_link_within_the_site_leads_somewhere(site, read):
     lost = []
     for path, page in read.items():
