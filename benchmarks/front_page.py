@@ -33,7 +33,7 @@ PICTURES = PAGE.parent / "pictures"
 RULES: dict[CutValue, str] = {
     "previous": "V(s_{l−1}): as if nothing had happened. T-PPO's",
     "critic": "V(s_l), the critic's own word. PPO's truncation",
-    "zero": "0, as if it had ended there. Who knows only padding",
+    "zero": "0, as if it had ended there. That of code which knows padding and no cut",
 }
 Told = tuple[dict[str, str], ...]
 
