@@ -62,7 +62,7 @@ LOOKS: dict[str, Look] = {
     "rloo-window": Look("#6B7A1E", "#C9D86A", "-", "P"),
     "grpo": Look("#8A3B5C", "#E3A6C0", "--", "X"),
     "grpo-window": Look("#8A3B5C", "#E3A6C0", "-", "X"),
-    "tppo-once": Look("#56B4E9", "#A9D8F5", "--", "*"),
+    "tppo-once": Look("#56B4E9", "#A9D8F5", (0, (6, 1, 1, 1)), "p"),
     # what stands for V(s_l) at a cut, as advantage.cut_value and the laboratory name it
     "previous": T_PPO,
     "critic": CRITIC,
