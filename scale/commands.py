@@ -52,11 +52,13 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
     with alone(config, world), frozen_policy(config, world) as (task, engine, scorer):
         everyone = Collective(world.flat)
         leave_out_bad_references(task, scorer.verifier, out, resume=False, progress=config.algo.run.progress, parallel=everyone)
-        pretrain(
+        folder = pretrain(
             config.algo, build_sampler(config, world, task, engine, shape(scorer, config)), task.prompts("train"),
             make_value=lambda: build_value(config, world), parallel=parallel, device=world.device,
             save=lambda value, folder: export_model(value, folder, world, dtype=torch.float32),
         )  # fmt: skip
+        if parallel.first:
+            print(f"value model: {folder}")
 
 
 @contextmanager

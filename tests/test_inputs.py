@@ -104,6 +104,14 @@ def test_a_critic_is_used_again_where_nothing_that_pre_training_reads_is_other(c
     assert (name_of(config) == name_of(replace_fields(config, {field: value}))) == same
 
 
+def test_a_comparison_says_where_its_critic_is_kept_and_says_it_once(config, name_of, capsys):
+    """Not the folder beside it in which it was made, which is gone by then."""
+    name = name_of(config)
+    assert capsys.readouterr().out == f"value model: {config.run.cache}/{name}/value\n"
+    assert name_of(config) == name
+    assert capsys.readouterr().out == ""
+
+
 OTHER_ROLLOUT = {"slots": 8, "max_response_tokens": 6, "min_response_tokens": 2, "samples_per_prompt": 2, "temperature": 0.5,
                  "window": 8, "refill": "step", "responses_per_step": 9, "kv_cache": "fp8"}  # fmt: skip
 SHAPES_NO_RESPONSE = {"window", "refill", "responses_per_step"}  # pre-training samples whole responses, in one window

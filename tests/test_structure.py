@@ -107,7 +107,7 @@ def state():
         "python_rng": hash(random.getstate()), "numpy_rng": int(np.random.get_state()[1].sum()),
         "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
     }
-import transformers  # whatever other packages do to the process is theirs
+import gymnasium, transformers  # whatever other packages do to the process is theirs
 names = json.loads(sys.argv[1])
 found = {}
 for name in names:

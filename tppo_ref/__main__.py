@@ -76,7 +76,7 @@ def pretrain_value(config: Config, given: set[str]) -> None:
     refuse_without_critic(config)
     from tppo_ref.runs.commands import pretrain_value as run_pretrain
 
-    run_pretrain(config)
+    print(f"value model: {run_pretrain(config)}")
 
 
 def evaluate(config: Config, given: set[str]) -> None:

@@ -176,7 +176,6 @@ def write_report(report: Sequence[dict[str, Any]], num_test: int, folder: Path) 
     print(f"{'tokens':>14} {'count':>8}  explained variance on {num_test} held-out responses")
     for row in report:
         print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")
-    print(f"value model: {folder}")
     if below := [row["from_token"] for row in report if row["explained_variance"] < 0]:
         print(f"warning: explained variance is below 0 from token {below[0]} on: worse than a constant; take more "
               f"value.pretrain_responses or value.pretrain_epochs before you train with it", file=sys.stderr)  # fmt: skip

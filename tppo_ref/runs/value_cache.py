@@ -42,6 +42,7 @@ def cached_value(config: Config, task: Task, verifier: Verifier, references: Pat
                 shutil.copy(references, beside / FILE)
             pretrain_value(dataclasses.replace(config, run=dataclasses.replace(config.run, out=str(beside))))
             os.rename(beside, folder)
+            print(f"value model: {folder / 'value'}")
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return folder / "value"
