@@ -337,6 +337,8 @@ def test_a_run_leaves_its_config_versions_metrics_and_tables(run_folder):
 def test_every_option_of_the_command_line_wins_over_the_file_which_wins_over_the_default(tmp_path):
     (tmp_path / "c.yaml").write_text("rollout: {window: 7, slots: 9}\npolicy: {dual_clip: null}\n")
     config = parse(Config, ["--config", str(tmp_path / "c.yaml"), "--rollout.window", "5"], prog="x")
+    assert parse(Config, ["--rollout.window", "5", "--config", str(tmp_path / "c.yaml")], prog="x") == config
+    assert parse(Config, ["--rollout.window=5", f"--config={tmp_path / 'c.yaml'}"], prog="x") == config
     assert (config.rollout.window, config.rollout.slots, config.rollout.refill) == (5, 9, "immediate")
     assert config.policy.dual_clip is None
     assert config.value == Config().value

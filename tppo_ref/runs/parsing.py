@@ -69,12 +69,12 @@ def get_field(config: Any, path: str) -> Any:
 def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, description: str = "") -> ConfigT:
     """`--config FILE --section.field VALUE` into a nested frozen dataclass: the one parser of laptop and cluster.
 
-    Unknown keys, wrong types and unreadable files raise UserError, in one line, with the nearest right name.
-    `--help` and `--print_config` print and leave with exit code 0.
+    A field on the command line wins over the files wherever it stands. Unknown keys, wrong types and unreadable files raise
+    UserError, in one line, with the nearest right name. `--help` and `--print_config` print and leave with exit code 0.
     """
     given_fields(argv)
     parser = _parser(config_class, prog, description)
-    return _instance(config_class, parser, lambda: parser.parse_args(list(argv)))
+    return _instance(config_class, parser, lambda: parser.parse_args(files_first(argv)))
 
 
 def typed(config: ConfigT) -> ConfigT:
@@ -101,6 +101,13 @@ def _instance(config_class: type[ConfigT], parser: Any, parsed: Callable[[], Any
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_line(str(error), field_paths(config_class))) from None
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def files_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config` and its files in front: jsonargparse lets whatever comes later win."""
+    follows = [False, *(arg == "--config" for arg in argv)]
+    of_files = [after or arg == "--config" or arg.startswith("--config=") for after, arg in zip(follows, argv, strict=False)]
+    return [*itertools.compress(argv, of_files), *itertools.compress(argv, [not of_file for of_file in of_files])]
 
 
 def given_fields(argv: Sequence[str]) -> set[str]:
