@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import findings, pictures
+from benchmarks import fair_headline, findings, pictures
 from benchmarks.common import RESULTS
+from benchmarks.value_moves import in_a_sentence
 from tppo_ref.method.advantages import CutValue, egae, gae
 from tppo_ref.runs.config import Config
 
@@ -162,7 +163,25 @@ BLOCKS: findings.Blocks = {
     "response": lambda: shown("response.svg"),
     "cuts": lambda: shown("rules.svg"),
 }
-BLOCKS_OF_README: findings.Blocks = {"slots": lambda: shown("slots.svg", "docs/pictures")}
+
+
+def lines_of_fair() -> str:
+    """PPO at its best against tppo-once, a line per task."""
+    head = ("task", "in a sentence", "CPU seconds to the target, PPO / `tppo-once`", "generated tokens, the same",
+            "accuracy at equal CPU seconds, `tppo-once` - PPO", "seeds that arrive, `tppo-once` and PPO")  # fmt: skip
+    rows = []
+    for task in fair_headline.TASKS:
+        seconds, tokens, gained = (fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "area"))
+        assert seconds
+        assert tokens
+        assert gained
+        arrive = "{once} and {ppo} of {seeds}".format(**seconds)
+        area = f"{fair_headline.shown(gained, '+.3f')}, {gained['verdict']}"
+        rows.append([f"`{task}`", in_a_sentence(task), fair_headline.shown(seconds), fair_headline.shown(tokens), area, arrive])
+    return findings.markdown(head, rows)
+
+
+BLOCKS_OF_README: findings.Blocks = {"slots": lambda: shown("slots.svg", "docs/pictures"), "fair": lines_of_fair}
 
 
 def stale() -> dict[Path, str]:

@@ -157,16 +157,21 @@ def table(name: str) -> tuple[dict[str, str], ...]:
         return tuple(csv.DictReader(file))
 
 
+def in_a_sentence(task: str) -> str:
+    """The first sentence of a task's module, without its name."""
+    doc = importlib.import_module(f"tppo_ref.tasks.{task}").__doc__ or ""
+    return doc.splitlines()[0].partition(": ")[2].partition(".")[0]
+
+
 def lines() -> str:
     """The table of docs/tasks.md: the first line of each task's module, and the committed numbers."""
     head = "task | in a sentence | right, base model | tokens in cut rows | V moves, of 100 tokens"
     out = [f"| {head} | behind the {WINDOW}th | size |", "| --- " * 7 + "|"]
     base = {row["task"]: row for row in table("cut_tokens")}
     for name in TASKS:
-        doc = importlib.import_module(f"tppo_ref.tasks.{name}").__doc__
-        what = doc.splitlines()[0].partition(": ")[2].partition(".")[0]
         own, found = base[name], summary(table("value_moves"), name)
-        out.append(f"| `{name}` | {what} | {float(own['accuracy']):.2f} | {100 * float(own['cut_token_share']):.0f} % | "
+        out.append(f"| `{name}` | {in_a_sentence(name)} | "
+                   f"{float(own['accuracy']):.2f} | {100 * float(own['cut_token_share']):.0f} % | "
                    f"{found['moves']:.1f} | {found['late']:.1f} | {found['size']:.2f} |")  # fmt: skip
     return "\n".join(out) + "\n"
 
