@@ -327,6 +327,15 @@ def test_ratios_of_the_headline_are_geometric_means_with_t_intervals_over_its_se
     assert findings.headline("chain tppo generated tokens to target", "ratio")[0] == pytest.approx(generated)
 
 
+def test_pre_training_takes_nearly_as_many_tokens_as_a_run():
+    """What the objection to question 5 says, and that the page says how many responses it takes."""
+    config = Config()
+    lengths = [findings.runs(f"{task} tppo", "length_mean") for task in ("chain", "fork", "length")]
+    tokens = config.value.pretrain_responses * sum(lengths) / len(lengths)
+    assert 0.75 < tokens / equal_tokens.BUDGET < 1
+    assert f"its {config.value.pretrain_responses:,} responses are nearly as many tokens as a whole run generates" in PAGE
+
+
 def test_the_readme_says_the_same_of_the_headline_and_of_equal_tokens():
     """Its numbers are marked (benchmarks.front_page); here what it says of them in words."""
     text = " ".join((findings.PAGE.parents[1] / "README.md").read_text().split())

@@ -41,7 +41,7 @@ def test_every_mark_is_read_and_every_block_is_there():
     assert {"response", "motion", "headline", "slots", "text", "exact", "batches", "early"} <= {mark["source"] for mark in MARKS}
 
 
-SETTINGS = {"0", "0.95", "1", "2.5", "16", "32", "64", "95", "128", "2,048", "256"}
+SETTINGS = {"0", "0.005", "0.95", "1", "2.5", "16", "32", "64", "95", "128", "2,048", "256"}
 
 
 def test_what_stands_without_a_mark_is_a_setting():

@@ -98,14 +98,16 @@ def test_the_estimators_and_the_schedules_own_speed():
         verdict(aim, cost <= 2)
 
 
-@pytest.mark.parametrize(("what", "name"), [("the factorial", "factorial"), ("an edge right behind", "edge")])
+@pytest.mark.parametrize(("what", "name"), [("the factorial", "factorial"), ("an edge right behind", "edge"),
+                                              ("several base models", "bases")])  # fmt: skip
 def test_a_stated_study_is_told_as_its_program_tells_it(what, name):
     made = studies.ALL[name]
     rows, _ = read_whole(made.path)
     result, _ = line(what)
     assert result == study.told(made, study.table(made, rows)[0])
     num = len({(row["task"], row["arm"], row["seed"]) for row in rows})
-    assert f"{num} runs, {made.seeds} seeds: " in (FOLDER / "RESULTS.md").read_text()
+    each = f" on each of {len(made.bases)}" if len(made.bases) > 1 else ""
+    assert f"{num} runs, {made.seeds} seeds{each}: " in (FOLDER / "RESULTS.md").read_text()
 
 
 def test_what_the_planner_recommends_and_what_its_search_costs():
