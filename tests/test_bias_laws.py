@@ -480,6 +480,30 @@ def test_p3_what_cut_gae_expects_under_any_critic(case):
             assert moments.mean_NA[node, token] == pytest.approx(expected, abs=CLOSE)
 
 
+@law
+def test_p3_what_egae_expects_under_any_critic(case):
+    """The same but for the last term: where cut-GAE has the critic's word on s_l for V^pi(s_l), EGAE has its word on s_{l-1}."""
+    listing, gamma, lam, v = case.listing, case.mdp.gamma, case.lam, case.critic_N
+
+    def error_at(column: int) -> Callable[[list[Step]], float]:
+        return lambda steps: v[steps[column][0]] - listing.value[steps[column][0]] if column < len(steps) else 0.0
+
+    def guess_at(cut: int) -> Callable[[list[Step]], float]:
+        return lambda steps: v[steps[cut - 1][0]] - listing.value[steps[cut][0]] if cut < len(steps) else 0.0
+
+    for window in every_window(case.mdp):
+        moments = conditional_moments(case.rollouts, v, Estimator(lam=lam), window)
+        for node, token in pairs(moments)[:12]:
+            n, t = int(moments.distance_N[node]), int(case.mdp.depth_N[node])
+            if t + n >= case.mdp.max_tokens:
+                continue  # the cap is no cut
+            expected = listing.advantage(node, token) - (v[node] - listing.value[node])
+            for k in range(1, n):
+                expected += gamma**k * lam ** (k - 1) * (1 - lam) * listing.given(node, token, error_at(t + k))
+            expected += gamma**n * lam ** (n - 1) * listing.given(node, token, guess_at(t + n))
+            assert moments.mean_NA[node, token] == pytest.approx(expected, abs=CLOSE)
+
+
 def test_p3_an_untrained_critic_and_a_final_reward_leave_cut_rows_without_any_signal():
     mdp, policy_NA, _ = instances.random(seed=5, every_token=False, p_end=0.3)
     rollouts = Rollouts(mdp, policy_NA)
@@ -678,6 +702,30 @@ def test_p7_with_gamma_1_and_a_final_reward_excluding_one_token_changes_nothing(
     np.testing.assert_allclose(found[0].gradient, found[1].gradient, atol=1e-15, rtol=0)
     excluded, sampled = 0.9**3 + 0.9**6, sum(0.9**t for t in range(7))  # p_end is 0.1
     assert [f.trained_share for f in found] == pytest.approx([1, 1 - excluded / sampled])
+
+
+def test_refuted_excluding_two_tokens_always_costs():
+    """State 0 chooses 1 or 2. There the end pays 1 or -1, and going on is worth 0: the choice deserves 1/2 and -1/2.
+
+    Cut behind two tokens EGAE gives it (1 + 1/2) / 2 = 3/4: 1 where the response ended, 1/2 where it was cut. Without the cut rows it is
+    1/2. In states 1 and 2 a cut row gets nothing either way (P2'), so that is all that exclusion changes.
+    """
+    rows = [(0, 0, 1.0, 0.0, 1), (0, 1, 1.0, 0.0, 2), (1, 0, 1.0, 1.0, ENDED), (1, 1, 1.0, 0.0, 3), (2, 0, 1.0, -1.0, ENDED),
+            (2, 1, 1.0, 0.0, 4), (3, 0, 1.0, 0.0, ENDED), (4, 0, 1.0, 0.0, ENDED)]  # fmt: skip
+    mdp = TokenMDP(num_states=5, num_tokens=2, edges=Edges(*map(np.array, zip(*rows, strict=True))), max_tokens=3)
+    policy_NA = mdp.uniform()
+    listing, rollouts = Listing(mdp, policy_NA, Fraction), Rollouts(mdp, policy_NA)
+    v = rollouts.solution.value_N
+    moments = conditional_moments(rollouts, v, Estimator(lam=1.0), 2)
+    assert listing.advantage(0, 0) == Fraction(1, 2)
+    assert moments.mean_NA[0, :2] == pytest.approx([0.75, -0.75])
+    found = [expected_gradient(rollouts, v, tail_rule(tail, 2, lam=1.0), 2).gradient for tail in ("none", "exclude")]
+    true = rollouts.policy_gradient_NA
+    np.testing.assert_allclose(found[0][0], 1.5 * true[0], atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(found[1][0], true[0], atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(found[0][1:], found[1][1:], atol=CLOSE, rtol=0)
+    none, exclude = (squared_error(listing, tail_rule(tail, 2, lam=1.0), 2) for tail in ("none", "exclude"))
+    assert exclude < none
 
 
 def two_lotteries() -> tuple[TokenMDP, np.ndarray]:
