@@ -9,6 +9,7 @@ python -m benchmarks.sync             with vLLM: weight sync against a copy
 python -m benchmarks.verdicts FOLDER  scale's verifier on the examples of math-verify's source archive
 python -m benchmarks.versions         the stated ranges of Python, torch and transformers, tried
 python -m benchmarks.plans            no speed of ours: what the planner recommends for the shipped configs
+python -m benchmarks.update_level     no speed of ours: T-PPO over PPO by the clock, training as fast as was published
 python -m benchmarks.admission        no speed of ours: an engine that never preempts, by the clock
 python -m benchmarks.vllm_full_cache  with vLLM: engine steps per window when its cache is full, counted
 python -m benchmarks.vllm_windows     with vLLM: T-PPO's step against PPO's, five seeds

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import literature, pages
+from benchmarks import literature, pages, update_level
 from sim.__main__ import main
 from sim.clock.clock_figures import busy_share, timeline_rows
 from sim.clock.cluster import Recipe, Setup
 from sim.clock.compare import Case, WeightsOnly, evaluate, method_row, setup_of
 from sim.clock.distributions import Constant, TwoPoint
+from sim.clock.efficiency import Efficiency
 from sim.clock.hardware import Layout, Roofline, cluster, model
 from sim.clock.methods import method
 from sim.clock.ranges import Ranged
@@ -54,6 +55,77 @@ def test_the_page_says_how_many_predictions_of_real_runs_miss_and_names_each():
     section = PAGE.partition("## Against our own runs")[2].partition("\n## ")[0]
     assert f"{len(rows) - len(missed)} of {len(rows)} predictions" in section
     assert all(f'"{name}" error' in section for name in missed)
+
+
+def test_by_medians_alone_fewer_predictions_of_real_runs_are_within():
+    rows = [row for row in pages.committed("reality") if row["role"] == "prediction"]
+    near = [row for row in rows if abs(float(row["predicted"]) / float(row["measured"]) - 1) <= float(row["tolerance"])]
+    assert f"quotient of the two medians {len(near)} of {len(rows)} would be within" in " ".join(PAGE.split())
+    runs = {row["run"] for row in rows}
+    assert (len([run for run in runs if "/" not in run]), len([run for run in runs if "/" in run])) == (
+        7,
+        2,
+    )  # "seven runs", "two pairs"
+
+
+def test_what_the_page_says_of_the_tables_in_words():
+    flowing = " ".join(re.sub("<!--.*?-->", "", PAGE).split())
+    first = [row for row in pages.committed("literature") if row["first"] == "True"]
+    within = sum(row["within"] == "True" for row in first)
+    assert f"{within} of {len(first)} lie inside their range" in flowing
+    assert f"The misses stay, {len(first) - within} of {len(first)}" in flowing
+    tail, long = (float(pages.number("methods", f"{what}/tppo", "gain", ".4f")) for what in ("R1", "R2"))
+    assert "gains about a seventh or loses about a fifth" in flowing
+    assert round(1 / (tail - 1)) == 7
+    assert round(1 / (1 - long)) == 5
+    slots = {row["slots"]: row for row in pages.committed("slots") if row["lengths"] == SETUPS[0].lengths}
+    assert max(slots.values(), key=lambda row: float(row["gain"]))["slots"] == "4096"
+    assert float(slots["4096"]["lag_updates"]) > float(slots["4096"]["best_lag_updates"]) > float(slots["2048"]["lag_updates"])
+    heavy = next(row for row in pages.committed("tails") if row["what"] == "sigma 1.0, cache")
+    assert float(heavy["gain_equal"]) - 1 < 0.5 * (float(heavy["gain_rollout"]) - 1)  # "less than half of that gain"
+    rows = {(row["what"], row["system"]): row for row in pages.committed("methods")}
+    for what in ("R1", "R2", "R3"):
+        assert all(float(rows[what, name]["lag_updates"]) > 0 for name in NAMES)  # "no method ... has none"
+        tppo = [float(rows[what, name]["gain"]) for name in NAMES if name.startswith("tppo") and "/" not in name]
+        assert max(tppo) < float(rows[what, "partial+c"]["gain"])  # "no T-PPO of the table is faster"
+        one, four = (float(rows[what, f"async:{bound}"]["tokens_per_s"]) for bound in (1, 4))
+        assert one == pytest.approx(four, rel=1e-3)  # "gain the same"
+    assert not {"tppo+cf", "tppo+cf/small", "partial/small", "partial+c/small"} & set(NAMES)  # "has no row here"
+
+
+def test_rows_with_a_lever_that_is_not_there_are_marked():
+    for line in PAGE.partition("## Every method")[2].splitlines():
+        if line.startswith("| T-PPO + "):
+            assert (" d" in line.partition("<!--")[0].split("|")[1]) == ("†" in line)
+
+
+# ------------------------------------------------------------------------------------------------------- the update's own level
+
+
+def test_seconds_of_phases_are_multiplied_by_hand():
+    found = made(trained=60.0)  # 1 + 0 + 3 + 2 + 1 seconds of phases
+    assert update_level.speed(found, {}) == 60 / 7
+    assert update_level.speed(found, {"policy_train": 0.5, "value_train": 0.5}) == 60 / (7 - 2.5)
+
+
+def test_training_as_published_is_of_the_one_published_update_and_raises_the_gain():
+    rows = {row["what"]: {name: float(row[name]) for name in ("update", "passes", "gain", "gain_equal")}
+            for row in pages.committed("update")}  # fmt: skip
+    assert len(rows) == 2 * len(update_level.LEVELS)
+    for case in SETUPS[:2]:
+        plain, update, training = (rows[f"{case.what}, {level}"] for level in update_level.LEVELS)
+        committed = next(row for row in pages.committed("methods") if pages.key("methods", row) == f"{case.what}/tppo")
+        assert plain["gain"] == pytest.approx(float(committed["gain"]))
+        assert (plain["update"], plain["passes"], update["passes"]) == (1, 1, 1)
+        assert update["update"] == training["update"] == pytest.approx(270 / 585.4)
+        assert training["passes"] == pytest.approx(108 / 146.4)
+        assert plain["gain"] < update["gain"] < training["gain"]
+        assert plain["gain_equal"] < update["gain_equal"] < training["gain_equal"]
+    small = {what: {level: f"{rows[f'{what}, {level}']['gain']:.2f}x" for level in update_level.LEVELS} for what in ("R1", "R2")}
+    told = [f"{one['as predicted']} becomes {one['update']}" for one in small.values()]
+    passes = " and ".join(one["training"] for one in small.values())
+    assert f"{', '.join(told)} ({passes} with the passes)" in (RESULTS.parent / "RESULTS.md").read_text()
+    assert Efficiency().training_flops_fraction / update_level.published_over_predicted("update") > 0.9  # "about the whole rate"
 
 
 def test_a_wrong_number_would_be_noticed():

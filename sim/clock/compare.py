@@ -19,7 +19,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,11 +35,14 @@ from sim.clock.hardware import Layout, Roofline, Work, cluster, model
 from sim.clock.lengths import load_lengths
 from sim.clock.methods import Method, method, routine, small_critic
 from sim.clock.ranges import Ranged
+from sim.clock.steady import Steady
 
 PROMPT_TOKENS, SAMPLES = 200, 16
 MOST_RESPONSES = 8192
 SLOTS = (256, 512, 1024, 2048, 4096, 8192)
 """Grid of a method's decoding places; tensor parallelism is any power of 2 within a node that fits."""
+Speed = Callable[[Steady], float]
+TOKENS_PER_S: Speed = operator.attrgetter("tokens_per_s")
 Counted = Literal["weights", "kv", "cache"]
 """What decoding is charged for: "weights": their bytes and operations only, and a KV cache without bound, as in the simplest
 roofline; "kv": keys and values are read too; "cache": and their room is limited, as it is."""
@@ -164,10 +168,10 @@ def run_at(case: Case, name: str, cell: Cell) -> Ranged:
     return Ranged(run, apart=cell.engine_devices > 0)
 
 
-def fastest(case: Case, name: str, cells: Iterator[Cell]) -> Best:
-    """The cell with the most trained tokens per second, by the middle efficiencies."""
+def fastest(case: Case, name: str, cells: Iterator[Cell], speed: Speed = TOKENS_PER_S) -> Best:
+    """The cell with the most trained tokens per second, by the middle efficiencies; `speed` may count seconds otherwise."""
     some = [Best(cell, run_at(_plain(case, name), name, cell)) for cell in cells]
-    return max(some, key=lambda best: best.system.middle.tokens_per_s)
+    return max(some, key=lambda best: speed(best.system.middle))
 
 
 def _plain(case: Case, name: str) -> Case:
@@ -179,16 +183,16 @@ def tps_of(case: Case) -> tuple[int, ...]:
     return (case.tp,) if case.tp else parallel_sizes(case.model, case.gpus, case.cap)
 
 
-def best_ppo(case: Case, *, name: str = "ppo", most_responses: int = 0) -> Best:
+def best_ppo(case: Case, *, name: str = "ppo", most_responses: int = 0, speed: Speed = TOKENS_PER_S) -> Best:
     """PPO over TP x slots, with so many responses per step, at least as many as slots; 0: MOST_RESPONSES."""
     tps, num_devices = parallel_sizes(case.model, case.gpus, case.cap), cluster(case.gpus)[0]
     responses = max(most_responses or MOST_RESPONSES, num_devices // min(tps))
     slots = sorted({s for s in SLOTS if s < responses} | {responses})
     cells = [Cell(tp, s, 0 if s == responses else responses) for tp in tps for s in slots if s >= num_devices // tp]
-    return fastest(case, name, iter(cells))
+    return fastest(case, name, iter(cells), speed)
 
 
-def at_best(case: Case, name: str) -> Best:
+def at_best(case: Case, name: str, *, speed: Speed = TOKENS_PER_S) -> Best:
     """Any method but PPO at its best of TP and slots, where the case leaves them open; asynchronous training also at its best split
     of the devices, with half as many responses per step as slots. Steps of more than 16 updates are left out."""
     which, num_devices = method(name), cluster(case.gpus)[0]
@@ -202,7 +206,7 @@ def at_best(case: Case, name: str) -> Best:
         cells = [cell for cell in cells if trained_about(case, which, cell) <= 1.05 * most] or cells[:1]
     if not cells:
         raise ValueError(f"{name} does not fit on {case.gpus}; take more devices, or larger ones")
-    return fastest(case, name, iter(cells))
+    return fastest(case, name, iter(cells), speed)
 
 
 def trained_about(case: Case, which: Method, cell: Cell) -> float:
