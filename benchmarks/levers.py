@@ -18,7 +18,7 @@ import contextlib
 import csv
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import numpy as np
 
 from benchmarks import fair_headline, lever_learning
 from benchmarks.common import RESULTS, report
-from benchmarks.equal_tokens import SHARED, prepare, quiet, read_whole
+from benchmarks.critic_batches import MARGIN
+from benchmarks.equal_tokens import BUDGET, SHARED, prepare, quiet, read_whole
 from benchmarks.fair_headline import small_critic
 from benchmarks.paired import geometric
 from tppo_ref.runs.build import build
@@ -43,7 +44,7 @@ LEVERS: dict[str, tuple[str, dict[str, Any]]] = {  # the clock's name -> what it
     "tppo+b": ("b: and its keys and values kept for the update", CONSTANT | {"policy.keep_prefix": True}),
     "tppo+c": ("c: the engine's log-probabilities", ENGINE),
     "tppo+f": ("f: a cut response trains once it has a window of untrained tokens", FILLED),
-    "tppo/small": ("a critic of a quarter of the width, or of the parameters (clock)", SMALL),
+    "tppo/small": ("small critic: a quarter of the width (measured), of the parameters (predicted)", SMALL),
     "tppo+ac": ("a and c", CONSTANT | ENGINE),
     "tppo-once/small": ("c and f, which is `tppo-once`, and the small critic", ENGINE | FILLED | SMALL),
 }
@@ -91,15 +92,17 @@ PRICES = {"tppo+a": "constant-prefix", "tppo+c": "engine", "tppo+f": "filled", "
 
 
 def prices() -> dict[str, str]:
-    """What levers cost in learning, at equal tokens: the area's difference, its interval, verdict and seeds."""
+    """How levers change learning at equal tokens: the area's difference, its interval, verdict and seeds."""
     runs = read_whole(lever_learning.PATH)[0]
     found = {lever: r for lever, name in PRICES.items() for r in lever_learning.table(runs, name)
              if (r["score"], r["task"]) == ("area", "all")}  # fmt: skip
     for r in rows_of("fair-headline-choice"):
         if (r["score"], r["task"], r["candidate"]) == ("tokens", "all", "ac"):
             found["tppo+ac"] = {k: float(r[k]) for k in ("difference", "low", "high")} | {"verdict": r["verdict"], "n": r["seeds"]}
-    form = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of area, {verdict}, {n} seeds"
-    return {"tppo": "0, the reference", "tppo+b": "it drops what a drops"} | {lever: form.format(**r) for lever, r in found.items()}
+    form = "{difference:+.3f} [{low:+.3f}, {high:+.3f}], {verdict}, {n} seeds"
+    told = {lever: form.format(**r) for lever, r in found.items()}
+    told["tppo+ac"] += " of another study"
+    return {"tppo": "0, the reference", "tppo+b": "not measured; it drops what a drops"} | told
 
 
 def page() -> str:
@@ -108,7 +111,9 @@ def page() -> str:
     clock = {r["system"]: float(r["gain_same_critic"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     own_best = {r["system"]: float(r["gain"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     price = prices()
-    lines = []
+    lines = head("lever", "CPU thread, measured", "vLLM on a CPU, measured", "clock, predicted", "change in learning (+ is better)")
+    commands = ("benchmarks.levers", "benchmarks.levers_vllm", "sim throughput", "benchmarks.lever_learning")
+    lines.append(f"| *command* | {' | '.join(f'`python -m {command}`' for command in commands)} |")
     for name, (what, _) in LEVERS.items():
         form = "1" if name == "tppo" else "{gain:.2f}x [{low:.2f}, {high:.2f}]"
         here, beside = (form.format(**{k: float(r[name][k]) for k in ("gain", "low", "high")}) for r in (laptop, vllm))
@@ -118,6 +123,12 @@ def page() -> str:
     return TEXT.format(
         table="\n".join(lines),
         headline=headline_lines(),
+        apart=apart(laptop),
+        vllm_apart=apart(vllm),
+        minutes=cpu_minutes(),
+        cost=generation(),
+        budget=BUDGET,
+        margin=MARGIN,
         task=row["task"],
         rounds=row["rounds"],
         date=row["date"],
@@ -128,57 +139,104 @@ def page() -> str:
     )
 
 
+def head(*columns: str) -> list[str]:
+    """A table's first two lines."""
+    return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+
+
+def apart(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """The levers whose interval does not hold 1, in words."""
+    names = [name.removeprefix("tppo+").removeprefix("tppo/").replace("tppo-once/small", "`tppo-once` with the small critic")
+             for name, r in rows.items() if not float(r["low"]) <= 1 <= float(r["high"])]  # fmt: skip
+    return f"of {' and of '.join(names)} alone" if names else "of none"
+
+
+def cpu_minutes() -> str:
+    """CPU seconds that the stored runs of lever_learning and fair_headline trained, in words."""
+    runs = {tuple(r[k] for k in lever_learning.KEY): float(r["cpu_s"]) for r in read_whole(lever_learning.PATH)[0]}
+    book = {tuple(r[k] for k in fair_headline.Job._fields): float(r["budget_s"]) for r in rows_of("fair-headline-runs")}
+    tasks = [sum(s for key, s in book.items() if key[1] == task and key[0] != "choose") / 60 for task in fair_headline.TASKS]
+    return (f"{sum(runs.values()) / 60:.0f} CPU minutes for the {len(runs)} runs of `lever_learning`, {min(tasks):.0f} to "
+            f"{max(tasks):.0f} a task of `fair_headline`")  # fmt: skip
+
+
+def generation() -> str:
+    """Who needs fewer generated tokens, in words."""
+    found = {task: row for task in fair_headline.TASKS if (row := fair_headline.found(task, "generated_tokens"))}
+
+    def named(tasks: Iterable[str]) -> str:
+        return " and ".join(f"`{task}`" for task in tasks)
+
+    fewer = [t for t, r in found.items() if r["high"] < 1]
+    unsure = [t for t, r in found.items() if r["value"] < 1 <= r["high"]]
+    more = [t for t, r in found.items() if r["low"] > 1]
+    return f"PPO needed fewer of them on {named(fewer)}, `tppo-once` on {named(more)}, and {named(unsure)} leave it open"
+
+
 def headline_lines() -> str:
-    """PPO at its best against tppo-once, a line per task."""
-    lines = []
+    """PPO at its best against tppo-once, a line per task; who arrives stands before the ratios that rest on it."""
+    ratios = [f"{what}, PPO / `tppo-once`" for what in ("CPU seconds", "generated tokens", "trained tokens")]
+    lines = head("task", "who arrives, of how many seeds", *ratios, "area, `tppo-once` - PPO", "verdict on seconds")
     for task in fair_headline.TASKS:
         rows = [fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")]
-        cells = [NOT] * 5
-        if seconds := rows[0]:
-            cells = [fair_headline.shown(row, form) for row, form in zip(rows, [".2f"] * 3 + ["+.3f"], strict=True) if row]
-            cells.append("{verdict}: {once} and {ppo} of {seeds} seeds".format(**seconds))
+        cells = [NOT] * 6
+        if (seconds := rows[0]) and rows[3]:
+            cells = ["`tppo-once` {once}, PPO {ppo}, of {seeds}".format(**seconds)]
+            cells += [fair_headline.shown(row, form) for row, form in zip(rows, [".2f"] * 3 + ["+.3f"], strict=True) if row]
+            cells[-1] += f", {rows[3]['verdict']}"
+            cells.append(seconds["verdict"])
         lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 TEXT = """# What each lever of training once is worth, and what it costs
 
-Made by `python -m benchmarks.levers`; gains are over T-PPO as published.
+Made by `python -m benchmarks.levers`; gains are over T-PPO as published, and above 1 the lever is faster.
 
-| lever | laptop measured | vLLM measured | clock predicted | price in learning |
-| --- | --- | --- | --- | --- |
-| *command* | `python -m benchmarks.levers` | `python -m benchmarks.levers_vllm` | `python -m sim throughput` | see below |
 {table}
 
-- **Laptop**: CPU seconds of one thread per generated token, the {task} task with windows of 64, all levers stepped in turn in one
-  process, {rounds} rounds ({machine}, {date}). Geometric mean and 95 % t-interval over rounds. Other work kept the
-  machine busy: caches are shared, so intervals are wide.
+- **CPU thread**: CPU seconds per generated token of one thread of an {machine}, a server's ({date}); the {task} task with
+  windows of 64, all levers stepped in turn in one process, {rounds} rounds. Geometric mean and 95 % t-interval over rounds.
+  Other work kept the machine busy: caches are shared, so intervals are wide. The interval leaves out 1, no gain,
+  {apart}. Shares of time are those of a model of 32 numbers' width,
+  where prefixes are short beside fixed costs: gains on large models are not these.
 - **vLLM**: CPU seconds of a rank of scale/configs/cpu-tiny.yaml, vLLM's CPU build in it, per generated token;
-  {vllm_rounds} rounds of a process of {vllm_steps} steps each ({vllm_date}). The small critic has not learnt anything: its cost is
-  measured, not its worth.
+  {vllm_rounds} rounds of a process of {vllm_steps} steps each ({vllm_date}). The interval leaves out 1 {vllm_apart}: this
+  column tells no lever from no lever. The small critic has not learnt anything there: its cost is measured, not its worth.
 - **Clock**: 32B on 64 H800, DAPO's lengths half-way (setup R1 of [throughput.md](throughput.md)), tokens per second, each at its
   best.
-- **Price**: the area under the learning curve at equal generated tokens, three tasks, paired by seed; equal means within 0.005:
-  `python -m benchmarks.lever_learning` (plans: [a](../benchmarks/prestated/2026-11-21-constant-prefix.md),
-  [the others](../benchmarks/prestated/2026-11-22-prices-of-levers.md);
-  [what a drops](../benchmarks/results/dropped_gradient.png)). Of a and c: `python -m benchmarks.fair_headline --choose`, 128 slots
-  and the small critic in both arms ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
-- Where a cell says "not measured", nobody has. The laptop's shares are those of a model of 32 numbers' width, where prefixes are
-  short beside fixed costs: gains on large models are not these.
+- **Small critic** is not one thing: measured, it is a layer of a quarter of the policy's width; the clock's has at most a quarter
+  of the policy's parameters. The numbers of its row are not of the same model.
+- **Change in learning**: of the *area*, which here is the mean accuracy over a run's first {budget:,} *generated tokens*, so that
+  speed does not count; three tasks, paired by seed, 95 % t-interval. *Equal*: the whole interval lies within {margin} of 0.
+  *Better*, *worse*: it lies above, below 0. *Undecided*: neither (plans:
+  [a](../benchmarks/prestated/2026-11-21-constant-prefix.md), [the others](../benchmarks/prestated/2026-11-22-prices-of-levers.md); [what a drops](../benchmarks/results/dropped_gradient.png)).
+  That **c is equal** was to be expected: engine and trainer are one code here, and their log-probabilities differ by
+  rounding at most. It says nothing of c where they differ, in vLLM or with an fp8 cache ([fp8.md](fp8.md)).
+- **a and c** comes of another study, two seeds of `python -m benchmarks.fair_headline --choose`, 128 slots and the small critic in
+  both arms, its area over the tokens that all candidates made ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)).
+- **Durations**, training alone: {minutes};
+  base models, critics and evaluations come on top. Runs that are stored are not made again:
+  `python -m benchmarks.lever_learning --seeds 0` prints what is there, `python -m benchmarks.fair_headline --report --task TASK`
+  writes its tables from it, `python -m benchmarks.levers --rounds 0` this page. The first two columns were not timed: dozens of
+  steps a lever.
 
 ## `tppo-once` against PPO at its best
 
-| task | CPU seconds, PPO / `tppo-once` | generated tokens | trained tokens | area, `tppo-once` - PPO | verdict by seconds |
-| --- | --- | --- | --- | --- | --- |
 {headline}
 
 To 95 % of PPO's best mean accuracy, each method tuned on each task with as many runs, the engine's log-probabilities and a small
 critic open to both, PPO with its best batch and refilled within the step: `python -m benchmarks.fair_headline --task TASK`
-([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)). Above 1, and above 0 in area, `tppo-once` is ahead. Geometric means
-with 95 % t-intervals, seed by seed, over the seeds in which both arrive; area is mean accuracy at equal CPU seconds, over all. The
-verdict says how many seeds of `tppo-once` and of PPO arrive; where not all do, the ratio has no verdict.
+([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)). Above 1, and above 0 in area, `tppo-once` is ahead; below 1 in tokens
+PPO needs fewer. Ratios are geometric means with 95 % t-intervals, seed by seed, over the seeds in which both arrive: where some do
+not, they leave out the worst, and have no verdict. The *area* here is the mean accuracy over equal *CPU seconds*, of all seeds.
 What `tppo-once` is was chosen on the first three tasks ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)); the
 last two came after it.
+
+**Which to use where generated tokens are what one pays for?** {cost},
+over the seeds in which both arrive (both were tuned for seconds, not for tokens). Where they are the whole cost, these tasks speak
+for PPO at its best rather than for `tppo-once`. What `tppo-once` saves is time per token, where slots would wait for the longest
+response; on a cluster nobody has measured that, and [the clock](throughput.md) predicts less.
 """
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import lever_learning
-from benchmarks.levers import LEVERS, PAGE, page, rows_of
+from benchmarks import fair_headline, lever_learning
+from benchmarks.levers import LEVERS, NOT, PAGE, page, rows_of
 from sim.clock.methods import method
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
@@ -14,6 +14,33 @@ from tppo_ref.runs.validation import check, check_training
 
 def test_the_page_is_made_of_the_committed_tables():
     assert PAGE.read_text() == page()
+
+
+def test_what_the_page_says_of_the_tables_in_words():
+    text = " ".join(page().split())
+    apart = {
+        table: [r["lever"] for r in rows_of(table) if not float(r["low"]) <= 1 <= float(r["high"])]
+        for table in ("levers", "levers_vllm")
+    }
+    assert apart == {"levers": ["tppo+c", "tppo-once/small"], "levers_vllm": []}
+    assert "of c and of `tppo-once` with the small critic alone" in text
+    assert "leaves out 1 of none: this column tells no lever from no lever" in text
+    made = {task: fair_headline.found(task, "generated_tokens") for task in fair_headline.TASKS}
+    sides = {task: "ppo" if r["high"] < 1 else "once" if r["low"] > 1 else "open" for task, r in made.items()}
+    assert sides == {"chain": "ppo", "fork": "open", "length": "ppo", "maze": "open", "brackets": "once"}
+    assert (
+        "PPO needed fewer of them on `chain` and `length`, `tppo-once` on `brackets`, and `fork` and `maze` leave it open" in text
+    )
+    assert [name for name in LEVERS if NOT in page().partition(f"| {LEVERS[name][0]} |")[2].partition("\n")[0]] == ["tppo+b"]
+
+
+def test_the_clocks_page_says_what_the_tokens_cost():
+    ratios = sorted(fair_headline.found(task, "generated_tokens")["value"] for task in fair_headline.TASKS)
+    text = " ".join((PAGE.parent / "throughput.md").read_text().split())
+    assert (
+        f"PPO at its best needs {ratios[0]:.2f} to {ratios[3]:.2f} of the tokens that `tppo-once` generates on four of five" in text
+    )
+    assert f"{ratios[4]:.2f} of them on the fifth" in text
 
 
 def test_every_lever_is_measured_has_a_name_for_the_clock_and_can_run():
