@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from tppo_ref.runs.build import build
 from tppo_ref.runs.checkpoint import FORMAT, MANIFEST, complete_checkpoints
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import get_field, replace_fields
+from tppo_ref.runs.resume import resume_point
 from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
 
@@ -74,6 +77,13 @@ CASES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleLike:
+    """A config whose run stands in a section, as a cluster's does."""
+
+    algo: Config = dataclasses.field(default_factory=Config)
+
+
 @pytest.fixture(scope="session", name="cache")
 def _cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -103,8 +113,6 @@ def train(config: Config) -> Path:
 
 
 def arguments(config: Config, path: Path) -> list[str]:
-    import dataclasses
-
     path.write_text(json.dumps(dataclasses.asdict(config)))
     return ["train", "--config", str(path)]
 
@@ -317,6 +325,26 @@ def test_a_checkpoint_without_its_manifest_or_name_is_never_picked_up(run_folder
     assert resumed.name == "step-00000003"
     whole = train(config_of("tppo", tmp_path / "whole", cache, steps=3))
     assert_same_checkpoint(whole, resumed)
+
+
+def test_a_resume_with_another_model_says_that_it_is_not_read_and_goes_on_from_the_checkpoint(run_folder, cache, tmp_path, caplog):
+    """A run that began without the pre-trained value model does not get it by a resume."""
+    shutil.copytree(run_folder, tmp_path / "same")
+    same = config_of("tppo", tmp_path / "same", cache, steps=3, resume=True)
+    other = replace_fields(same, {"run.out": str(run_folder), "model.value": "runs/pretrained/value"})
+    assert_same_checkpoint(train(same), train(other))
+    (told,) = (r.getMessage() for r in caplog.records if "which is not read" in r.getMessage())
+    assert told.startswith("model.value: got runs/pretrained/value, which is not read; expected None, with which the run began: ")
+    assert "step-00000002" in told
+
+
+def test_of_several_ranks_one_tells_of_a_model_that_is_not_read(caplog):
+    config = replace_fields(ScaleLike(), {"algo.model.policy": "models/B"})
+    saved = {"config": {"algo": {"model": {"policy": "models/A", "value": None}}}, "prompts": {}}
+    point = SimpleNamespace(complete=lambda: [Path("step-00000004")], saved=lambda _: saved, prompts={}, folder=Path())
+    for tell in (False, True):
+        assert resume_point(point, config, resume=True, fixed=(), section="algo.", tell=tell) == Path("step-00000004")
+        assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["algo.model.policy"] * tell
 
 
 def flip(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 
@@ -14,8 +15,11 @@ from scale import checkpoint, commands
 from scale.checkpoint import PIECES, WHOLE_BYTES, export, shard_digest
 from scale.config import ScaleConfig
 from scale.distributed import Collective, World
+from scale.evaluate import accuracy_metrics
 from tppo_ref.method.errors import UserError
+from tppo_ref.method.records import Prompt, Response
 from tppo_ref.rollout.models import load_policy
+from tppo_ref.runs.glossary import AT_K
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.tasks.jsonl import load_tokenizer
@@ -70,6 +74,26 @@ def test_an_export_holds_the_tokenizer_that_the_task_reads_with(tmp_path, model)
     export(load_policy(str(model)), tmp_path / "export", World(), dtype=torch.float32, tokenizer=tokenizer)
     assert load_tokenizer(str(tmp_path / "export")).get_vocab() == {"<end>": 0, "?": 1, "sum": 2}
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------ avg@k and pass@k
+
+
+def answers_to(*scores):
+    """Responses with these scores, a list of them to each prompt."""
+    return [Response(id=10 * i + j, prompt=Prompt(id=i, token_ids=(1,), answer=""), sample_index=j, score=score)
+            for i, of_prompt in enumerate(scores) for j, score in enumerate(of_prompt)]  # fmt: skip
+
+
+def test_an_evaluation_counts_answers_and_prompts_under_the_names_of_the_glossary():
+    """Three prompts of four answers: all right, one right, none; 5 of 12 answers, 2 of 3 prompts."""
+    found = accuracy_metrics(answers_to([1.0] * 4, [-1.0, 1.0, -1.0, -1.0], [-1.0] * 4))
+    assert found.keys() == AT_K.keys()
+    assert (found["eval/k"], found["eval/avg_at_k"], found["eval/pass_at_k"]) == (4, 5 / 12, 2 / 3)
+    assert found["eval/avg_at_k_low"] < 5 / 12 < found["eval/avg_at_k_high"]
+    alone = accuracy_metrics(answers_to([1.0, -1.0]))
+    assert (alone["eval/avg_at_k"], alone["eval/pass_at_k"]) == (0.5, 1)
+    assert math.isnan(alone["eval/pass_at_k_low"])
 
 
 # --------------------------------------------------------------------------------------------------------- digests of shards

@@ -12,7 +12,7 @@ import docstring_parser
 
 from tppo_ref.loop.bounds import bounds_of
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.glossary import glossary_markdown
+from tppo_ref.runs.glossary import AT_K, glossary_markdown
 
 MARKS = {
     "S": "stated by the paper (abstract, figure 1, published summary)",
@@ -69,12 +69,16 @@ def metrics_markdown() -> str:
         "# Metrics\n\nMade by `python -m tppo_ref.runs.docs_pages` from tppo_ref/runs/glossary.py. A mean, share or maximum of "
         "nothing (the score of a\nstep in which no response ended, the loss of a step without an update) is NaN, null in "
         "metrics.jsonl; a count of nothing is 0.\n\n"
+        "A *row* is a response that sampled a token in the step. It ended with its end token, or at rollout.max_response_tokens\n"
+        "(LENGTH_CAP), or it goes on in the next window (RUNNING). The *window's edge* is the step's last decode step.\n\n"
         "FLOPs are the model's (tppo_ref/rollout/flops.py), added up over ranks: P weights of the layers' matrices, n tokens fed,\n"
         "L layers of H heads D wide, s pairs of a token and one that it sees (itself too), W weights of the head, m outputs.\n"
         "With a backward pass three times that; a layer that is computed anew in it counts once. MFU is their share of what\n"
-        "the devices promise, dense in bfloat16 (tppo_ref/loop/peaks.py, or run.peak_tflops).\n\n"
+        "the devices promise, dense in bfloat16 (tppo_ref/loop/peaks.py, or run.peak_tflops). Both are null for a mixture\n"
+        "of experts.\n\n"
     )
-    return head + glossary_markdown()
+    at_k = "\n## On a cluster besides\n\nAn evaluation of scale/ draws k answers to each prompt.\n\n"
+    return head + glossary_markdown() + at_k + glossary_markdown(AT_K)
 
 
 def main(docs: Path = Path("docs")) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -13,6 +14,18 @@ class Metric(NamedTuple):
     unit: str
     healthy: str
 
+
+PROMPTS, ENDS = "evaluation prompts", "95 % bootstrap over prompts"
+AT_K = {
+    "eval/k": Metric("answers per prompt (run.eval_samples)", PROMPTS, "answers", "as configured"),
+    "eval/avg_at_k": Metric("share of right answers, mean over prompts", PROMPTS, "share", "rises"),
+    "eval/avg_at_k_low": Metric(f"lower end of its interval: {ENDS}; null for one prompt", PROMPTS, "share", "near the mean"),
+    "eval/avg_at_k_high": Metric("upper end of that interval", PROMPTS, "share", "near the mean"),
+    "eval/pass_at_k": Metric("prompts with a right answer among their k / prompts", PROMPTS, "share", "does not fall"),
+    "eval/pass_at_k_low": Metric(f"lower end of its interval: {ENDS}; null for one prompt", PROMPTS, "share", "near the mean"),
+    "eval/pass_at_k_high": Metric("upper end of that interval", PROMPTS, "share", "near the mean"),
+}
+"""What an evaluation on a cluster logs beside GLOSSARY."""
 
 MODEL_FLOPS = "2 P n + 4 L H D s + 2 W m"
 MFU = "{} / (seconds of the slowest rank x ranks x peak FLOP/s); null where no peak is known (run.peak_tflops)"
@@ -32,9 +45,9 @@ MEMORY = {
     f"memory/{phase}_{which}": Metric(f"{what}; fullest rank, null on a CPU", f"phase {phase}", "bytes", healthy)
     for phase in ("rollout", "forward", "policy", "value", "sync")
     for which, what, healthy in (
-        ("allocated", "most that torch's tensors took (max_memory_allocated)", "as the dry run says"),
-        ("reserved", "most that torch's allocator held (max_memory_reserved)", "little above allocated"),
-        ("used", "of the device at the phase's end, by whomever (mem_get_info)", "below the device's size"),
+        ("allocated", "most that torch's tensors took (max_memory_allocated), what a sleeping vLLM gave back included", "steady"),
+        ("reserved", "most that torch's allocator held (max_memory_reserved), the same included", "steady"),
+        ("used", "of the device at the phase's end, by whomever (mem_get_info)", "about the dry run's, below the device's size"),
     )
 }
 
@@ -53,15 +66,19 @@ GLOSSARY: dict[str, Metric] = {
     "rollout/decode_steps": Metric("decode steps of the window", "step", "steps", "T-PPO: the window; PPO: the longest response"),
     "rollout/tokens": Metric("response tokens sampled", "step", "tokens", "steady"),
     "rollout/tokens_per_s": Metric("rollout/tokens / time/rollout_s", "step", "tokens/s", "steady"),
-    "rollout/occupancy": Metric("busy slot-steps / (slots x decode steps)", "step", "share", "T-PPO, immediate refill: 1"),
+    "rollout/occupancy": Metric(
+        "share of (slot, decode step) pairs in which the slot decoded", "step", "share", "T-PPO, immediate refill: 1"
+    ),
     "rollout/idle_s": Metric("(1 - rollout/occupancy) x time/rollout_s", "step", "s", "T-PPO: near 0"),
-    "response/rows": Metric("responses that sampled at least a token", "step", "responses", "at least the slots"),
-    "response/ended": Metric("responses that ended", "step", "responses", "above 0"),
-    "response/cut_share": Metric("rows RUNNING at the window's edge / rows", "step", "share", "below run.cut_warning"),
+    "response/rows": Metric("responses that sampled a token in this step: its rows", "step", "responses", "at least the slots"),
+    "response/ended": Metric("responses that ended", "step", "responses", "above 0; at least one for each rank"),
+    "response/cut_share": Metric("rows that go on in the next window (RUNNING) / rows", "step", "share", "below run.cut_warning"),
     "response/cut_token_share": Metric(
         "tokens of the window in rows RUNNING at its edge / tokens of the window", "step", "share", "what the cut rule touches"
     ),
-    "response/capped_share": Metric("LENGTH_CAP / ended", "step", "share", "near 0"),
+    "response/capped_share": Metric(
+        "share of ended responses that reached rollout.max_response_tokens (LENGTH_CAP)", "step", "share", "below 0.1, not rising"
+    ),
     "response/length_mean": Metric("tokens of ended responses, mean", "step", "tokens", "no run-away"),
     "response/length_max": Metric("tokens of ended responses, maximum", "step", "tokens", "below the cap"),
     "response/turns_mean": Metric("the policy's turns in ended responses, mean", "step", "turns", "1 without an environment"),
@@ -72,7 +89,7 @@ GLOSSARY: dict[str, Metric] = {
     "verify/timeouts": Metric("verifications killed after task.verifier_timeout_s", "run", "responses", "0"),
     "verify/errors": Metric("verifications that raised, died or gave no finite number", "run", "responses", "0"),
     "ledger/generated": Metric("response tokens sampled", "run", "tokens", "sum of the next four"),
-    "ledger/trained": Metric("tokens that the policy trained on, once per epoch", "run", "tokens", "most of ledger/generated"),
+    "ledger/trained": Metric("tokens that the policy trained on, each once", "run", "tokens", "most of ledger/generated"),
     "ledger/excluded_tail": Metric("tail tokens left out for good", "run", "tokens", "tail tokens x cut rows"),
     "ledger/excluded_warmup": Metric("tokens sampled while the critic trained alone", "run", "tokens", "stops after the warm-up"),
     "ledger/pending": Metric(
@@ -105,7 +122,10 @@ GLOSSARY: dict[str, Metric] = {
         "prompt tokens, and response tokens that an earlier step has fed already", "step", "tokens", "grows with length/window"
     ),
     "policy/staleness": Metric(
-        "weight versions between sampling and training, mean over trained tokens", "step", "versions", "T-PPO: 0"
+        "weight versions between sampling and training, mean over trained tokens",
+        "step",
+        "versions",
+        "T-PPO: 0; partial rollouts: up to cap / window",
     ),
     "policy/staleness_max": Metric("the same, the largest", "step", "versions", "below run.staleness_warning"),
     "policy/lag_updates": Metric(
@@ -122,19 +142,22 @@ GLOSSARY: dict[str, Metric] = {
     "policy/lm_loss": Metric("positive-example LM loss, token mean, before its weight", "step", "nats", "falls"),
     "policy/clipped_share": Metric("tokens at which the clip binds / trained tokens", "step", "share", "below 0.2"),
     "policy/dual_clipped_share": Metric("tokens at which the dual clip binds / trained tokens", "step", "share", "near 0"),
-    "policy/kl": Metric("KL of new from old policy, k3 estimate, mean over trained tokens", "step", "nats", "below 0.05"),
+    "policy/kl": Metric("KL of new from old policy: mean of r - 1 - log r, r the ratio (k3)", "step", "nats", "below 0.05"),
     "policy/ratio_max": Metric("largest probability ratio", "step", "1", "below 10"),
     "policy/weight_clipped_share": Metric("importance weights capped or zeroed / trained tokens", "step", "share", "below 0.05"),
     "policy/logprob_gap": Metric(
-        "absolute difference of recomputed and engine log-probability over this step's tokens, mean",
+        "absolute difference of recomputed and engine log-probability, mean over this step's tokens; policy.old_logprobs engine: "
+        "over a twentieth of the micro-batches, null where none was drawn",
         "step",
         "nats",
-        "fp32: below 1e-5",
+        "flat; TorchEngine in float32: below 1e-5; vLLM: below the probe's limit",
     ),
     "policy/grad_norm": Metric("gradient norm before clipping, mean over updates", "step", "1", "steady"),
     "policy/lr": Metric("learning rate", "now", "1", "as set"),
     "value/responses": Metric("ended responses trained on (joint: policy rows)", "step", "responses", "above 0"),
-    "value/held": Metric("ended responses held back", "now", "responses", "below value.batch_responses"),
+    "value/held": Metric(
+        "ended responses held back for value.batch_responses", "now", "responses", "0 where that is 0; else bounded"
+    ),
     "value/tokens": Metric("trained tokens, counted in each epoch", "step", "tokens", "steady"),
     "value/updates": Metric("optimiser steps", "step", "updates", "steady"),
     "value/loss": Metric("clipped squared error / 2, token mean", "step", "score^2", "falls"),
@@ -147,13 +170,13 @@ GLOSSARY: dict[str, Metric] = {
     "eval/accuracy": Metric("share of sampled full-length answers with a score above 0", "evaluation set", "share", "rises"),
     "eval/length_mean": Metric("tokens of these answers, mean", "evaluation set", "tokens", "no run-away"),
     "eval/length_p99": Metric("tokens of these answers, 99th percentile", "evaluation set", "tokens", "the tail stays"),
-    "eval/capped_share": Metric("LENGTH_CAP / answers", "evaluation set", "share", "near 0"),
+    "eval/capped_share": Metric("share of these answers that reached the cap (LENGTH_CAP)", "evaluation set", "share", "below 0.1"),
     "eval/verify_failures": Metric("verifications that failed (as verify/)", "evaluation set", "answers", "0"),
     "eval/time_s": Metric("wall-clock of the evaluation, outside of the training clock", "evaluation set", "s", "small"),
 }
 
 
-def glossary_markdown() -> str:
-    """The glossary as the Markdown table of docs/metrics.md."""
+def glossary_markdown(glossary: Mapping[str, Metric] = GLOSSARY) -> str:
+    """A glossary as a Markdown table of docs/metrics.md."""
     head = "| metric | what it is | over | unit | healthy |\n| --- | --- | --- | --- | --- |\n"
-    return head + "".join(f"| `{name}` | {m.formula} | {m.over} | {m.unit} | {m.healthy} |\n" for name, m in GLOSSARY.items())
+    return head + "".join(f"| `{name}` | {m.formula} | {m.over} | {m.unit} | {m.healthy} |\n" for name, m in glossary.items())

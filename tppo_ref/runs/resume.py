@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ from tppo_ref.runs.checkpoint import step_of
 from tppo_ref.runs.parsing import get_field
 from tppo_ref.runs.parts import Checkpointer
 
+log = logging.getLogger("tppo_ref")
 
-def resume_point(checkpointer: Checkpointer, config: Any, *, resume: bool, fixed: Sequence[str], section: str = "") -> Path | None:
+
+def resume_point(
+    checkpointer: Checkpointer, config: Any, *, resume: bool, fixed: Sequence[str], section: str = "", tell: bool = True
+) -> Path | None:
     """The checkpoint to go on from; None for a run that begins.
 
     config   the whole config, of which the fields `fixed` must be what they were
     section  where in it `run` stands, for messages: "algo." on a cluster
+    tell     whether this rank warns of models that are given and not read: the weights are the checkpoint's
     """
     found = checkpointer.complete()
     if not resume:
@@ -28,7 +34,8 @@ def resume_point(checkpointer: Checkpointer, config: Any, *, resume: bool, fixed
         raise UserError(f"{section}run.resume: got true; expected a complete checkpoint in {checkpointer.folder}, there is none; "
                         f"leave it out to start anew")  # fmt: skip
     saved = checkpointer.saved(found[-1])
-    for path in fixed:
+    models = (f"{section}model.policy", f"{section}model.value")  # free to have moved
+    for path in (*fixed, *models):
         now = get_field(config, path)
         try:
             before = _lookup(saved["config"], path)
@@ -36,7 +43,11 @@ def resume_point(checkpointer: Checkpointer, config: Any, *, resume: bool, fixed
             remedy = "go on with the version of tppo-ref that wrote it, or start anew in another run.out"
             raise UserError(refusal(f"checkpoint {found[-1]}", f"a config without {path}", "every field of this version",
                                     remedy)) from None  # fmt: skip
-        if before != now:
+        if before != now and path in models:
+            if tell:
+                began = f"{before}, with which the run began: a resume takes the weights of {found[-1].name}"
+                log.warning(refusal(path, f"{now}, which is not read", began, "start a new run to begin from another model"))
+        elif before != now:
             raise UserError(
                 f"{path}: got {now}; expected {before}, as in checkpoint {found[-1].name}; give the same value to go on"
             )
