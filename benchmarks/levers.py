@@ -210,7 +210,8 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published, and ab
 - **Change in learning**: of the *area*, which here is the mean accuracy over a run's first {budget:,} *generated tokens*, so that
   speed does not count; three tasks, paired by seed, 95 % t-interval. *Equal*: the whole interval lies within {margin} of 0.
   *Better*, *worse*: it lies above, below 0. *Undecided*: neither (plans:
-  [a](../benchmarks/prestated/2026-11-21-constant-prefix.md), [the others](../benchmarks/prestated/2026-11-22-prices-of-levers.md); [what a drops](../benchmarks/results/dropped_gradient.png)).
+  [a](../benchmarks/prestated/2026-11-21-constant-prefix.md), [the others](../benchmarks/prestated/2026-11-22-prices-of-levers.md);
+  [what a drops](../benchmarks/results/dropped_gradient.png)).
   That **c is equal** was to be expected: engine and trainer are one code here, and their log-probabilities differ by
   rounding at most. It says nothing of c where they differ, in vLLM or with an fp8 cache ([fp8.md](fp8.md)).
 - **a and c** comes of another study, two seeds of `python -m benchmarks.fair_headline --choose`, 128 slots and the small critic in

@@ -11,6 +11,7 @@ nothing is decided, and the move is the drawn token's.
     move            V behind the drawn token - V before it; its standard error is that of two means of `samples` scores
     moves           tokens whose move is more than LARGE either way, of 100 tokens
     late            the same of the tokens behind the first WINDOW, where the edges of a response's windows are
+    +-              their standard error over responses, of which there are few: that of a ratio of sums
     size            root mean square of the moves over all tokens, less the variance that sampling adds
     cut tokens      response/cut_token_share of the base model under the default configuration, over STEPS windows, untrained
 
@@ -142,13 +143,25 @@ def summary(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
     mine = [r for r in rows if r["task"] == name]
     at, moved, samples = (np.array([float(f(r)) for r in mine]) for f in (
         lambda r: r["position"], lambda r: float(r["behind"]) - float(r["before"]), lambda r: r["samples"]))  # fmt: skip
-    ends = [max(float(r["position"]) for r in mine if r["response"] == number) + 1 for number in {r["response"] for r in mine}]
+    of, numbers = np.array([int(r["response"]) for r in mine]), sorted({int(r["response"]) for r in mine})
+    ends = [float(at[of == number].max()) + 1 for number in numbers]
     noise = [sum(1 - float(r[v]) ** 2 for v in ("before", "behind")) for r in mine]  # of scores of +-1
     squares = np.where(moved == 0, 0.0, moved**2 - np.array(noise) / samples)
-    tokens, late = sum(ends), sum(max(0.0, end - WINDOW) for end in ends)
     large = np.abs(moved) > LARGE
-    return {"responses": len(ends), "tokens": tokens, "moves": 100 * large.sum() / tokens,
-            "late": 100 * (large & (at >= WINDOW)).sum() / late, "size": math.sqrt(max(0.0, squares.sum()) / tokens)}  # fmt: skip
+    behind = [[max(0.0, end - first) for end in ends] for first in (0, WINDOW)]
+    counts = [[float(large[(of == number) & (at >= first)].sum()) for number in numbers] for first in (0, WINDOW)]
+    (moves, moves_se), (late, late_se) = (rate(c, n) for c, n in zip(counts, behind, strict=True))
+    return {"responses": len(ends), "tokens": sum(ends), "moves": moves, "moves_se": moves_se, "num_moves": sum(counts[0]),
+            "longer": sum(n > 0 for n in behind[1]), "late": late, "late_se": late_se, "num_late": sum(counts[1]),
+            "doubtful": 100 * (len(mine) - len(ends)) / sum(ends),
+            "size": math.sqrt(max(0.0, squares.sum()) / sum(ends))}  # fmt: skip
+
+
+def rate(counts: Sequence[float], tokens: Sequence[float]) -> tuple[float, float]:
+    """Of 100 tokens, over responses; and its standard error, theirs being independent: of sum(counts) / sum(tokens)."""
+    found, num = sum(counts) / sum(tokens), len(tokens)
+    left = sum((c - found * n) ** 2 for c, n in zip(counts, tokens, strict=True))
+    return 100 * found, 100 * math.sqrt(left * num / (num - 1)) / sum(tokens)
 
 
 @functools.cache
@@ -163,6 +176,12 @@ def in_a_sentence(task: str) -> str:
     return doc.splitlines()[0].partition(": ")[2].partition(".")[0]
 
 
+def counted(found: Mapping[str, float], name: str) -> str:
+    """A rate, its standard error, and in brackets how many it rests on: of none there is no error."""
+    error = f" ± {found[f'{name}_se']:.1f}" if found[f"num_{name}"] else ""
+    return f"{found[name]:.1f}{error} ({found[f'num_{name}']:.0f})"
+
+
 def lines() -> str:
     """The table of docs/tasks.md: the first line of each task's module, and the committed numbers."""
     head = "task | in a sentence | right, base model | tokens in cut rows | V moves, of 100 tokens"
@@ -172,7 +191,7 @@ def lines() -> str:
         own, found = base[name], summary(table("value_moves"), name)
         out.append(f"| `{name}` | {in_a_sentence(name)} | "
                    f"{float(own['accuracy']):.2f} | {100 * float(own['cut_token_share']):.0f} % | "
-                   f"{found['moves']:.1f} | {found['late']:.1f} | {found['size']:.2f} |")  # fmt: skip
+                   f"{counted(found, 'moves')} | {counted(found, 'late')} | {found['size']:.2f} |")  # fmt: skip
     return "\n".join(out) + "\n"
 
 

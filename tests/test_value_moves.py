@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import value_moves
+from benchmarks import fair_headline, value_moves
 from benchmarks.common import RESULTS
 from benchmarks.value_moves import Base, decoded, lines, moves_of, summary
 from tppo_ref.rollout.engine import Decoded
@@ -76,6 +76,8 @@ def test_the_summary_by_hand():
     assert (found["responses"], found["tokens"]) == (2, 100)
     assert found["moves"] == pytest.approx(2.0)
     assert found["late"] == pytest.approx(100 / 16)
+    assert (found["num_moves"], found["num_late"], found["longer"], found["doubtful"]) == (2, 1, 1, 3)
+    assert found["moves_se"] == pytest.approx(100 * math.sqrt(2 * (0.4**2 + 0.4**2)) / 100)  # 2 of 80 and 0 of 20, 1 of 50 each
     noise = [(1 - 0) + (1 - 1), (1 - 1) + (1 - 0.25), (1 - 0) + (1 - 0.04)]  # variances of scores of +-1
     assert found["size"] == pytest.approx(math.sqrt((1 + 0.25 + 0.04 - sum(noise) / 100) / 100))
 
@@ -102,6 +104,37 @@ def test_what_the_page_says_of_the_table_in_words():
     assert max(sizes) < 1.4 * min(sizes)  # "nearly the same on all five"
     for s in found.values():  # "at most 1", but for chance: there are twelve responses of each
         assert s["size"] ** 2 * s["tokens"] / s["responses"] < 1.2
+
+
+def test_what_the_page_says_of_its_own_certainty():
+    text = " ".join(PAGE.split())
+    found = {name: summary(value_moves.table("value_moves"), name) for name in value_moves.TASKS}
+    assert {(s["responses"], s["longer"]) for s in found.values()} == {(12, 6)}
+    assert "12 responses to each task" in text
+    assert "6 of each 12 are longer than 64" in text
+    samples = {int(row["samples"]) for row in value_moves.table("value_moves")}
+    assert samples == {128}
+    assert 2 * math.sqrt(2 / 128) == value_moves.LARGE  # "at worst 0.25 is two standard errors"
+    assert found["maze"]["doubtful"] == pytest.approx(100 / 8, rel=0.1)  # "one token in eight is in doubt"
+    apart = [(found["maze"]["moves"] - s["moves"]) / math.hypot(found["maze"]["moves_se"], s["moves_se"])
+             for name, s in found.items() if name != "maze"]  # fmt: skip
+    assert round(min(apart)) == 2  # "by about two standard errors of the difference"
+    assert found["maze"]["moves"] < 0.5 * found["maze"]["doubtful"]  # "mostly moves V by less"
+    assert f"only {found['maze']['moves']:.1f} of 100 tokens" in text
+    for name in ("length", "brackets"):  # "come last in their response"
+        rows = [r for r in value_moves.table("value_moves") if r["task"] == name]
+        end = {r["response"]: int(r["position"]) + 1 for r in rows}  # a response's last row is its end
+        where = [(int(r["position"]) + 1) / end[r["response"]] for r in rows
+                 if abs(float(r["behind"]) - float(r["before"])) > value_moves.LARGE]  # fmt: skip
+        assert sorted(where)[len(where) // 2] > 0.9
+
+
+def test_what_the_page_says_of_maze_against_ppo():
+    area, seconds = (fair_headline.found("maze", name) for name in ("area", "seconds"))
+    missed = seconds["seeds"] - seconds["once"]
+    said = f"{area['verdict']}, area {fair_headline.shown(area, '+.3f')}; `tppo-once` misses the target in {missed} of {seconds['seeds']} seeds"
+    assert f"{said}, PPO in none" in " ".join(PAGE.split())
+    assert seconds["ppo"] == seconds["seeds"]
 
 
 def test_results_say_the_same():
