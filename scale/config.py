@@ -50,9 +50,9 @@ class EngineConfig:
     probe_tokens: Count = 16
     """Tokens sampled from each. [O]"""
     probe_mean: NotNegative = 0.0
-    """Refuse to train above this mean gap; 0 = 1e-4 in float32, and unconfirmed 0.03 in bfloat16, 0.15 with an fp8 cache. [O]"""
+    """Refuse to train above this mean gap, in nats; 0 = 1e-4 (float32), unconfirmed 0.03 (bfloat16), 0.15 (fp8 cache). [O]"""
     probe_top_percent: NotNegative = 0.0
-    """Refuse above this mean of the largest 1 % of gaps; 0 = 1e-3 (float32), 0.3 (bfloat16), 0.6 (fp8 cache; unconfirmed). [O]"""
+    """Refuse above this mean of the largest 1 %, in nats; 0 = 1e-3 (float32), unconfirmed 0.3 (bfloat16), 0.6 (fp8 cache). [O]"""
     gap_warning: NotNegative = 0.0
     """Warn when a step's mean gap passes this; 0 = the probe's mean threshold. [O]"""
     gap_limit: NotNegative = 0.0
@@ -72,7 +72,7 @@ class ShardingConfig:
     reshard_after_forward: bool = True
     """Free a layer's gathered parameters after its forward pass, and gather them again for the backward. [O]"""
     context_parallel: Count = 1
-    """Ranks that share each row, of one engine: each computes a part of its tokens, in attention a part of the heads. [O]"""
+    """Ranks that share each row, a divisor of tensor_parallel: each has a part of its tokens, in attention of the heads. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class ClusterConfig:
     devices_per_node: Count = 1
     """Ranks per machine; `python scale/launch.py` without torchrun starts this many. [O]"""
     device_bytes: Positive = 80e9
-    """Memory of one device, in bytes, for the dry run's verdict. [O]"""
+    """Memory of one device, in bytes: from it dry run and cache are reckoned; training refuses a GPU that has less. [O]"""
     timeout_s: Positive = 600.0
     """Longest wait for another rank, in seconds; then the run ends and says which one waited. [O]"""
     requeued: bool = False
@@ -127,7 +127,7 @@ class EvaluationConfig:
     every_steps: Natural = 0
     """Training steps between evaluations; 0 = at the start and at the end only. [O]"""
     save_texts: Natural = 8
-    """Sample answers written beside the metrics at each evaluation. [O]"""
+    """Sample answers written at each evaluation during training, to answers-STEP.jsonl. [O]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from scale import launch
-from scale.config import CANCELLED, ScaleConfig, check, check_ranks
+from scale.config import CANCELLED, IMPOSSIBLE, ScaleConfig, check, check_ranks
+from scale.docs_pages import cluster_markdown
 from scale.memory import budget as memory
 from tppo_ref.method.errors import UserError
-from tppo_ref.runs.parsing import get_field, parse, replace_fields
+from tppo_ref.runs.parsing import field_paths, get_field, parse, replace_fields
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "scale" / "configs"
@@ -62,6 +63,15 @@ def leaves(tree, prefix="") -> dict:
         for key, sub in tree.items()
         for k, v in (leaves(sub, f"{prefix}{key}.") if isinstance(sub, dict) else {prefix + key: sub}).items()
     }
+
+
+def test_docs_cluster_is_the_dataclasses_and_the_tables_of_what_is_refused():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    assert page == cluster_markdown(), "run: python -m scale.docs_pages"
+    told = {name for name in re.findall(r"`([a-z]+\.[\w.]+)`", page)}
+    assert {path for path in field_paths(ScaleConfig) if not path.startswith("algo.")} <= told
+    assert {one.field for one in (*CANCELLED, *IMPOSSIBLE) if ".compare." not in one.field} <= told
+    assert "{" not in page.partition("## Refused")[2]
 
 
 @pytest.mark.parametrize("name", BIG)

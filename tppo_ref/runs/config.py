@@ -27,17 +27,17 @@ class TaskConfig:
     name: str = "chain"
     """Built-in task (chain, fork, length, maze, brackets, calculator), or jsonl for a file of your own. [O]"""
     path: str | None = None
-    """jsonl only: training prompts, one JSON object a line. [O]"""
+    """jsonl only: training prompts, one JSON object a line; on a cluster .parquet or a data set of the Hub, too. [O]"""
     eval_path: str | None = None
     """jsonl only: evaluation prompts; none = the last tenth of the training file. [O]"""
     tokenizer: str | None = None
     """jsonl only: folder of a transformers tokenizer, or bytes for the built-in byte-level one; none = model.policy's. [O]"""
     prompt_key: str = ""
-    """jsonl only: key of the prompt text; empty = 'prompt' or 'question'. [O]"""
+    """jsonl only: key of the prompt text; empty = 'prompt' or 'question' (on a cluster 'problem', too). [O]"""
     answer_key: str = "answer"
     """jsonl only: key of the answer. [O]"""
     max_prompt_tokens: Count = 1024
-    """jsonl only: a longer prompt is an error that names its line. [O]"""
+    """jsonl only: a longer prompt is an error that names its line; on a cluster data.over_long says what it is. [O]"""
     chat_template: bool = False
     """jsonl only: wrap prompts in the tokenizer's chat template. [O]"""
     verifier: str | None = None
@@ -83,7 +83,7 @@ class RunConfig:
     """How long, where to, what is kept."""
 
     method: str = "tppo"
-    """Named method, which fixes some fields: METHODS in tppo_ref/runs/config.py lists them. [O]"""
+    """Named method, which fixes some fields: tppo, ppo, partial-is, rloo and more; docs/config.md lists them and the fields. [O]"""
     seed: Natural = 0
     """Seed of sampling, prompt order and mini-batches. [O]"""
     steps: Count = 1000
@@ -121,7 +121,7 @@ class RunConfig:
     peak_tflops: NotNegative = 0.0
     """Dense TFLOP/s that one device promises, for mfu/; 0 = by its name (tppo_ref/loop/peaks.py), or no MFU. [O]"""
     profile_steps: str = ""
-    """Steps FIRST:LAST ("3:5", in a file with its quotes) that each rank traces, into out/profile; empty = none. [O]"""
+    """Steps FIRST:LAST ("3:5", in a file with its quotes), at most 5, that each rank traces into out/profile; empty = none. [O]"""
     cut_warning: Unit = 0.9
     """Warn when more than this share of a step's rows is cut or capped. [O]"""
 

@@ -11,7 +11,7 @@ from typing import Any
 import docstring_parser
 
 from tppo_ref.loop.bounds import bounds_of
-from tppo_ref.runs.config import Config
+from tppo_ref.runs.config import GROUP, GROUP_SIZE, METHODS, WHOLE, WINDOW, Config
 from tppo_ref.runs.glossary import AT_K, glossary_markdown
 
 MARKS = {
@@ -24,6 +24,14 @@ MARKS = {
     "M": "measured by us on the built-in tasks",
     "O": "our choice",
 }
+
+
+SAID = {
+    WHOLE: "(that of rollout.max_response_tokens)",
+    WINDOW: "(that of rollout.window)",
+    GROUP: f"(as given; {GROUP_SIZE} where that is 1)",
+}
+"""What a method fixes at another field's value."""
 
 
 def field_help(config_class: type) -> dict[str, tuple[str, str]]:
@@ -43,18 +51,42 @@ def config_markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made by `python -m tppo_ref.runs.docs_pages` from the settings. Provenance of the defaults:",
+        "Made by `python -m tppo_ref.runs.docs_pages` from the settings. `--section.field VALUE` gives a field on the command",
+        "line; in a file (`--config FILE`, YAML or JSON) it stands under its section. Where it says none, type `null`. A cluster",
+        "has further fields: [cluster.md](cluster.md). Provenance of the defaults:",
         "",
     ]
     lines += [f"- [{mark}] {meaning}" for mark, meaning in MARKS.items()]
-    hints = typing.get_type_hints(Config)
+    config = Config()
     for section in dataclasses.fields(Config):
-        lines += ["", f"## {section.name}", "", "| field | default | may be | meaning | from |", "| --- | --- | --- | --- | --- |"]
-        defaults, types = getattr(Config(), section.name), typing.get_type_hints(hints[section.name], include_extras=True)
-        for name, (text, mark) in field_help(hints[section.name]).items():
-            row = (f"`{section.name}.{name}`", f"`{getattr(defaults, name)}`", _may_be(types[name]), text, f"[{mark}]")
-            lines.append(f"| {' | '.join(row)} |")
+        lines += ["", f"## {section.name}", "", *field_table(section.name, getattr(config, section.name))]
+    lines += [
+        "",
+        "## Named methods",
+        "",
+        "`run.method NAME` fixes these fields; another value that is given for one is refused.",
+        "",
+    ]
+    lines += ["| method | fields |", "| --- | --- |"]
+    for method, fields in METHODS.items():
+        fixed = ", ".join(f"`{path} {SAID.get(value, as_yaml(value))}`" for path, value in fields.items())
+        lines.append(f"| `{method}` | {fixed or 'none: the defaults'} |")
     return "\n".join(lines) + "\n"
+
+
+def field_table(name: str, section: Any) -> list[str]:
+    """The fields of a section of a config, in Markdown: default, bounds, meaning and mark."""
+    lines = ["| field | default | may be | meaning | from |", "| --- | --- | --- | --- | --- |"]
+    types = typing.get_type_hints(type(section), include_extras=True)
+    for field, (text, mark) in field_help(type(section)).items():
+        row = (f"`{name}.{field}`", f"`{as_yaml(getattr(section, field))}`", _may_be(types[field]), text, f"[{mark}]")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def as_yaml(value: Any) -> str:
+    """A value as a command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _may_be(hint: Any) -> str:
