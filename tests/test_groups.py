@@ -85,6 +85,10 @@ def test_a_group_of_one_has_nothing_to_be_measured_against():
 # ----------------------------------------------------------------------------------------------- the exact expected gradient
 
 
+FEWEST = {"ended so far": 1, "two have ended": 2}
+"""Rules that do not wait for a whole group: how many of it must have ended for one to train."""
+
+
 def expected_gradient(made: instances.Instance, size: int, baseline: str) -> tuple[np.ndarray, np.ndarray]:
     """E[1/G sum_i A_i grad log pi(response i)], every group of `size` responses with its probability; and the exact gradient."""
     mdp, policy_NA = made.mdp, made.policy_NA
@@ -95,8 +99,11 @@ def expected_gradient(made: instances.Instance, size: int, baseline: str) -> tup
             score_BNA[b, node] += np.eye(mdp.num_tokens)[token] - policy_NA[node]
     return_B, length_B, gradient_NA = rows.reward_BT.sum(1), rows.mask_BT.sum(1), 0.0
     for group in map(list, itertools.product(range(len(rows)), repeat=size)):
-        if baseline == "ended so far":  # all began together: of the others those that are no longer
-            others = [[j for k, j in enumerate(group) if k != i and length_B[j] <= length_B[group[i]]] for i in range(size)]
+        if baseline in FEWEST:  # all began together: of the others those that have ended when i has, and as many as the rule asks
+            enough = sorted(length_B[group])[FEWEST[baseline] - 1]
+            others = [
+                [j for k, j in enumerate(group) if k != i and length_B[j] <= max(length_B[group[i]], enough)] for i in range(size)
+            ]
             advantages = [return_B[i] - (return_B[them].mean() if them else 0.0) for i, them in zip(group, others, strict=True)]
         else:
             advantages = group_advantages(torch.tensor([return_B[group].tolist()], dtype=F64), estimator=baseline)[0].tolist()
@@ -125,6 +132,20 @@ def test_a_mean_of_those_that_have_ended_so_far_is_no_baseline_and_may_point_the
     np.testing.assert_allclose(rloo, exact, atol=1e-12)
     assert cosine < -0.9
     assert np.abs(early - exact).max() > 3 * np.abs(exact).max()
+
+
+def test_to_wait_for_two_of_three_is_no_baseline_either_and_less_wrong():
+    """The rule of docs/wrong.md's change: a response trains once two of its group have ended, against those that have. On the same MDP."""
+    made = instances.thinking(length=4, start=0.9, gain=0.3, p_end=0.4)
+    found = {rule: expected_gradient(made, 3, rule)[0] for rule in (*FEWEST, "rloo")}
+    exact = made.mdp.policy_gradient(made.policy_NA)
+    off = {rule: np.abs(g - exact).max() / np.abs(exact).max() for rule, g in found.items()}
+    cosine = {rule: (g * exact).sum() / np.linalg.norm(g) / np.linalg.norm(exact) for rule, g in found.items()}
+    assert off["rloo"] < 1e-10
+    assert off["two have ended"] == pytest.approx(1 / 6, abs=0.01)  # "by a sixth"
+    assert cosine["two have ended"] > 0.99
+    assert cosine["ended so far"] < -0.9
+    assert off["ended so far"] > 2
 
 
 def test_grpos_expected_gradient_is_scaled_by_the_spread_of_a_prompts_scores():

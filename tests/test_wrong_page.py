@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from wrong_page import BY_NAME, PAGE, STORY, evidence, rewrite
+from wrong_page import BY_NAME, PAGE, STORY, evidence, rewrite, where
 
 TEXT = PAGE.read_text()
 STORIES = [match[1] for match in STORY.finditer(TEXT)]
@@ -29,6 +29,11 @@ def test_the_named_test_and_the_shown_line_are_there(name):
         rf"^def {re.escape(test.partition('[')[0])}\(", (PAGE.parents[1] / "tests" / file).read_text(), flags=re.MULTILINE
     )
     assert (PAGE.parents[1] / bug.file).read_text().count(bug.before) == 1
+
+
+def test_a_story_names_the_function_of_its_line():
+    assert where(BY_NAME["rounding is whitened where moments are given"]) == "whiten"
+    assert where(BY_NAME["a continued response gets a fresh budget"]).count(".") == 1  # a method, with its class
 
 
 def test_a_renewed_bug_changes_the_page():

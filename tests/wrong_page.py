@@ -5,6 +5,7 @@ python tests/wrong_page.py        after a bug of the page was renewed
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -18,14 +19,25 @@ STORY = re.compile(r"^### (.+?)\n(.*?)^```diff\n.*?^```\n\n[^\n]*\n", flags=re.M
 BY_NAME = {bug.what: bug for bug in BUGS}
 
 
+def where(bug: Bug) -> str:
+    """The function, with its class, in which the bug's line stands."""
+    source = (PAGE.parents[1] / bug.file).read_text()
+    line = source[: source.index(bug.before)].count("\n") + 1
+    names = [(node.lineno, node.name) for node in ast.walk(ast.parse(source))
+             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno <= line <= (node.end_lineno or 0)]  # fmt: skip
+    return ".".join(name for _, name in sorted(names))
+
+
 def evidence(bug: Bug) -> str:
-    """What is right and what is wrong as a diff, and the test that tells them apart."""
+    """What is right and what is wrong as a diff, where it stands, and the test that tells them apart."""
     lines = [
         f"{sign} {line}" for sign, text in (("-", bug.before), ("+", bug.after)) for line in text.strip("\n").splitlines() or [""]
     ]
     file, test = bug.test.split("::")
     return (
-        "```diff\n" + "\n".join(lines) + f"\n```\n\n[{bug.file}](../{bug.file}); killed by `{test}` in [{file}](../tests/{file})\n"
+        "```diff\n"
+        + "\n".join(lines)
+        + f"\n```\n\n`{where(bug)}` in [{bug.file}](../{bug.file}); killed by `{test}` in [{file}](../tests/{file})\n"
     )
 
 
