@@ -14,7 +14,7 @@ from benchmarks import literature, pages, update_level
 from sim.__main__ import main
 from sim.clock.clock_figures import busy_share, timeline_rows
 from sim.clock.cluster import Recipe, Setup
-from sim.clock.compare import Case, WeightsOnly, evaluate, method_row, setup_of
+from sim.clock.compare import Case, WeightsOnly, at_best, best_ppo, evaluate, method_row, setup_of
 from sim.clock.distributions import Constant, TwoPoint
 from sim.clock.efficiency import Efficiency
 from sim.clock.hardware import Layout, Roofline, cluster, model
@@ -81,6 +81,7 @@ def test_what_the_page_says_of_the_tables_in_words():
     slots = {row["slots"]: row for row in pages.committed("slots") if row["lengths"] == SETUPS[0].lengths}
     assert max(slots.values(), key=lambda row: float(row["gain"]))["slots"] == "4096"
     assert float(slots["4096"]["lag_updates"]) > float(slots["4096"]["best_lag_updates"]) > float(slots["2048"]["lag_updates"])
+    assert (float(slots["256"]["lag_updates"]), slots["256"]["step_responses"]) == (0.5, "512")  # "two updates", PPO's one
     heavy = next(row for row in pages.committed("tails") if row["what"] == "sigma 1.0, cache")
     assert float(heavy["gain_equal"]) - 1 < 0.5 * (float(heavy["gain_rollout"]) - 1)  # "less than half of that gain"
     rows = {(row["what"], row["system"]): row for row in pages.committed("methods")}
@@ -106,6 +107,13 @@ def test_seconds_of_phases_are_multiplied_by_hand():
     found = made(trained=60.0)  # 1 + 0 + 3 + 2 + 1 seconds of phases
     assert update_level.speed(found, {}) == 60 / 7
     assert update_level.speed(found, {"policy_train": 0.5, "value_train": 0.5}) == 60 / (7 - 2.5)
+
+
+def test_what_is_fastest_is_so_by_the_speed_that_is_asked_for():
+    case = small(slots=0)
+    for find in (lambda speed: best_ppo(case, most_responses=512, speed=speed), lambda speed: at_best(case, "tppo", speed=speed)):
+        fast, slow = find(lambda found: found.tokens_per_s), find(lambda found: -found.tokens_per_s)
+        assert slow.system.middle.tokens_per_s < fast.system.middle.tokens_per_s
 
 
 def test_training_as_published_is_of_the_one_published_update_and_raises_the_gain():
