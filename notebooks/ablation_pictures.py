@@ -64,6 +64,16 @@ class Ablations:
         kept = ", also after Holm" if self.stands[id(row)] else ", not after Holm" if row["verdict"] != "undecided" else ""
         return f"{row['verdict']}{kept} ({said(row)}, n = {row['n']})"
 
+    def after_equal_updates(self, arm: str, base: str) -> str:
+        """Accuracy of `arm` at its end less that of `base` at its first mark, mean over tasks: equally many steps of the policy
+        where `arm` waits for two thirds of the budget."""
+        ends, firsts = (
+            np.mean([self.curve(t, which)[1][mark] for t in self.tasks], axis=0) for which, mark in ((arm, -1), (base, 1))
+        )
+        gap = mean_interval(ends - firsts)
+        word = "undecided" if gap.low <= 0 <= gap.high else "better" if gap.value > 0 else "worse"
+        return f"{word} ({gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], n = {len(ends)})"
+
     # --------------------------------------------------------------------------------------------------------------- tables
 
     def print_runs(self) -> None:
@@ -79,6 +89,10 @@ class Ablations:
             )
             rest = f"{trained:>9.0%}{cut:>7.0%}{fed:>11.1f}{decode:>14.0f}{steps:>7.0f}{length:>8.1f}{explained:>11.2f}"
             print(f"{arm:<20}{'/'.join(map(str, counts)):>7}{rest}")
+        for arm in ("tppo", "cold-critic", "cold-critic-warmup"):
+            by_task = {task: [number_of(r, "explained_variance") for r in self.ends if (r["arm"], r["task"]) == (arm, task)]
+                       for task in self.tasks}  # fmt: skip
+            print(f"explained, {arm}: " + ", ".join(f"{task} {np.mean(values):.2f}" for task, values in by_task.items()))
 
     def print_comparisons(self) -> None:
         """Per comparison its interval, its verdict before and after Holm, and the single tasks on which it is decided."""
@@ -118,7 +132,7 @@ class Ablations:
                 axes.fill_between(thousands, low, high, color=style_of_arm(arm)["color"], alpha=0.12, linewidth=0)
             y_label = "accuracy" if task == self.tasks[0] else ""
             tidy(axes, title=f"{task}, at least {fewest} seeds", x="generated tokens (thousands)", y=y_label)
-        title = "A critic that knows nothing costs most while the policy waits for it"
+        title = "A critic that knows nothing costs a little, a policy that waits for it most"
         figure.suptitle(title, fontweight="bold", fontsize=11)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
         return figure
@@ -141,12 +155,13 @@ class Ablations:
         for at, (label, share) in zip((7, 6), shares.items(), strict=True):  # colours that no method here has
             right.plot(list(WINDOWS.values()), list(share.values()), **style_of(at), label=label)
         right.legend(frameon=False, fontsize=8.5, loc="center right")
-        tidy(left, title="Short windows learn less, long ones not more", x="window (tokens)", y="difference in area (95 %)")
+        tidy(left, title="Best near 64: shorter learn less, the cap too", x="window (tokens)", y="difference in area (95 %)")
         tidy(right, title="A short window also trains less and cuts more", x="window (tokens)", y="share")
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(WINDOWS.values()), map(str, WINDOWS.values()))
-        figure.suptitle("A short window costs, and it differs in three ways at once", fontweight="bold", fontsize=11)
+        title = "Windows of 16, 32 and 320 learn less than 64, before Holm; a short one differs in three ways"
+        figure.suptitle(title, fontweight="bold", fontsize=11)
         return figure
 
     def trained(self) -> dict[str, float]:

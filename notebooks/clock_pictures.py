@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,7 @@ TRAINING = {"facecolor": "#d9d9d9", "hatch": "////", "edgecolor": "white", "line
 
 def look_of(way: str) -> Look:
     """The look of a way to train, by its first words: notebook 06's names say more than the method."""
-    names = {"PPO": "ppo", "T-PPO that trains once": "tppo-once", "tppo+ac": "tppo-once", "T-PPO": "tppo", "tppo": "tppo",
-             "partial": "partial-is"}  # fmt: skip
+    names = {"PPO": "ppo", "T-PPO+ac": "tppo-once", "T-PPO": "tppo", "partial": "partial-is"}
     return look(next(name for begin, name in names.items() if way.startswith(begin)))
 
 
@@ -64,10 +64,16 @@ def show(window: Sequence[Segment], slots: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- over seconds
 
 
+def settled(trace: Trace, after: int = 3) -> Trace:
+    """Whole steps, without the first: there every response is new, so that T-PPO has no earlier window to feed again."""
+    return dataclasses.replace(trace, records=trace.records[after:])
+
+
 def busy_shares(trace: Trace) -> tuple[float, float]:
-    """Busy slots while decoding, in the last step; and busy slot-seconds of all slot-seconds, training included."""
-    of_all = sum(r.busy_slot_s for r in trace.records) / sum(r.slots * r.step_s for r in trace.records)
-    return trace.records[-1].occupancy, of_all
+    """Busy slot-seconds of the settled steps: of the seconds of decoding, and of all seconds, training included."""
+    steps = settled(trace).records
+    busy = sum(r.busy_slot_s for r in steps)
+    return busy / sum(r.slots * r.rollout_s for r in steps), busy / sum(r.slots * r.step_s for r in steps)
 
 
 def draw_active(traces: Mapping[str, Trace], until_s: float, slots: int) -> Figure:
@@ -87,9 +93,10 @@ def draw_active(traces: Mapping[str, Trace], until_s: float, slots: int) -> Figu
     title = f"T-PPO's slots are full while it decodes; over all seconds {100 * of_all:.0f} % are busy, for it also trains"
     figure.suptitle(title, fontweight="bold", fontsize=11)
     training: Any = Patch(**TRAINING, label="training: nobody decodes")
+    idle = Patch(facecolor="white", edgecolor="#888888", linewidth=0.8, label="white: slots that idle")
     figure.legend(handles=[Patch(color=look("ppo").colour, label="PPO: sequences that decode"),
-                           Patch(color=look("tppo").colour, label="T-PPO: sequences that decode"), training],
-                  loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)  # fmt: skip
+                           Patch(color=look("tppo").colour, label="T-PPO: sequences that decode"), idle, training],
+                  loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)  # fmt: skip
     return figure
 
 
@@ -105,7 +112,7 @@ def draw_roofline(gpu: Accelerator, reached: Callable[[int, int], tuple[float, f
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     axes.plot(x_roof, np.minimum(gpu.flops_per_s, x_roof * gpu.memory_bytes_per_s) / 1e12, color="black", label="roof")
     points = {context: np.array([reached(n, context) for n in (84, 249)]) for context in (1, 1000, 4000, 8000)}
-    who = {"ppo": "84 sequences, as PPO has in the mean", "tppo": "249 sequences, as T-PPO has"}
+    who = {"ppo": "84 sequences: PPO's mean [I]", "tppo": "249 sequences: T-PPO's batch [I]"}
     for at, (context, pair) in enumerate(points.items()):
         x, y = pair.T
         axes.plot(x, y, color="#7F7F7F", linestyle=LINES[at], zorder=1, label=f"context of {context:,} token{'s' * (context > 1)}")
@@ -139,7 +146,7 @@ def draw_phases(parts: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.invert_yaxis()
     figure.legend(frameon=False, fontsize=8.5, ncols=5, loc="outside lower center")
     tidy(axes, title="", x="seconds per million trained tokens", y="")
-    title = "Windows shrink the rollout and grow the policy's passes: earlier windows are fed again"
+    title = "Windows lengthen the policy's passes; what they take off the rollout depends on the lengths"
     figure.suptitle(title, fontweight="bold", fontsize=11)
     return figure
 
@@ -150,17 +157,19 @@ def draw_speeds(median: float = 1500, sigma: float = 1.0, slots: int = 512, devi
     mine = Case(model="Qwen2.5-7B", gpus=devices, lengths=spec, cap=16_384, window=5461, mini_batch=128)
     tp = 2
     cells = {"PPO, one per slot": ("ppo", Cell(tp, slots)), "PPO, four per slot": ("ppo", Cell(tp, slots, 4 * slots))}
-    others = {"T-PPO": "tppo", "T-PPO that trains once": "tppo+ac", "partial rollouts": "partial"}
+    others = {"T-PPO": "tppo", "T-PPO+ac": "tppo+ac", "partial rollouts": "partial"}
     cells |= {name: (method, Cell(tp, slots)) for name, method in others.items()}
-    speeds = {name: run_at(mine, *how).speed for name, how in cells.items()}
+    systems = {name: run_at(mine, *how) for name, how in cells.items()}
     figure, axes = plt.subplots(figsize=(7.5, 3), layout="constrained")
-    for name, s in speeds.items():
+    for name, s in ((name, system.speed) for name, system in systems.items()):
         hatch = "//" if name == "PPO, four per slot" else ""
         axes.barh(name, s.middle, color=look_of(name).colour, hatch=hatch, edgecolor="white",
                   xerr=[[s.middle - s.low], [s.high - s.middle]], error_kw={"linewidth": 1})  # fmt: skip
     axes.invert_yaxis()
-    best = max(speeds, key=lambda name: speeds[name].middle)
+    best = max(systems, key=lambda name: systems[name].speed.middle)
+    level = [name for name, system in systems.items() if name != best and systems[best].gain(system).low <= 1]
+    ahead = "is ahead of all others at every efficiency" if not level else f"is not told apart from {', '.join(level)}"
     title = f"7B on {devices}, {slots} slots, lengths with median {median} and sigma {sigma}"
     tidy(axes, title=title, x="trained tokens per second", y="")
-    figure.suptitle(f"Fastest here, by the middles of the ranges: {best}", fontweight="bold", fontsize=11)
+    figure.suptitle(f"At these settings {best} {ahead}", fontweight="bold", fontsize=11)
     return figure

@@ -169,10 +169,10 @@ def draw_survivors(length_ratio: np.ndarray, tv_now: np.ndarray, tv_so_far: np.n
         }
         panels[1].plot(steps, values.mean(0), **style, markevery=(i % 2, 6), label=label)
     y = "length, critic's over policy's (95 %, 5 seeds)"
-    tidy(panels[0], title="The critic's responses are too short for 3 steps", x="step", y=y)
+    tidy(panels[0], title="The critic's responses: too short at first, too long in step 4", x="step", y=y)
     tidy(panels[1], title="What it sees comes near the visits in 4 steps", x="step", y="total variation from the visits")
     panels[1].legend(frameon=False, fontsize=8.5)
-    figure.suptitle("The survivors' bias is large and short: cap / window steps", fontweight="bold", fontsize=11)
+    figure.suptitle("The survivors' bias is large and short: over after cap / window = 4 steps", fontweight="bold", fontsize=11)
     return figure
 
 

@@ -81,7 +81,8 @@ def draw_schedules(runs: Mapping[str, Played], slots: int, first: int) -> Figure
         f"The first {first} responses: {ppo} decode steps under PPO, {tppo} under T-PPO", fontweight="bold", fontsize=11
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5, handles=[
-        Patch(facecolor=look("tppo").colour, label="a response; neighbours in a slot alternate in shade"),
+        Patch(facecolor=look("ppo").colour, label="PPO: a response; neighbours in a slot alternate in shade"),
+        Patch(facecolor=look("tppo").colour, label="with a window: the same"),
         Patch(facecolor="white", edgecolor="#888888", label="idle slot"),
         plt.Line2D([], [], color="black", marker=">", linestyle="", markersize=4, label="cut, goes on in the next window"),
         plt.Line2D([], [], color="black", linestyle=(0, (4, 3)), linewidth=1, label=f"first {first} ended"),
@@ -283,7 +284,7 @@ def draw_fates(runs: Mapping[str, Any]) -> Figure:
 # ------------------------------------------------------------------------------------------------------ 04: who finishes first
 
 
-def draw_first_to_finish(worlds: Mapping[str, Instance], window: int) -> Figure:
+def draw_first_to_finish(worlds: Mapping[str, Instance], windows: Mapping[str, int]) -> Figure:
     """Exact mean score of the responses that end within t tokens, beside that of all: what waiting for the end teaches first."""
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for i, (name, instance) in zip((4, 3), worlds.items(), strict=True):
@@ -294,8 +295,10 @@ def draw_first_to_finish(worlds: Mapping[str, Instance], window: int) -> Figure:
         style: dict[str, Any] = {"color": COLOURS[i], "linestyle": LINES[i], "marker": MARKERS[i], "markersize": 4}
         axes.plot(t, np.where([(length_B <= k).any() for k in t], mean, np.nan), **style, label=f"{name}: those that ended so far")
         axes.axhline(float(found.prob_B @ score_B), color=COLOURS[i], linewidth=3, alpha=0.3, label=f"{name}: all responses")
-    axes.axvline(window, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(window + 0.2, axes.get_ylim()[0], " the first window\n ends here", fontsize=8.5, va="bottom")
+        axes.axvline(windows[name], color=COLOURS[i], linewidth=1, linestyle=(0, (4, 3)))
+        side, height, align = (1, 0.03, "left") if i == 4 else (-1, 0.75, "right")
+        axes.text(windows[name] + 0.2 * side, height, f"{name}:\nfirst window ends", transform=axes.get_xaxis_transform(),
+                  fontsize=8.5, va="bottom", ha=align)  # fmt: skip
     tidy(
         axes,
         title="Where the hasty answer first, the first to finish say that the prompt is hopeless",

@@ -40,8 +40,8 @@ def errors_by_place(rollouts: Rollouts, tail: int, window: int, lam: float) -> d
     return found
 
 
-def draw_tails(by_place: Mapping[str, Sequence[float]], by_tail: Mapping[int, Mapping[str, GradientError]], tail: int,
-               labels: Mapping[str, str]) -> Figure:  # fmt: skip
+def draw_tails(world: str, by_place: Mapping[str, Sequence[float]], by_tail: Mapping[int, Mapping[str, GradientError]],
+               tail: int, labels: Mapping[str, str]) -> Figure:  # fmt: skip
     """Left: each rule's error by position in the window, with a tail of `tail`; right: its whole error by the tail's length."""
     window = len(by_place["none"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
@@ -52,11 +52,11 @@ def draw_tails(by_place: Mapping[str, Sequence[float]], by_tail: Mapping[int, Ma
     left.axvspan(window - tail - 0.5, window - 0.5, color="#EEEEEE", zorder=0)
     left.text(window - 0.6, left.get_ylim()[1] * 0.7, f"tail of {tail}", ha="right", va="top", fontsize=8.5)
     place = "position in the window (0 = first token)"
-    tidy(left, title="The error of excluding sits in the tail itself", x=place, y="relative gradient error")
-    tidy(right, title="Longer tails: deferring gains, excluding loses", x="tail k (tokens)", y="relative gradient error")
+    tidy(left, title=f"Window {window}: the error of excluding sits in the tail", x=place, y="error there / whole true gradient")
+    tidy(right, title="Longer tails: deferring gains, excluding loses", x="tail k (tokens)", y="error / true gradient, whole")
     at = {rule: error.relative for rule, error in by_tail[tail].items()}
     more, less = at["exclude"] / at["none"], at["defer"] / at["none"]
-    title = f"Excluding {tail} tokens multiplies the gradient's error by {more:.1f}, deferring them by {less:.2f}"
-    figure.suptitle(title, fontweight="bold", fontsize=11)
+    title = f"excluding {tail} tokens multiplies the error by {more:.1f}, deferring by {less:.2f}"
+    figure.suptitle(f"{world}, begun at an edge: {title}", fontweight="bold", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
     return figure

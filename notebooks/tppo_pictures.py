@@ -25,11 +25,12 @@ RULES = {"zero": "value 0 at the cut", "critic": "critic's own V(s_l)", "previou
 # ------------------------------------------------------------------------------------------------------- section 3: a cut response
 
 
-def draw_cut(whole_T: np.ndarray, by_rule: Mapping[str, np.ndarray], lam: float) -> Figure:
-    """Advantages of a cut response under each rule, beside those of the whole one."""
+def draw_cut(whole_T: np.ndarray, by_rule: Mapping[str, np.ndarray], value_T: np.ndarray, lam: float) -> Figure:
+    """Advantages of a cut response under each rule, beside those of the whole one and the critic's values."""
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.plot(whole_T, color="black", linewidth=3, alpha=0.35, label="whole response, no cut")
+    axes.plot(value_T, color="black", linewidth=1, linestyle=(0, (1, 2)), label="the critic's V(s_t)")
     for i, (rule, advantage_T) in enumerate(by_rule.items()):
         axes.plot(advantage_T, **look(rule).line(markevery=(2 * i, 6)), label=RULES[rule])
     window = len(by_rule["previous"])
@@ -37,8 +38,8 @@ def draw_cut(whole_T: np.ndarray, by_rule: Mapping[str, np.ndarray], lam: float)
     axes.text(window - 0.2, axes.get_ylim()[0], " the cut: later tokens\n do not exist yet", fontsize=8.5, va="bottom")
     zero, egae = by_rule["zero"][-1], by_rule["previous"][-1]
     title = f"λ = {lam:.2f}: value 0 gives the last token before the cut {zero:+.2f}, EGAE gives it {egae:.2f}"
-    tidy(axes, title=title, x="token t", y="advantage (units of the score)")
-    axes.legend(frameon=False, fontsize=8.5, loc="lower left")
+    tidy(axes, title=title, x="token t", y="advantage, value (units of the score)")
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 0.12))
     return figure
 
 
