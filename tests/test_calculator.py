@@ -13,11 +13,12 @@ from test_resume import config_of, train
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.build import build, end_token_ids, reply_of
 from tppo_ref.runs.checkpoint import read_state
+from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
 from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.runs.state_laws import broken_law
 from tppo_ref.tasks import EnvironmentTask, load_task
-from tppo_ref.tasks.calculator import BAR, EQUALS, verify
+from tppo_ref.tasks.calculator import BAR, EQUALS, shown, verify
 from tppo_ref.tasks.synthetic import END, in_test_split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,6 +139,30 @@ def test_what_an_environment_may_not_say_is_one_line_that_names_turn_and_prompt(
 def test_numbers_of_numpy_and_torch_are_tokens_and_none_is_the_end():
     assert reply_of(Odd(torch.tensor([3, 4])))(PROMPT, [[1]]) == [3, 4]
     assert reply_of(Odd(None))(PROMPT, [[1]]) is None
+
+
+OWN = """
+from tppo_ref.tasks.calculator import CalculatorTask, shown
+
+class Stuck(CalculatorTask):
+    name = "stuck"
+
+    def reply(self, prompt, turns):
+        return shown(7, 42) if len(turns) == 1 else None
+"""
+
+
+def test_an_environment_of_ones_own_is_named_as_a_verifier_is_and_trained_on(tmp_path, tmp_path_factory, monkeypatch):
+    (tmp_path / "stuck_env.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of("conversations", tmp_path / "run", tmp_path_factory.mktemp("cache"), steps=3)
+    train(replace_fields(config, {"task.name": "stuck_env:Stuck"}))
+    steps = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if "ledger/observed" in m]
+    assert steps[-1]["ledger/observed"] > 0
+    assert steps[-1]["ledger/observed"] % len(shown(7, 42)) == 0
+    ended = [m["response/turns_mean"] for m in steps if m["response/ended"]]
+    assert ended
+    assert max(ended) <= 2, "it answers once"
 
 
 def test_a_checkpoint_in_the_middle_of_a_conversation_is_a_checkpoint(tmp_path, tmp_path_factory):

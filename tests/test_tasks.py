@@ -284,8 +284,10 @@ def test_built_in_tasks_keep_the_protocol(name):
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, maze, brackets, calculator, jsonl; did you mean chain?"),
+    [("chian", {}, "task.name: got 'chian'; expected one of chain, fork, length, maze, brackets, calculator, jsonl, or module:Class; did you mean chain?"),
      ("xyz", {}, "chain, fork, length, maze, brackets, calculator, jsonl"),
+     ("no_such_module:Task", {}, "task.name: got 'no_such_module:Task' (ModuleNotFoundError: No module named 'no_such_module'); expected a class that"),
+     ("tppo_ref.tasks.chain:Chian", {}, "'tppo_ref.tasks.chain:Chian' (AttributeError: "), (":", {}, "expected a class that can be imported"),
      ("chain", {"num_tran": 3}, "task: got the option 'num_tran'; expected one of the options of chain: "),
      ("chain", {"num_tran": 3}, "; did you mean num_train?"),
      ("fork", {"num_test": 0}, "task fork: num_test: got 0; expected at least 1"), ("length", {"long_share": 1.5}, "long_share: got 1.5; expected a share")],

@@ -25,7 +25,7 @@ class TaskConfig:
     """What is asked, and who checks the answers."""
 
     name: str = "chain"
-    """Built-in task (chain, fork, length, maze, brackets, calculator), or jsonl for a file of your own. [O]"""
+    """Built-in task (chain, fork, length, maze, brackets, calculator), jsonl for a file, or module:Class of your own Task. [O]"""
     path: str | None = None
     """jsonl only: training prompts, one JSON object a line; on a cluster .parquet or a data set of the Hub, too. [O]"""
     eval_path: str | None = None

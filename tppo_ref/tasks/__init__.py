@@ -95,14 +95,19 @@ TASKS: dict[str, str] = {
 
 
 def load_task(name: str, **options: Any) -> Task:
-    """The task `name` of `TASKS`, made with `options` (the keyword arguments of its class).
+    """The task `name` of `TASKS`, or "module:Class" of one's own, made with `options` (the keyword arguments of its class).
 
-    Raises UserError for a name or an option that does not exist, with the nearest one that does.
+    Raises UserError for a name or an option that does not exist, with the nearest one that does, and for a class that cannot be
+    imported.
     """
-    if name not in TASKS:
-        raise UserError(refusal("task.name", repr(name), f"one of {', '.join(TASKS)}") + nearest(name, TASKS))
-    module, _, attribute = TASKS[name].partition(":")
-    task_class = getattr(importlib.import_module(module), attribute)
+    if name not in TASKS and ":" not in name:
+        raise UserError(refusal("task.name", repr(name), f"one of {', '.join(TASKS)}, or module:Class") + nearest(name, TASKS))
+    module, _, attribute = TASKS.get(name, name).partition(":")
+    try:
+        task_class = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a user's module raises
+        got = f"{name!r} ({type(error).__name__}: {' '.join(str(error).split())})"
+        raise UserError(refusal("task.name", got, "a class that can be imported", "put its folder on PYTHONPATH")) from error
     allowed = list(inspect.signature(task_class).parameters)
     for option in options:
         if option not in allowed:
