@@ -6,12 +6,13 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scale_helpers import make_model, make_problems
 
-from scale import checkpoint, commands
+from scale import build, checkpoint, commands
 from scale.checkpoint import PIECES, WHOLE_BYTES, export, shard_digest
 from scale.config import ScaleConfig
 from scale.distributed import Collective, World
@@ -74,6 +75,21 @@ def test_an_export_holds_the_tokenizer_that_the_task_reads_with(tmp_path, model)
     export(load_policy(str(model)), tmp_path / "export", World(), dtype=torch.float32, tokenizer=tokenizer)
     assert load_tokenizer(str(tmp_path / "export")).get_vocab() == {"<end>": 0, "?": 1, "sum": 2}
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_tells_of_a_model_that_a_resume_does_not_read(rank, tmp_path, model, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def point(*_, tell, **__):
+        raise Asked(tell)
+
+    monkeypatch.setattr(build, "DistributedCheckpointer", lambda *_: SimpleNamespace(complete=list))
+    monkeypatch.setattr(build, "resume_point", point)
+    with pytest.raises(Asked) as asked:
+        build.build(config_of(tmp_path, model), World(rank=rank, world=2))
+    assert asked.value.args == (rank == 0,)
 
 
 # ------------------------------------------------------------------------------------------------------------ avg@k and pass@k
