@@ -283,17 +283,19 @@ def shown(row: Mapping[str, Any], form: str = ".2f") -> str:
     return f"{value} [{low}, {high}]" if math.isfinite(row["low"]) else f"{value} [no interval]"
 
 
-def sentence(task: str) -> str:
-    """What came out on a task, for pages."""
-    seconds, tokens, gained = (found(task, name) for name in ("seconds", "generated_tokens", "area"))
-    assert seconds
-    assert tokens
-    assert gained
-    return (
-        f"PPO takes {shown(seconds)} times the CPU seconds and {shown(tokens)} times the generated tokens of `tppo-once`"
-        + ", where both arrive: {once} of {seeds} seeds of `tppo-once` do, {ppo} of PPO ({verdict}).".format(**seconds)
-        + f" Mean accuracy at equal CPU seconds: {shown(gained, '+.3f')} for `tppo-once` ({gained['verdict']})."
-    )
+def told(task: str) -> dict[str, str]:
+    """What came out on a task, for the tables of pages: who arrives, of how many seeds, each ratio, area and verdicts. Empty where
+    nothing did yet."""
+    ratios = {name: found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens")}
+    seconds, area = ratios["seconds"], found(task, "area")
+    if not seconds or not area:
+        return {}
+    return {
+        "arrive": "`tppo-once` {once}, PPO {ppo}, of {seeds}".format(**seconds),
+        **{name: shown(row) for name, row in ratios.items() if row},
+        "area": f"{shown(area, '+.3f')}, {area['verdict']}",
+        "verdict": seconds["verdict"],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ import functools
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from benchmarks.common import RESULTS
 from benchmarks.exact_numbers import exact
 from benchmarks.paired import PAIRED, geometric
 from tppo_ref.runs.comparison import holm
+from tppo_ref.runs.docs_pages import markdown_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
 VALUE = r"\([^()\n]*\)|[-+]?[\d.,]+ \[[^\]\n]*\]|\[[^\]\n]*\]|[-+]?\d[\d,]*(?:\.\d+)?|[A-Za-z][\w-]*|\?"
@@ -230,11 +231,6 @@ def written(value: Any, form: str) -> str:
     return shown.removeprefix("-") if float(shown.replace(",", "")) == 0 else shown  # no -0.00
 
 
-def markdown(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table of a page."""
-    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (head, ["---"] * len(head), *rows))
-
-
 def lines_of_comparisons() -> str:
     """Every comparison of the ablations, mean over the three tasks, area under the learning curve."""
     head = ("question", "arm", "against", "seeds", "difference in area, 95 %", "verdict", "after Holm", "final, 95 %", "verdict")
@@ -246,7 +242,7 @@ def lines_of_comparisons() -> str:
         area, final = (text_rows()[key] for key in keys)
         difference = [written(text(key, "difference"), "+.3f") for key in keys]
         rows.append([question, arm, base, area["n"], difference[0], area["verdict"], area["holm"], difference[1], final["verdict"]])
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def lines_of_decided() -> str:
@@ -263,7 +259,7 @@ def lines_of_early() -> str:
     for tokens, steps in zip(ratios[::2], ratios[1::2], strict=True):
         shown = [written((r["ratio"], r["low"], r["high"]), ".2f") + f", {r['verdict']}" for r in (tokens, steps)]
         rows.append([tokens["model"], tokens["critic"], tokens["at"], *shown, tokens["n"]])
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def lines_of_cuts() -> str:
@@ -272,7 +268,7 @@ def lines_of_cuts() -> str:
     for name in dict.fromkeys(row["rule"] for row in cut_table().values()):
         found = [cut_table()[f"{spec} {name}"] for spec in cut_rules.CRITICS]
         rows.append([name, *(written(row["median"], ".3f") + f" ({row['wins']})" * (name != "previous") for row in found)])
-    return markdown(("stand-in for V(s_l)", *(f"critic {spec}" for spec in cut_rules.CRITICS)), rows)
+    return markdown_table(("stand-in for V(s_l)", *(f"critic {spec}" for spec in cut_rules.CRITICS)), rows)
 
 
 def lines_of_bound() -> str:
@@ -280,7 +276,7 @@ def lines_of_bound() -> str:
     head = ("task", "V(s_l) − V(s_{l−1}), mean", "its size", "95 % below", "Lip seen", "left out by EGAE, mean", "its size")
     forms = {"step_mean": "+.3f", "step_size": ".2f", "step_high": ".2f", "lip": ".2f", "gap_mean": "+.3f", "gap_size": ".2f"}
     rows = [row for row in bound_table().values() if row["window"] == 64]
-    return markdown(head, [[row["task"], *(written(row[name], form) for name, form in forms.items())] for row in rows])
+    return markdown_table(head, [[row["task"], *(written(row[name], form) for name, form in forms.items())] for row in rows])
 
 
 def lines_of_studies() -> str:
@@ -292,7 +288,7 @@ def lines_of_studies() -> str:
             told = stated.told(made, found[number]) if found else f"not yet, none of {made.seeds} seeds"
             how = f"`{studies.COMMANDS[name]}`, [plan](../benchmarks/prestated/{made.plan})"
             rows.append(["" if number else how, what if number else f"**{what}**", told])
-    return markdown(("study", "contrast, the primary one in bold", "difference, interval, verdict"), rows)
+    return markdown_table(("study", "contrast, the primary one in bold", "difference, interval, verdict"), rows)
 
 
 def lines_of_critics() -> str:
@@ -304,7 +300,9 @@ def lines_of_critics() -> str:
             of = [row["explained_variance"] for row in rows if row["task"] == task and f"-{critic}-" in row["arm"]]
             found.append([task, critic, factorial.CRITICS[critic], written(equal_tokens.mean(of), ".2f")])
     return (
-        markdown(("task", "critic", "responses it was pre-trained on", "explained variance"), found) if found else "No run yet.\n"
+        markdown_table(("task", "critic", "responses it was pre-trained on", "explained variance"), found)
+        if found
+        else "No run yet.\n"
     )
 
 

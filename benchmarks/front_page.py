@@ -27,6 +27,7 @@ from benchmarks.common import RESULTS
 from benchmarks.value_moves import in_a_sentence
 from tppo_ref.method.advantages import CutValue, egae, gae
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.docs_pages import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "index.md", ROOT / "README.md"
@@ -118,7 +119,7 @@ def lines_of_rules() -> str:
     for name, stands in RULES.items():
         errors = [findings.written(findings.cuts(f"{critic} {name}", "median"), ".3f") for critic in worlds]
         rows.append([f"**{name}**", stands, f"{under(name)[-1]:+.2f}", f"{under(name)[unsure]:+.2f}", *errors])
-    return findings.markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def lines_of_tokens() -> str:
@@ -136,7 +137,7 @@ def lines_of_tokens() -> str:
             f"{float(row['scaled']):+.2f}" if row["scaled"] else "", push, f"{float(row['after']):.4f}",
             f"{float(second[t]['target']):.0f}" + ", one step later" * (t < len(first)),
         ])  # fmt: skip
-    return findings.markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 @functools.cache
@@ -167,18 +168,11 @@ BLOCKS: findings.Blocks = {
 
 def lines_of_fair() -> str:
     """PPO at its best against tppo-once, a line per task."""
-    head = ("task", "in a sentence", "CPU seconds to the target, PPO / `tppo-once`", "generated tokens, the same",
-            "accuracy at equal CPU seconds, `tppo-once` - PPO", "seeds that arrive, `tppo-once` and PPO")  # fmt: skip
-    rows = []
-    for task in fair_headline.TASKS:
-        seconds, tokens, gained = (fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "area"))
-        assert seconds
-        assert tokens
-        assert gained
-        arrive = "{once} and {ppo} of {seeds}".format(**seconds)
-        area = f"{fair_headline.shown(gained, '+.3f')}, {gained['verdict']}"
-        rows.append([f"`{task}`", in_a_sentence(task), fair_headline.shown(seconds), fair_headline.shown(tokens), area, arrive])
-    return findings.markdown(head, rows)
+    head = ("task", "in a sentence", "who arrives, of how many seeds", "CPU seconds to the target, PPO / `tppo-once`",
+            "generated tokens, the same", "accuracy at equal CPU seconds, `tppo-once` - PPO")  # fmt: skip
+    rows = {task: fair_headline.told(task) for task in fair_headline.TASKS}
+    names = ("arrive", "seconds", "generated_tokens", "area")
+    return markdown_table(head, [[f"`{t}`", in_a_sentence(t), *(row[name] for name in names)] for t, row in rows.items()])
 
 
 BLOCKS_OF_README: findings.Blocks = {"slots": lambda: shown("slots.svg", "docs/pictures"), "fair": lines_of_fair}

@@ -32,6 +32,7 @@ from benchmarks.fair_headline import small_critic
 from benchmarks.paired import geometric
 from tppo_ref.runs.build import build
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.docs_pages import markdown_table
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.session import Session
 
@@ -111,18 +112,18 @@ def page() -> str:
     clock = {r["system"]: float(r["gain_same_critic"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     own_best = {r["system"]: float(r["gain"]) for r in rows_of("throughput_methods") if r["what"] == "R1"}
     price = prices()
-    lines = head("lever", "CPU thread, measured", "vLLM on a CPU, measured", "clock, predicted", "change in learning (+ is better)")
+    head = ("lever", "CPU thread, measured", "vLLM on a CPU, measured", "clock, predicted", "change in learning (+ is better)")
     commands = ("benchmarks.levers", "benchmarks.levers_vllm", "sim throughput", "benchmarks.lever_learning")
-    lines.append(f"| *command* | {' | '.join(f'`python -m {command}`' for command in commands)} |")
+    lines = [["*command*", *(f"`python -m {command}`" for command in commands)]]
     for name, (what, _) in LEVERS.items():
         form = "1" if name == "tppo" else "{gain:.2f}x [{low:.2f}, {high:.2f}]"
         here, beside = (form.format(**{k: float(r[name][k]) for k in ("gain", "low", "high")}) for r in (laptop, vllm))
         there = f"{own_best[name] / own_best['tppo']:.2f}x" if name in clock else "not predicted"
-        lines.append(f"| {what} | {here} | {beside} | {there} | {price.get(name, NOT)} |")
+        lines.append([what, here, beside, there, price.get(name, NOT)])
     row, other = laptop["tppo"], vllm["tppo"]
     return TEXT.format(
-        table="\n".join(lines),
-        headline=headline_lines(),
+        table=markdown_table(head, lines),
+        headline=headline_table(),
         apart=apart(laptop),
         vllm_apart=apart(vllm),
         minutes=cpu_minutes(),
@@ -137,11 +138,6 @@ def page() -> str:
         vllm_steps=other["steps"],
         vllm_date=other["date"],
     )
-
-
-def head(*columns: str) -> list[str]:
-    """A table's first two lines."""
-    return [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
 
 
 def apart(rows: Mapping[str, Mapping[str, str]]) -> str:
@@ -173,20 +169,11 @@ def generation() -> str:
     return f"PPO needed fewer of them on {named(fewer)}, `tppo-once` on {named(more)}, and {named(unsure)} leave it open"
 
 
-def headline_lines() -> str:
+def headline_table() -> str:
     """PPO at its best against tppo-once, a line per task; who arrives stands before the ratios that rest on it."""
     ratios = [f"{what}, PPO / `tppo-once`" for what in ("CPU seconds", "generated tokens", "trained tokens")]
-    lines = head("task", "who arrives, of how many seeds", *ratios, "area, `tppo-once` - PPO", "verdict on seconds")
-    for task in fair_headline.TASKS:
-        rows = [fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")]
-        cells = [NOT] * 6
-        if (seconds := rows[0]) and rows[3]:
-            cells = ["`tppo-once` {once}, PPO {ppo}, of {seeds}".format(**seconds)]
-            cells += [fair_headline.shown(row, form) for row, form in zip(rows, [".2f"] * 3 + ["+.3f"], strict=True) if row]
-            cells[-1] += f", {rows[3]['verdict']}"
-            cells.append(seconds["verdict"])
-        lines.append(f"| {task} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    head = ("task", "who arrives, of how many seeds", *ratios, "area, `tppo-once` - PPO", "verdict on seconds")
+    return markdown_table(head, [[task, *(fair_headline.told(task).values() or [NOT] * 6)] for task in fair_headline.TASKS])
 
 
 TEXT = """# What each lever of training once is worth, and what it costs
@@ -194,7 +181,6 @@ TEXT = """# What each lever of training once is worth, and what it costs
 Made by `python -m benchmarks.levers`; gains are over T-PPO as published, and above 1 the lever is faster.
 
 {table}
-
 - **CPU thread**: CPU seconds per generated token of one thread of an {machine}, a server's ({date}); the {task} task with
   windows of 64, all levers stepped in turn in one process, {rounds} rounds. Geometric mean and 95 % t-interval over rounds.
   Other work kept the machine busy: caches are shared, so intervals are wide. The interval leaves out 1, no gain,
@@ -225,7 +211,6 @@ Made by `python -m benchmarks.levers`; gains are over T-PPO as published, and ab
 ## `tppo-once` against PPO at its best
 
 {headline}
-
 To 95 % of PPO's best mean accuracy, each method tuned on each task with as many runs, the engine's log-probabilities and a small
 critic open to both, PPO with its best batch and refilled within the step: `python -m benchmarks.fair_headline --task TASK`
 ([plan](../benchmarks/prestated/2026-11-21-fair-headline.md)). Above 1, and above 0 in area, `tppo-once` is ahead; below 1 in tokens

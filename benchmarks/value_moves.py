@@ -42,6 +42,7 @@ from tppo_ref.rollout.engine import Decoded, Request, RolloutEngine, request_see
 from tppo_ref.rollout.torch_engine import TorchEngine
 from tppo_ref.runs.build import base_model, build, make_engine, make_policy, make_task
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.docs_pages import markdown_table
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.tasks.synthetic import Problem, SyntheticTask
 
@@ -184,15 +185,15 @@ def counted(found: Mapping[str, float], name: str) -> str:
 
 def lines() -> str:
     """The table of docs/tasks.md: the first line of each task's module, and the committed numbers."""
-    head = "task | in a sentence | right, base model | tokens in cut rows | V moves, of 100 tokens"
-    out = [f"| {head} | behind the {WINDOW}th | size |", "| --- " * 7 + "|"]
-    base = {row["task"]: row for row in table("cut_tokens")}
+    head = ("task", "in a sentence", "right, base model", "tokens in cut rows", "V moves, of 100 tokens", f"behind the {WINDOW}th",
+            "size")  # fmt: skip
+    rows, base = [], {row["task"]: row for row in table("cut_tokens")}
     for name in TASKS:
         own, found = base[name], summary(table("value_moves"), name)
-        out.append(f"| `{name}` | {in_a_sentence(name)} | "
-                   f"{float(own['accuracy']):.2f} | {100 * float(own['cut_token_share']):.0f} % | "
-                   f"{counted(found, 'moves')} | {counted(found, 'late')} | {found['size']:.2f} |")  # fmt: skip
-    return "\n".join(out) + "\n"
+        right, cut = f"{float(own['accuracy']):.2f}", f"{100 * float(own['cut_token_share']):.0f} %"
+        rows.append([f"`{name}`", in_a_sentence(name), right, cut,
+                     counted(found, "moves"), counted(found, "late"), f"{found['size']:.2f}"])  # fmt: skip
+    return markdown_table(head, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

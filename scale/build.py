@@ -16,6 +16,7 @@ from scale.config import FIXED_ON_RESUME, ScaleConfig, check_deal, named_in, own
 from scale.context import SharedScorer, context_of
 from scale.data import make_task
 from scale.distributed import Collective, World
+from scale.evaluate import GLOSSARY as EVALUATION
 from scale.evaluate import accuracy_metrics
 from scale.group import Group, group_of
 from scale.memory.budget import CPU_KV_BYTES, config_file, kv_cache_bytes, read_shape, whole_sequences
@@ -44,7 +45,7 @@ from tppo_ref.runs.build import (
     reply_of,
 )
 from tppo_ref.runs.evaluate import Evaluator, Sampler
-from tppo_ref.runs.glossary import AT_K, GLOSSARY
+from tppo_ref.runs.glossary import GLOSSARY
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.parts import Parts
 from tppo_ref.runs.references import leave_out_bad_references
@@ -86,7 +87,7 @@ def build(config: ScaleConfig, world: World) -> Parts:
         batcher=groups_here(config, world, task)(schedule, task.prompts("train"),
                                                 samples_per_prompt=algo.rollout.samples_per_prompt, seed=algo.run.seed),
         evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
-        due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | AT_K,
+        due=lambda steps, train_s: steps // every if every else 0, glossary=GLOSSARY | EVALUATION,
         watchers=[Watch(algo), ClusterWatch(config, world)], limits=[GapLimit(config)],
         # Under torchrun SIGTERM means that a rank is gone: shutdown.py ends this one at once.
         stop_signals=(signal.SIGINT,) if under_torchrun() else (signal.SIGINT, signal.SIGTERM),

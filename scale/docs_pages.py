@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from scale.config import CANCELLED, FIXED_ON_RESUME, IMPOSSIBLE, ScaleConfig
-from tppo_ref.runs.docs_pages import field_table
+from scale.evaluate import GLOSSARY
+from tppo_ref.runs.docs_pages import field_tables, markdown_table, metrics_table
 from tppo_ref.runs.parsing import field_paths
 
 HEAD = """# Configuration of a cluster
@@ -20,29 +20,21 @@ defaults as there. Files to begin from: `scale/configs/`; the way to a running j
 
 
 def cluster_markdown() -> str:
-    """Every field that only a cluster has, what is refused there, and what a resume may change: docs/cluster.md."""
-    config, lines = ScaleConfig(), [HEAD.rstrip()]
-    for section in dataclasses.fields(ScaleConfig):
-        if section.name != "algo":
-            lines += ["", f"## {section.name}", "", *field_table(section.name, getattr(config, section.name))]
-    lines += [
-        "",
-        "## Refused on a cluster",
-        "",
-        "Beside what a laptop refuses. In one line, with exit code 2, before anything is loaded.",
-        "",
-    ]
-    lines += ["| field | where it is given and does nothing |", "| --- | --- |"]
-    lines += [
-        f"| {_names([c.field for c in CANCELLED if c.why == why])} | {why} |" for why in dict.fromkeys(c.why for c in CANCELLED)
-    ]
-    lines += ["", "| field | expected |", "| --- | --- |"]
-    lines += [f"| `{r.field}` | {_plain(r.expected)}{f'; {_plain(r.remedy)}' if r.remedy else ''} |" for r in IMPOSSIBLE]
-    lines += ["", "## What a resume may change", ""]
-    lines += [_names([path for path in field_paths(ScaleConfig) if path not in FIXED_ON_RESUME]) + ".", ""]
-    lines += ["Everything else says what is computed: another value than the checkpoint's is refused. `algo.model.policy` and",
-              "`algo.model.value` may change because folders move: a resume takes the weights of the checkpoint."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    """Every field that only a cluster has, what is refused, what a resume may change, its own metrics: docs/cluster.md."""
+    cancelled = [(_names([c.field for c in CANCELLED if c.why == why]), why) for why in dict.fromkeys(c.why for c in CANCELLED)]
+    impossible = [(f"`{r.field}`", _plain(r.expected) + (f"; {_plain(r.remedy)}" if r.remedy else "")) for r in IMPOSSIBLE]
+    return (
+        HEAD + field_tables(ScaleConfig(), without=["algo"])
+        + "\n## Refused on a cluster\n\nBeside what a laptop refuses. In one line, with exit code 2, before anything is loaded.\n\n"
+        + markdown_table(("field", "where it is given and does nothing"), cancelled)
+        + "\n" + markdown_table(("field", "expected"), impossible)
+        + "\n## What a resume may change\n\n"
+        + _names([path for path in field_paths(ScaleConfig) if path not in FIXED_ON_RESUME])
+        + ".\n\nEverything else says what is computed: another value than the checkpoint's is refused. `algo.model.policy` and\n"
+          "`algo.model.value` may change because folders move: a resume takes the weights of the checkpoint.\n"
+          "\n## Metrics of an evaluation\n\nIt draws k answers to each prompt. All others: [metrics.md](metrics.md).\n\n"
+        + metrics_table(GLOSSARY)
+    )  # fmt: skip
 
 
 def _names(paths: Sequence[str]) -> str:

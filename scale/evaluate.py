@@ -10,6 +10,19 @@ import scipy.special
 import scipy.stats
 
 from tppo_ref.method.records import Response
+from tppo_ref.runs.glossary import Metric
+
+PROMPTS, ENDS = "evaluation prompts", "95 % bootstrap over prompts"
+GLOSSARY = {
+    "eval/k": Metric("answers per prompt (run.eval_samples)", PROMPTS, "answers", "as configured"),
+    "eval/avg_at_k": Metric("share of right answers, mean over prompts", PROMPTS, "share", "rises"),
+    "eval/avg_at_k_low": Metric(f"lower end of its interval: {ENDS}; null for one prompt", PROMPTS, "share", "near the mean"),
+    "eval/avg_at_k_high": Metric("upper end of that interval", PROMPTS, "share", "near the mean"),
+    "eval/pass_at_k": Metric("prompts with a right answer among their k / prompts", PROMPTS, "share", "does not fall"),
+    "eval/pass_at_k_low": Metric(f"lower end of its interval: {ENDS}; null for one prompt", PROMPTS, "share", "near the mean"),
+    "eval/pass_at_k_high": Metric("upper end of that interval", PROMPTS, "share", "near the mean"),
+}
+"""What evaluation logs beside tppo_ref's own metrics."""
 
 
 def pass_at(k: int, num_samples: int, num_right: int) -> float:

@@ -16,11 +16,10 @@ from scale import build, checkpoint, commands
 from scale.checkpoint import PIECES, WHOLE_BYTES, export, shard_digest
 from scale.config import ScaleConfig
 from scale.distributed import Collective, World
-from scale.evaluate import accuracy_metrics
+from scale.evaluate import GLOSSARY, accuracy_metrics
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt, Response
 from tppo_ref.rollout.models import load_policy
-from tppo_ref.runs.glossary import AT_K
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.tasks.jsonl import load_tokenizer
@@ -104,7 +103,7 @@ def answers_to(*scores):
 def test_an_evaluation_counts_answers_and_prompts_under_the_names_of_the_glossary():
     """Three prompts of four answers: all right, one right, none; 5 of 12 answers, 2 of 3 prompts."""
     found = accuracy_metrics(answers_to([1.0] * 4, [-1.0, 1.0, -1.0, -1.0], [-1.0] * 4))
-    assert found.keys() == AT_K.keys()
+    assert found.keys() == GLOSSARY.keys()
     assert (found["eval/k"], found["eval/avg_at_k"], found["eval/pass_at_k"]) == (4, 5 / 12, 2 / 3)
     assert found["eval/avg_at_k_low"] < 5 / 12 < found["eval/avg_at_k_high"]
     alone = accuracy_metrics(answers_to([1.0, -1.0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import docstring_parser
 
 from tppo_ref.loop.bounds import bounds_of
 from tppo_ref.runs.config import GROUP, GROUP_SIZE, METHODS, WHOLE, WINDOW, Config
-from tppo_ref.runs.glossary import AT_K, glossary_markdown
+from tppo_ref.runs.glossary import GLOSSARY, Metric
 
 MARKS = {
     "S": "stated by the paper (abstract, figure 1, published summary)",
@@ -46,42 +47,38 @@ def field_help(config_class: type) -> dict[str, tuple[str, str]]:
     return found
 
 
+def markdown_table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table of a page, whichever page it is."""
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
 def config_markdown() -> str:
     """Every field with its default, its meaning and where the default comes from: docs/config.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "Made by `python -m tppo_ref.runs.docs_pages` from the settings. `--section.field VALUE` gives a field on the command",
-        "line; in a file (`--config FILE`, YAML or JSON) it stands under its section. Where it says none, type `null`. A cluster",
-        "has further fields: [cluster.md](cluster.md). Provenance of the defaults:",
-        "",
-    ]
-    lines += [f"- [{mark}] {meaning}" for mark, meaning in MARKS.items()]
-    config = Config()
-    for section in dataclasses.fields(Config):
-        lines += ["", f"## {section.name}", "", *field_table(section.name, getattr(config, section.name))]
-    lines += [
-        "",
-        "## Named methods",
-        "",
-        "`run.method NAME` fixes these fields; another value that is given for one is refused.",
-        "",
-    ]
-    lines += ["| method | fields |", "| --- | --- |"]
-    for method, fields in METHODS.items():
-        fixed = ", ".join(f"`{path} {SAID.get(value, as_yaml(value))}`" for path, value in fields.items())
-        lines.append(f"| `{method}` | {fixed or 'none: the defaults'} |")
-    return "\n".join(lines) + "\n"
+    head = (
+        "# Configuration\n\n"
+        "Made by `python -m tppo_ref.runs.docs_pages` from the settings. `--section.field VALUE` gives a field on the command\n"
+        "line; in a file (`--config FILE`, YAML or JSON) it stands under its section. Where it says none, type `null`. A cluster\n"
+        "has further fields: [cluster.md](cluster.md). Provenance of the defaults:\n\n"
+    )
+    marks = "".join(f"- [{mark}] {meaning}\n" for mark, meaning in MARKS.items())
+    methods = [[f"`{method}`", ", ".join(f"`{path} {SAID.get(value, as_yaml(value))}`" for path, value in fields.items())
+                or "none: the defaults"] for method, fields in METHODS.items()]  # fmt: skip
+    named = "\n## Named methods\n\n`run.method NAME` fixes these fields; another value that is given for one is refused.\n\n"
+    return head + marks + field_tables(Config()) + named + markdown_table(("method", "fields"), methods)
 
 
-def field_table(name: str, section: Any) -> list[str]:
-    """The fields of a section of a config, in Markdown: default, bounds, meaning and mark."""
-    lines = ["| field | default | may be | meaning | from |", "| --- | --- | --- | --- | --- |"]
+def field_tables(config: Any, without: Sequence[str] = ()) -> str:
+    """A heading and a table of fields for each section of a config, but for those left out."""
+    names = [section.name for section in dataclasses.fields(config) if section.name not in without]
+    return "".join(f"\n## {name}\n\n{field_table(name, getattr(config, name))}" for name in names)
+
+
+def field_table(name: str, section: Any) -> str:
+    """The fields of a section of a config: default, bounds, meaning and mark."""
     types = typing.get_type_hints(type(section), include_extras=True)
-    for field, (text, mark) in field_help(type(section)).items():
-        row = (f"`{name}.{field}`", f"`{as_yaml(getattr(section, field))}`", _may_be(types[field]), text, f"[{mark}]")
-        lines.append(f"| {' | '.join(row)} |")
-    return lines
+    rows = [(f"`{name}.{field}`", f"`{as_yaml(getattr(section, field))}`", _may_be(types[field]), text, f"[{mark}]")
+            for field, (text, mark) in field_help(type(section)).items()]  # fmt: skip
+    return markdown_table(("field", "default", "may be", "meaning", "from"), rows)
 
 
 def as_yaml(value: Any) -> str:
@@ -93,6 +90,11 @@ def _may_be(hint: Any) -> str:
     """The bounds or the choices of a field, in words."""
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
     return ", ".join(map(str, choices)) or str(bounds_of(hint) or "")
+
+
+def metrics_table(glossary: Mapping[str, Metric] = GLOSSARY) -> str:
+    """What a run logs under each name."""
+    return markdown_table(("metric", "what it is", "over", "unit", "healthy"), [(f"`{name}`", *m) for name, m in glossary.items()])
 
 
 def metrics_markdown() -> str:
@@ -109,8 +111,7 @@ def metrics_markdown() -> str:
         "the devices promise, dense in bfloat16 (tppo_ref/loop/peaks.py, or run.peak_tflops). Both are null for a mixture\n"
         "of experts.\n\n"
     )
-    at_k = "\n## On a cluster besides\n\nAn evaluation of scale/ draws k answers to each prompt.\n\n"
-    return head + glossary_markdown() + at_k + glossary_markdown(AT_K)
+    return head + metrics_table() + "\nAn evaluation on a cluster logs more: [cluster.md](cluster.md#metrics-of-an-evaluation).\n"
 
 
 def main(docs: Path = Path("docs")) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -14,18 +13,6 @@ class Metric(NamedTuple):
     unit: str
     healthy: str
 
-
-PROMPTS, ENDS = "evaluation prompts", "95 % bootstrap over prompts"
-AT_K = {
-    "eval/k": Metric("answers per prompt (run.eval_samples)", PROMPTS, "answers", "as configured"),
-    "eval/avg_at_k": Metric("share of right answers, mean over prompts", PROMPTS, "share", "rises"),
-    "eval/avg_at_k_low": Metric(f"lower end of its interval: {ENDS}; null for one prompt", PROMPTS, "share", "near the mean"),
-    "eval/avg_at_k_high": Metric("upper end of that interval", PROMPTS, "share", "near the mean"),
-    "eval/pass_at_k": Metric("prompts with a right answer among their k / prompts", PROMPTS, "share", "does not fall"),
-    "eval/pass_at_k_low": Metric(f"lower end of its interval: {ENDS}; null for one prompt", PROMPTS, "share", "near the mean"),
-    "eval/pass_at_k_high": Metric("upper end of that interval", PROMPTS, "share", "near the mean"),
-}
-"""What an evaluation on a cluster logs beside GLOSSARY."""
 
 MODEL_FLOPS = "2 P n + 4 L H D s + 2 W m"
 MFU = "{} / (seconds of the slowest rank x ranks x peak FLOP/s); null where no peak is known (run.peak_tflops)"
@@ -174,9 +161,3 @@ GLOSSARY: dict[str, Metric] = {
     "eval/verify_failures": Metric("verifications that failed (as verify/)", "evaluation set", "answers", "0"),
     "eval/time_s": Metric("wall-clock of the evaluation, outside of the training clock", "evaluation set", "s", "small"),
 }
-
-
-def glossary_markdown(glossary: Mapping[str, Metric] = GLOSSARY) -> str:
-    """A glossary as a Markdown table of docs/metrics.md."""
-    head = "| metric | what it is | over | unit | healthy |\n| --- | --- | --- | --- | --- |\n"
-    return head + "".join(f"| `{name}` | {m.formula} | {m.over} | {m.unit} | {m.healthy} |\n" for name, m in glossary.items())
