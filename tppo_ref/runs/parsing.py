@@ -74,7 +74,8 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     """
     given_fields(argv)
     parser = _parser(config_class, prog, description)
-    return _instance(config_class, parser, lambda: parser.parse_args(files_first(argv)))
+    files, others = _files_and_others(argv)  # to jsonargparse whatever comes later wins
+    return _instance(config_class, parser, lambda: parser.parse_args([*files, *others]))
 
 
 def typed(config: ConfigT) -> ConfigT:
@@ -103,24 +104,23 @@ def _instance(config_class: type[ConfigT], parser: Any, parsed: Callable[[], Any
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
-def files_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--config` and its files in front: jsonargparse lets whatever comes later win."""
-    follows = [False, *(arg == "--config" for arg in argv)]
-    of_files = [after or arg == "--config" or arg.startswith("--config=") for after, arg in zip(follows, argv, strict=False)]
-    return [*itertools.compress(argv, of_files), *itertools.compress(argv, [not of_file for of_file in of_files])]
-
-
 def given_fields(argv: Sequence[str]) -> set[str]:
     """Dotted names of the fields that a command line gives, those of its `--config` files included.
 
     A file that is no mapping of sections, or has a key twice, is a UserError with the file's name, which jsonargparse leaves out.
     """
-    given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    pairs = [arg.partition("=")[2] for arg in argv if arg.startswith("--config=")]
-    pairs += [value for flag, value in itertools.pairwise(argv) if flag == "--config"]
-    for name in pairs:
+    files, others = _files_and_others(argv)
+    given = {arg[2:].partition("=")[0] for arg in (*files, *others) if arg.startswith("--")}
+    for name in (arg.removeprefix("--config=") for arg in files if arg != "--config"):
         given |= set(_leaves(read_sections(name)))
     return given
+
+
+def _files_and_others(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments `--config FILE` and `--config=FILE`, and all others, each in their order."""
+    behind = [False, *(arg == "--config" for arg in argv)]
+    of_file = [after or arg == "--config" or arg.startswith("--config=") for after, arg in zip(behind, argv, strict=False)]
+    return list(itertools.compress(argv, of_file)), [arg for arg, one in zip(argv, of_file, strict=True) if not one]
 
 
 def _leaves(sections: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
