@@ -327,6 +327,14 @@ def test_ratios_of_the_headline_are_geometric_means_with_t_intervals_over_its_se
     assert findings.headline("chain tppo generated tokens to target", "ratio")[0] == pytest.approx(generated)
 
 
+def test_what_question_10_says_of_five_pairs_and_many_tests():
+    tests, pairs = findings.text("every", "tests"), findings.text("every", "seeds")
+    assert "about seven would have with no effect at all" in PAGE
+    assert round(0.05 * tests) == 7
+    assert "some eleven standard errors large to pass it first" in PAGE
+    assert round(stats.t.ppf(1 - 0.05 / tests / 2, pairs - 1)) == 11
+
+
 def test_pre_training_takes_nearly_as_many_tokens_as_a_run():
     """What the objection to question 5 says, and that the page says how many responses it takes."""
     config = Config()

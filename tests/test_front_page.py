@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import bare_numbers
 
-from benchmarks import findings, front_page, pictures
+from benchmarks import fair_headline, findings, front_page, pictures
 from sim.command import parse
 from sim.lab.examination import BiasConfig, examine
 from tppo_ref.method.records import End
@@ -48,6 +48,27 @@ def test_what_stands_without_a_mark_is_a_setting():
     noise = (r"(?s:```.*?```)", r"`[^`]*`", r"(?s:\$\$.*?\$\$)", r"\$[^$]*\$", r"\]\([^)]*\)", r"arXiv [\d.]+", r"^\d\. ",
              r"s_\{?l[^ ]*", r"\b32B")  # fmt: skip
     assert bare_numbers(PAGE, noise) <= SETTINGS, "a number without a mark"
+
+
+def test_what_it_says_of_its_numbers_in_words():
+    text = " ".join(PAGE.split())
+    ahead = [task for task in fair_headline.TASKS if fair_headline.found(task, "area")["verdict"] == "better"]
+    assert "still gains on a laptop on three of five tasks" in text
+    assert (len(ahead), len(fair_headline.TASKS)) == (3, 5)
+    price, leaner = (
+        findings.headline("chain tppo generated tokens to target", "ratio")[0],
+        findings.fair("chain generated_tokens", "ratio")[0],
+    )
+    assert "For the leaner T-PPO it is more" in text
+    assert 1 / leaner > price > 1
+    assert "to lose with 256 against a PPO that may take more, or where answers are long or alike" in text
+    losses = (
+        ("slots", "dapo-32b@2049, 256", "gain"),
+        ("windows", "math-mixture, 8192", "gain"),
+        ("lengths", "constant:8192", "gain_equal"),
+    )
+    assert all(findings.throughput(*loss) < 1 for loss in losses)
+    assert text.count(": a loss") == len(losses)
 
 
 def test_its_commands_are_modules_that_are_there():
