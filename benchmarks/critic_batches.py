@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 
 from benchmarks.common import RESULTS, provenance, whole_rows
@@ -83,8 +84,18 @@ def contrast(differences: Sequence[float], level: float = 0.95) -> Row:
     middle, low, high = mean_interval(differences, level)
     word = "equal" if max(high, -low) <= MARGIN else verdict(low, high)
     enough, num = max(abs(middle), MARGIN - abs(middle)), len(differences)  # the half-width at which it would be decided
-    needed = math.ceil(num * ((high - middle) / enough) ** 2) if word == "undecided" and num > 1 else 0
+    needed = seeds_needed(float(np.std(differences, ddof=1)), enough, level) if word == "undecided" and num > 1 else 0
     return {"n": num, "difference": middle, "low": low, "high": high, "verdict": word, "seeds_needed": needed}
+
+
+def seeds_needed(deviation: float, half_width: float, level: float) -> int:
+    """The fewest seeds whose Student-t interval, at this deviation of differences, is no wider than that on either side. Since the
+    next seeds' mean and deviation vary, so many decide in about every second repetition, and no more."""
+    quantile = (1 + level) / 2
+    num = max(2, math.ceil((scipy.stats.norm.ppf(quantile) * deviation / half_width) ** 2))  # t's quantile is above the normal one
+    while scipy.stats.t.ppf(quantile, num - 1) * deviation / math.sqrt(num) > half_width:
+        num += 1
+    return num
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[Row]:

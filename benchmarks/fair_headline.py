@@ -24,10 +24,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -261,41 +259,6 @@ def headline(task: str, levers: Mapping[str, Fields], seeds: Sequence[int], runs
         raise UserError(refusal("--task", f"{task} with {len(whole)} whole seeds", "at least 2", "give more --seeds"))
     rows = rows_of({arm: {seed: own[seed] for seed in whole} for arm, own in curves.items()}, BUDGETS_S[task])
     return [{"task": task} | row | {"cell": cells[row["arm"]]} for row in rows]
-
-
-def found(task: str, quantity: str) -> Fields | None:
-    """A committed interval with its verdict, the seeds and how many of each method arrive; None where there is none."""
-    path = RESULTS / f"fair-headline-{task}.csv"
-    if not path.exists():
-        return None
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    (row,) = (r for r in rows if r["quantity"].startswith(f"{quantity}:"))
-    ppo, once = ([float(r["value"]) for r in rows if (r["arm"], r["quantity"]) == (arm, quantity)] for arm in HOLDS)
-    return {name: float(row[name]) for name in ("value", "low", "high")} | {
-        "verdict": row["verdict"], "seeds": len(ppo), "ppo": sum(map(math.isfinite, ppo)), "once": sum(map(math.isfinite, once)),
-    }  # fmt: skip
-
-
-def shown(row: Mapping[str, Any], form: str = ".2f") -> str:
-    """An interval as pages have it; of one seed there is none."""
-    value, low, high = (format(row[name], form) for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]" if math.isfinite(row["low"]) else f"{value} [no interval]"
-
-
-def told(task: str) -> dict[str, str]:
-    """What came out on a task, for the tables of pages: who arrives, of how many seeds, each ratio, area and verdicts. Empty where
-    nothing did yet."""
-    ratios = {name: found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens")}
-    seconds, area = ratios["seconds"], found(task, "area")
-    if not seconds or not area:
-        return {}
-    return {
-        "arrive": "`tppo-once` {once}, PPO {ppo}, of {seeds}".format(**seconds),
-        **{name: shown(row) for name, row in ratios.items() if row},
-        "area": f"{shown(area, '+.3f')}, {area['verdict']}",
-        "verdict": seconds["verdict"],
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -37,12 +36,9 @@ from benchmarks import (
     critic_batches,
     cut_rules,
     early_decision,
-    equal_tokens,
-    factorial,
-    fair_headline,
-    studies,
+    fair_told,
+    studies_told,
 )
-from benchmarks import study as stated
 from benchmarks.common import RESULTS
 from benchmarks.exact_numbers import exact
 from benchmarks.paired import PAIRED, geometric
@@ -151,17 +147,20 @@ def batch_table() -> tuple[dict[str, Any], ...]:
 
 
 def batches(key: str, column: str) -> Any:
-    """ "6 zero area": the contrast of a question with a critic that begins so, over all worlds; `difference` with its interval."""
-    question, start, name = key.split()
+    """ "6 zero area": the contrast of a question with a critic that begins so, over all worlds, "6 zero area cliff": in one;
+    `difference` with its interval."""
+    question, start, name, world = [*key.split(), "all"][:4]
     row = next(
-        r for r in batch_table() if (str(r["question"]), r["start"], r["world"], r["score"]) == (question, start, "all", name)
+        r for r in batch_table() if (str(r["question"]), r["start"], r["world"], r["score"]) == (question, start, world, name)
     )
     return (row["difference"], row["low"], row["high"]) if column == "difference" else row[column]
 
 
 def fair(key: str, column: str) -> Any:
-    """ "chain seconds": PPO / tppo-once with its interval; `ppo` and `seeds`: how many seeds of PPO arrive, of how many."""
-    row = fair_headline.found(*key.split())
+    """ "chain seconds": PPO / tppo-once with its interval; `ppo`, `once`, `both` and `seeds`: how many seeds of either and of both
+    arrive, of how many. "chain bound": the least or most that it is over all seeds, and its `side`."""
+    task, quantity = key.split()
+    row = fair_told.bound(task) if quantity == "bound" else fair_told.found(task, quantity)
     if row is None:
         raise KeyError(f"fair: {key}")
     return (row["value"], row["low"], row["high"]) if column == "ratio" else row[column]
@@ -174,34 +173,12 @@ def bound_table() -> dict[str, dict[str, Any]]:
 
 def bound(key: str, column: str) -> Any:
     """ "chain 1024 16 mean": a column of bound_in_practice for a task ("all": their mean), critic and window; without "mean" the
-    interval over seeds, too."""
+    interval over seeds, too. "every": the largest number of all runs."""
+    if key == "every":
+        return max(float(row[column]) for row in table("bound_in_practice"))
     *cell, mean = [*key.split(), ""][:4]
     found = bound_table()[" ".join(cell)][column]
     return found[0] if mean and column != "seeds" else found
-
-
-@functools.cache
-def study_table(name: str) -> tuple[dict[str, Any], ...]:
-    """The table of a stated study over the whole seeds that are committed; empty where there are none."""
-    made = studies.ALL[name]
-    rows, others = equal_tokens.read_whole(RESULTS / made.path.name)
-    assert not others, f"{made.path.name}: {others} lines of runs that are not whole"
-    return tuple(stated.table(made, rows))
-
-
-def study(key: str, column: str) -> Any:
-    """ "factorial 1": of the study's first contrast, the primary one, its `difference` with the interval, its `verdict`, the number
-    of `seeds`, or all of it, `said`, which is "not yet" before the first whole seed. "whole": how many `contrasts` the studies have
-    that have all their seeds, and how many of these are `decided`."""
-    if key == "whole":
-        verdicts = [row["verdict"] for name in studies.ALL for row in study_table(name) if row["verdict"] != "not yet"]
-        return {"contrasts": len(verdicts), "decided": len(verdicts) - verdicts.count("undecided")}[column]
-    name, number = key.split()
-    made, rows = studies.ALL[name], study_table(name)
-    if column != "said":
-        row = rows[int(number) - 1]
-        return (row["difference"], row["low"], row["high"]) if column == "difference" else row[column]
-    return f"({stated.told(made, rows[int(number) - 1]) if rows else f'not yet, none of {made.seeds} seeds'})"
 
 
 def throughput(name: str, key: str, column: str) -> float:
@@ -211,7 +188,7 @@ def throughput(name: str, key: str, column: str) -> float:
 Sources, Blocks = dict[str, Callable[[str, str], Any]], dict[str, Callable[[], str]]
 SOURCES: Sources = {
     "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
-    "batches": batches, "fair": fair, "bound": bound, "study": study,
+    "batches": batches, "fair": fair, "bound": bound, "study": studies_told.study,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 
@@ -279,36 +256,9 @@ def lines_of_bound() -> str:
     return markdown_table(head, [[row["task"], *(written(row[name], form) for name, form in forms.items())] for row in rows])
 
 
-def lines_of_studies() -> str:
-    """Every contrast of every stated study, as far as its runs are there."""
-    rows = []
-    for name, made in studies.ALL.items():
-        found = study_table(name)
-        for number, what in enumerate(made.contrasts):
-            told = stated.told(made, found[number]) if found else f"not yet, none of {made.seeds} seeds"
-            how = f"`{studies.COMMANDS[name]}`, [plan](../benchmarks/prestated/{made.plan})"
-            rows.append(["" if number else how, what if number else f"**{what}**", told])
-    return markdown_table(("study", "contrast, the primary one in bold", "difference, interval, verdict"), rows)
-
-
-def lines_of_critics() -> str:
-    """How much the critics of the factorials explain in the first third of the budget, over all runs that begin with them."""
-    found = []
-    for made in (studies.ALL["factorial"], studies.ALL["new-tasks"]):
-        rows = [row for row in equal_tokens.read_whole(RESULTS / made.path.name)[0] if row["mark"] == 1]
-        for task, critic in itertools.product(made.tasks if rows else (), factorial.CRITICS):
-            of = [row["explained_variance"] for row in rows if row["task"] == task and f"-{critic}-" in row["arm"]]
-            found.append([task, critic, factorial.CRITICS[critic], written(equal_tokens.mean(of), ".2f")])
-    return (
-        markdown_table(("task", "critic", "responses it was pre-trained on", "explained variance"), found)
-        if found
-        else "No run yet.\n"
-    )
-
-
 BLOCKS: Blocks = {
     "comparisons": lines_of_comparisons, "decided": lines_of_decided, "early": lines_of_early, "cuts": lines_of_cuts,
-    "bound": lines_of_bound, "studies": lines_of_studies, "critics": lines_of_critics,
+    "bound": lines_of_bound, "studies": studies_told.lines_of_studies, "critics": studies_told.lines_of_critics,
 }  # fmt: skip
 
 

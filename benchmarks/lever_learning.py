@@ -38,7 +38,7 @@ WITH_SMALL_CRITIC = (SMALL, "once-small")
 PATH = RESULTS / "lever_learning.csv"
 
 
-def table(rows: Sequence[Row], lever: str, budget: int = BUDGET) -> list[Row]:
+def table(rows: Sequence[Row], lever: str, budget: int = BUDGET, level: float = 0.95) -> list[Row]:
     """lever - base per score and task ("all": the mean over tasks, seed by seed), with its verdict. Seeds that lack a run are left
     out."""
     runs = scores(rows, budget)
@@ -50,7 +50,7 @@ def table(rows: Sequence[Row], lever: str, budget: int = BUDGET) -> list[Row]:
             [float(np.mean([getattr(runs[t, arm, s], name) for t in (tasks if task == "all" else [task])])) for s in seeds]
             for arm in (lever, BASE)
         )
-        numbers: dict[str, Any] = contrast([a - b for a, b in zip(ours, theirs, strict=True)])
+        numbers: dict[str, Any] = contrast([a - b for a, b in zip(ours, theirs, strict=True)], level)
         found.append({"score": name, "task": task, "with": float(np.mean(ours)), "without": float(np.mean(theirs))} | numbers)
     return found
 

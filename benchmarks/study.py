@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from benchmarks import workers
 from benchmarks.critic_batches import contrast
@@ -65,7 +66,7 @@ def whole_seeds(study: Study, rows: Sequence[Row]) -> tuple[list[int], dict[tupl
 
 def table(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A row per contrast over the whole seeds, intervals shared by all (Bonferroni); `n` counts seeds, or base models of several;
-    `between`: the deviation between base models that seeds do not explain."""
+    what `two_levels` says of several."""
     seeds, found = whole_seeds(study, rows)
     out = []
     for what, weights in study.contrasts.items() if seeds else ():
@@ -74,19 +75,32 @@ def table(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
             [sum(w * np.mean([getattr(found[t, name, s], study.score) for t in study.tasks]) for name, w in parts) for s in seeds]
             for parts in zip(*weighted, strict=True)
         ])  # fmt: skip
-        several = len(study.bases) > 1
-        numbers = contrast([float(x) for x in (of_base.mean(axis=1) if several else of_base[0])], 1 - 0.05 / len(study.contrasts))
+        several, level = len(study.bases) > 1, 1 - 0.05 / len(study.contrasts)
+        numbers = contrast([float(x) for x in (of_base.mean(axis=1) if several else of_base[0])], level)
         early = {"verdict": "not yet"} if len(seeds) < study.seeds else {}
-        out.append({"contrast": what, "seeds": len(seeds), "between": between(of_base) if several else math.nan} | numbers | early)
+        more = two_levels(of_base, level) if several else {}
+        out.append({"contrast": what, "seeds": len(seeds)} | more | numbers | early)
     return out
 
 
-def between(of_base: np.ndarray) -> float:
-    """Deviation between base models in a balanced two-level design, [base, seed]: variance of the means, less the share of it that
-    is seeds; 0 where nothing is left. (Method of moments; equal to REML where it is above 0.)"""
-    num = of_base.shape[1]
+def two_levels(of_base: np.ndarray, level: float) -> dict[str, float]:
+    """Of a balanced two-level design, [base, seed]; NaN of one seed.
+
+    between                deviation between base models that seeds do not explain: variance of the means, less the share of it that
+                           is seeds; 0 where nothing is left. (Method of moments; equal to REML where it is above 0)
+    between_high           its upper limit, one-sided 95 %: chi squared of the means' variance, less the same share
+    seeds_low, seeds_high  the interval of the difference if bases did not differ at all, from the deviation of seeds alone: wider
+                           than the other where the means happen to lie closer to each other than seeds let expect
+    """
+    bases, num = of_base.shape
     within = float(of_base.var(axis=1, ddof=1).mean()) / num if num > 1 else math.nan
-    return math.sqrt(max(0.0, float(of_base.mean(axis=1).var(ddof=1)) - within))
+    means, free = float(of_base.mean(axis=1).var(ddof=1)), bases - 1
+    highest = means * free / float(scipy.stats.chi2.ppf(0.05, free))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, bases * (num - 1))) * math.sqrt(within / bases) if num > 1 else math.nan
+    return {
+        "between": math.sqrt(max(means - within, 0.0)), "between_high": math.sqrt(max(highest - within, 0.0)),
+        "seeds_low": float(of_base.mean()) - half, "seeds_high": float(of_base.mean()) + half,
+    }  # fmt: skip
 
 
 def told(study: Study, row: Mapping[str, Any]) -> str:
@@ -134,7 +148,9 @@ def command(study: Study, arguments: argparse.Namespace) -> int:
 
     def show(rows: list[Row]) -> None:
         for row in table(study, rows):
-            more = f"; deviation between base models {row['between']:.4f}" if len(study.bases) > 1 else ""
-            print(f"{row['contrast']:<40}{told(study, row)}{more}")
+            print(f"{row['contrast']:<40}{told(study, row)}")
+            if len(study.bases) > 1:
+                between = "{between:.4f}, at most {between_high:.4f}; interval of seeds alone [{seeds_low:+.4f}, {seeds_high:+.4f}]"
+                print(f"{'':<40}deviation between base models {between.format(**row)}")
 
     return workers.command(missing, arguments.out or study.path, arguments.jobs, show)

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from benchmarks import critic_batches
 from benchmarks.critic_batches import ARMS, MARGIN, STARTS, WORLDS, contrast, score, table
@@ -30,8 +31,24 @@ def test_verdicts(middle, spread, verdict):
     assert (found["low"], found["high"]) == (pytest.approx(middle - half, rel=1e-3), pytest.approx(middle + half, rel=1e-3))
     assert (found["verdict"], found["n"]) == (verdict, 16)
     assert (found["seeds_needed"] > 16) == (verdict == "undecided")
-    if verdict == "undecided":
-        assert found["seeds_needed"] == pytest.approx(16 * (half / MARGIN) ** 2, abs=1)
+
+
+@pytest.mark.parametrize(("middle", "deviation"), [(0.0, 0.02), (0.004, 0.01), (0.02, 0.05), (-0.01, 0.05)])
+@pytest.mark.parametrize("level", [0.95, 1 - 0.05 / 6])
+@pytest.mark.parametrize("num", [2, 4, 9])
+def test_as_many_seeds_as_it_says_decide_at_this_deviation_and_one_less_does_not(middle, deviation, level, num):
+    """From few seeds, too, whose quantile of t is far above that of the number that is asked for."""
+    x = middle + deviation * np.tile([-1.0, 1.0], num)[:num]
+    x = x - x.mean() + middle
+    found, width = contrast(list(x), level), np.std(x, ddof=1)
+
+    def decided(seeds: int) -> bool:
+        low, high = scipy.stats.t.interval(level, seeds - 1, middle, width / math.sqrt(seeds))
+        return low > 0 or high < 0 or max(high, -low) <= MARGIN
+
+    assert found["verdict"] == "undecided"
+    assert decided(found["seeds_needed"])
+    assert not decided(found["seeds_needed"] - 1) or found["seeds_needed"] == 2
 
 
 def rows(effect: float) -> list[dict]:

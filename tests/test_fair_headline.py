@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import arrivals, fair_headline
+from benchmarks import arrivals, fair_headline, fair_told
 from benchmarks.arrivals import Arrival, Curve, area, arrival, ratio, rows_of, smooth
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import append
@@ -171,7 +171,42 @@ def test_tppo_once_is_the_candidate_that_was_chosen():
         assert {name: row[name] for name in again} == {name: str(x) for name, x in again.items()}
 
 
-@pytest.mark.parametrize("task", [task for task in fair_headline.TASKS if fair_headline.found(task, "seconds")])
+def csv_of(path, ppo, once, budget_s=10.0):
+    """A table of seconds, as fair_headline writes one."""
+    quantity = {"ppo": ppo, "tppo-once": once}
+    rows = [{"arm": a, "quantity": "seconds", "seed": s, "value": x} for a, own in quantity.items() for s, x in enumerate(own)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "budget_s"])
+        writer.writeheader()
+        writer.writerows(row | {"budget_s": budget_s} for row in rows)
+
+
+def test_seeds_that_miss_bound_the_ratio_on_one_side(tmp_path, monkeypatch):
+    """A run of ten seconds has means up to the ninth: a seed that misses arrives there at the earliest."""
+    monkeypatch.setattr(fair_told, "RESULTS", tmp_path)
+    cases = {
+        "chain": ([4.0, math.inf, 8.0], [2.0, 3.0, 4.0], ("least", (2 * 3 * 2) ** (1 / 3))),
+        "fork": ([4.0, 4.5, 8.0], [2.0, math.inf, 4.0], ("most", (2 * 0.5 * 2) ** (1 / 3))),
+        "length": ([4.0, 4.5, 8.0], [2.0, 3.0, 4.0], None),
+        "maze": ([4.0, math.inf, 8.0], [math.inf, 3.0, 4.0], None),
+    }
+    try:
+        for task, (ppo, once, wanted) in cases.items():
+            fair_told.committed.cache_clear()
+            csv_of(tmp_path / f"fair-headline-{task}.csv", ppo, once)
+            found = fair_told.bound(task)
+            if wanted is None:
+                assert found is None
+            else:
+                assert (found["side"], found["value"]) == (wanted[0], pytest.approx(wanted[1]))
+                assert found["reached"] == 3
+        assert fair_told.all_seeds("length", {"both": 3, "seeds": 3}) == "the same"
+        assert fair_told.all_seeds("maze", {"both": 1, "seeds": 3}) == "not known: both miss some"
+    finally:
+        fair_told.committed.cache_clear()
+
+
+@pytest.mark.parametrize("task", [task for task in fair_headline.TASKS if fair_told.found(task, "seconds")])
 def test_the_committed_tables_are_of_the_committed_runs(task):
     runs = Book(RESULTS / "fair-headline-runs.csv", None)
     levers = {"ppo": ENGINE, "tppo-once": CANDIDATES[chosen(choice(runs))]}

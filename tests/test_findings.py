@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks import ablations, early_decision, equal_tokens, exact_numbers, findings, studies
+from benchmarks import ablations, early_decision, equal_tokens, exact_numbers, findings, studies, studies_told
 from benchmarks.common import RESULTS
 from benchmarks.early_decision import METHODS, World
 from benchmarks.paired import geometric
@@ -256,8 +256,8 @@ def test_the_strawman_and_the_largest_of_the_others_are_those_that_the_answer_na
 
 def test_only_contrasts_of_whole_studies_count_and_undecided_is_not_decided(monkeypatch):
     verdicts = {"factorial": ["better", "undecided", "equal"], "edge": ["not yet"], "bases": ["worse"]}
-    monkeypatch.setattr(findings, "study_table", lambda name: [{"verdict": verdict} for verdict in verdicts.get(name, [])])
-    assert (findings.study("whole", "contrasts"), findings.study("whole", "decided")) == (4, 3)
+    monkeypatch.setattr(studies_told, "study_table", lambda name: [{"verdict": verdict} for verdict in verdicts.get(name, [])])
+    assert (studies_told.study("whole", "contrasts"), studies_told.study("whole", "decided")) == (4, 3)
 
 
 def test_losing_choices_are_named_with_their_flags():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, fair_headline, findings, headline, lever_learning, studies, study
+from benchmarks import common, fair_headline, fair_told, findings, headline, lever_learning, studies, study
 from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
-from benchmarks.fair_headline import shown
+from benchmarks.fair_told import shown
 from benchmarks.vllm_windows import ratio
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -59,11 +59,11 @@ def test_the_headline(task):
     verdict(aim, middle >= 2)
 
 
-@pytest.mark.parametrize("task", [task for task in fair_headline.TASKS if fair_headline.found(task, "seconds")])
+@pytest.mark.parametrize("task", [task for task in fair_headline.TASKS if fair_told.found(task, "seconds")])
 def test_the_fair_headline(task):
     result, aim = line(f"`tppo-once` against PPO at its best, {task} task")
     seconds, made, trained, area = (
-        fair_headline.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")
+        fair_told.found(task, name) for name in ("seconds", "generated_tokens", "trained_tokens", "area")
     )
     assert result == (
         f"{shown(seconds)}x less CPU time to 95 % of PPO's best mean, where both arrive "

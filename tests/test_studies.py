@@ -11,7 +11,7 @@ import pytest
 from helpers import one_thread  # noqa: F401  (a fixture)
 from scipy import stats
 
-from benchmarks import equal_tokens, findings, late_fork, studies, study, workers
+from benchmarks import equal_tokens, findings, late_fork, studies, studies_told, study, workers
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import NUM_MARKS, Arm, Job
 from benchmarks.late_fork import LEAD, LateFork
@@ -120,6 +120,11 @@ def test_runs_of_another_budget_do_not_count():
     assert study.table(EDGE._replace(budget=3000), rows)[0]["n"] == 2
 
 
+def test_of_one_seed_nothing_is_known_of_what_seeds_do():
+    (row, _) = study.table(BASES, world(BASES, lambda task, arm, base, seed: 0.5 + 0.01 * base * (arm == "ppo"), 1))
+    assert all(math.isnan(row[name]) for name in ("between", "between_high", "seeds_low", "seeds_high"))
+
+
 def test_base_models_are_what_a_contrast_counts_and_their_deviation_is_found():
     """ppo - tppo is 0.01, 0.02, 0.03, 0.06 on the four bases, the same for all seeds but for +-0.004: many seeds cannot narrow it."""
     of_base = {1: 0.01, 2: 0.02, 3: 0.03, 4: 0.06}
@@ -136,6 +141,10 @@ def test_base_models_are_what_a_contrast_counts_and_their_deviation_is_found():
     assert critic["between"] == 0
     seeds = np.var([0.004 * (-1) ** s for s in range(8)], ddof=1) / 8
     assert ppo["between"] == pytest.approx(math.sqrt(np.var(list(of_base.values()), ddof=1) - seeds))
+    limit = np.var(list(of_base.values()), ddof=1) * 3 / stats.chi2.ppf(0.05, 3)
+    assert ppo["between_high"] == pytest.approx(math.sqrt(limit - seeds))
+    half = stats.t.ppf(1 - 0.05 / 4, 4 * 7) * math.sqrt(seeds / 4)  # 32 runs of a deviation that 28 differences within bases tell
+    assert (ppo["seeds_low"], ppo["seeds_high"]) == (pytest.approx(0.03 - half), pytest.approx(0.03 + half))
     assert told(BASES, ppo).endswith(f"undecided, 8 seeds on each of 4 base models, {ppo['seeds_needed']} base models would decide")
     lacking = [r for r in world(BASES, effect, 8) if (r["arm"], r["task"], r["seed"]) != ("ppo@3", "fork", 5)]
     assert {r["seeds"] for r in study.table(BASES, lacking)} == {7}
@@ -281,17 +290,17 @@ def test_a_real_run_of_it_starts_from_the_base_model_and_critic_of_its_seed(tmp_
 @pytest.fixture
 def results(monkeypatch, tmp_path):
     """An empty folder of committed tables of studies."""
-    monkeypatch.setattr(findings, "RESULTS", tmp_path)
-    findings.study_table.cache_clear()
+    monkeypatch.setattr(studies_told, "RESULTS", tmp_path)
+    studies_told.study_table.cache_clear()
     yield tmp_path
-    findings.study_table.cache_clear()
+    studies_told.study_table.cache_clear()
 
 
 PRIMARY = '(?)<!-- study "factorial 1" said s -->'
 
 
 def shown(sentence: str) -> str:
-    findings.study_table.cache_clear()
+    studies_told.study_table.cache_clear()
     page = findings.rewrite(sentence)
     assert findings.rewrite(page) == page
     return findings.MARK.fullmatch(page)["value"]
@@ -315,7 +324,7 @@ def test_the_answer_shows_the_factorial_as_far_as_it_is_there(results):
     equal_tokens.append(results / "factorial.csv", rows)
     low, high = stats.t.interval(1 - 0.05 / 6, 31, 0.02, stats.sem([0.021, 0.019] * 16))
     assert shown(PRIMARY) == f"(+0.0200 [{low:+.4f}, {high:+.4f}], better, 32 seeds)"
-    lines = findings.lines_of_studies().splitlines()
+    lines = studies_told.lines_of_studies().splitlines()
     assert len(lines) == 2 + sum(len(made.contrasts) for made in studies.ALL.values())
     assert (
         lines[2]
@@ -337,13 +346,13 @@ def test_verdicts_are_told_with_what_would_decide(results):
 def test_what_the_critics_of_the_factorial_explain_stands_beside_it(results):
     """0.3 for the strong one of chain, 0.1 for its weak one, nothing on fork; steps without a number do not count."""
     made = studies.ALL["factorial"]
-    assert findings.lines_of_critics() == "No run yet.\n"
+    assert studies_told.lines_of_critics() == "No run yet.\n"
     rows = world(made, lambda *_: 0.5, 2)
     for row in rows:
         seen = {"chain": 0.3 if "-strong-" in row["arm"] else 0.1, "fork": 0.0}[row["task"]]
         row["explained_variance"] = {1: seen if row["seed"] else math.nan, 2: 0.9, 3: 0.9}.get(row["mark"], math.nan)
     equal_tokens.append(results / "factorial.csv", rows)
-    assert findings.lines_of_critics().splitlines()[2:] == [
+    assert studies_told.lines_of_critics().splitlines()[2:] == [
         "| chain | weak | 1024 | 0.10 |", "| chain | strong | 8192 | 0.30 |", "| fork | weak | 1024 | 0.00 |", "| fork | strong | 8192 | 0.00 |"
     ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import fair_headline, value_moves
+from benchmarks import fair_told, value_moves
 from benchmarks.common import RESULTS
 from benchmarks.value_moves import Base, decoded, lines, moves_of, summary
 from tppo_ref.rollout.engine import Decoded
@@ -130,9 +130,9 @@ def test_what_the_page_says_of_its_own_certainty():
 
 
 def test_what_the_page_says_of_maze_against_ppo():
-    area, seconds = (fair_headline.found("maze", name) for name in ("area", "seconds"))
+    area, seconds = (fair_told.found("maze", name) for name in ("area", "seconds"))
     missed = seconds["seeds"] - seconds["once"]
-    said = f"{area['verdict']}, area {fair_headline.shown(area, '+.3f')}; `tppo-once` misses the target in {missed} of {seconds['seeds']} seeds"
+    said = f"{area['verdict']}, area {fair_told.shown(area, '+.3f')}; `tppo-once` misses the target in {missed} of {seconds['seeds']} seeds"
     assert f"{said}, PPO in none" in " ".join(PAGE.split())
     assert seconds["ppo"] == seconds["seeds"]
 
