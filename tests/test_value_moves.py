@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import fair_told, value_moves
+from benchmarks import fair_told, studies, studies_told, study, value_moves
 from benchmarks.common import RESULTS
+from benchmarks.equal_tokens import read_whole
 from benchmarks.value_moves import Base, decoded, lines, moves_of, summary
 from tppo_ref.rollout.engine import Decoded
 
@@ -153,5 +154,19 @@ def test_most_tokens_of_the_new_tasks_lie_in_cut_rows_and_all_base_models_are_mi
     assert all(0.3 <= float(row["accuracy"]) <= 0.6 for row in base.values())
 
 
-def test_the_page_says_that_the_study_has_not_been_made_as_long_as_it_has_not():
-    assert ("runs have not been made" in PAGE) == (not (RESULTS / "factorial-new-tasks.csv").exists())
+def test_the_page_says_what_the_study_of_the_cut_found():
+    made = studies.ALL["new-tasks"]
+    rows = {row["contrast"]: row for row in study.table(made, read_whole(made.path)[0])}
+    window, critic = rows["window 16 - 64, previous"], rows["critic - previous, strong"]
+    assert (window["verdict"], critic["verdict"], critic["seeds"]) == ("worse", "undecided", 32)
+    text = " ".join(PAGE.split())
+    assert "windows of 16 lose against windows of 64, " + study.told(made, window).partition(", worse")[0] in text
+    said = study.told(made, critic).partition(", undecided")[0]
+    assert f"is undecided against T-PPO's rule, {said} with the stronger critic" in text
+    knows = {row[0]: float(row[3]) for row in map(cells, studies_told.lines_of_critics().splitlines()[2:]) if row[1] == "strong"}
+    assert 0.1 < knows["maze"] < 0.25
+    assert abs(knows["brackets"]) < 0.02
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
