@@ -230,7 +230,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel(name)
         axes.axhline(1, color="#7F7F7F", linewidth=0.6)
     panels[0].set_ylabel("cosine with the full gradient")
-    figure.suptitle("A gradient that stops at the window's edge points elsewhere, most of all for tokens just behind the edge")
+    figure.suptitle("A gradient that stops at the window's edge points elsewhere, on chain and fork mostly just behind the edge")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=5)
     figure.savefig(path, dpi=150)
 

@@ -147,6 +147,15 @@ def test_results_say_the_same():
     assert f"{cut['maze']:.0f} and {cut['brackets']:.0f} % of maze's and brackets' tokens" in text
 
 
+def test_which_task_moves_most_hangs_on_what_counts_as_a_move(monkeypatch):
+    assert "(If only moves of more than 0.5 counted, it would be `fork`'s:" in PAGE
+    rows = value_moves.table("value_moves")
+    for large, first in ((value_moves.LARGE, "maze"), (0.5, "fork")):
+        monkeypatch.setattr(value_moves, "LARGE", large)
+        moves = {name: summary(rows, name)["moves"] for name in value_moves.TASKS}
+        assert max(moves, key=moves.get) == first
+
+
 def test_most_tokens_of_the_new_tasks_lie_in_cut_rows_and_all_base_models_are_middling():
     base = {row["task"]: row for row in value_moves.table("cut_tokens")}
     cut = {name: float(row["cut_token_share"]) for name, row in base.items()}
