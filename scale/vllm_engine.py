@@ -13,6 +13,7 @@ drops every cached prefix; on a CPU the output head keeps a packed copy of its w
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import logging
 import math
@@ -171,7 +172,7 @@ class VLLMEngine:
         else:
             pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
             if self._asleep:
-                self._llm.wake_up(tags=["weights"])
+                self._wake(["weights"])
             sent = Checksum()
             stream = sent.over((name, tensor.to(self._dtype)) for name, tensor in pairs)
             received = self._llm.collective_rpc(_receive, args=(stream,))
@@ -180,7 +181,7 @@ class VLLMEngine:
             if any(r != sent.totals for r in received):
                 raise RuntimeError(f"weight sync: {sent.totals} left the trainer, {received} arrived in the engine")
         if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"] if named_tensors is not None else None)
+            self._wake(["kv_cache"] if named_tensors is not None else None)
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
@@ -207,6 +208,14 @@ class VLLMEngine:
         return Gap.of([x for a, _ in gathered for x in a], [x for _, b in gathered for x in b])
 
     # ----------------------------------------------------------------------------------------------------------------- inside
+
+    def _wake(self, tags: list[str] | None) -> None:
+        """vLLM maps what it wakes straight from the driver, which takes nothing back of what torch's allocator keeps for later:
+        after the updates, and again after a sync's whole tensors, that is most of the device."""
+        if not self._on_cpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+        self._llm.wake_up(tags=tags)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -103,17 +104,18 @@ class FakeLLM:
 
 @pytest.fixture
 def engine_of(monkeypatch):
-    """(sleep level, slots, lengths) -> VLLMEngine of a GPU, with weights, on a FakeLLM whose events begin here."""
+    """(sleep level, slots, lengths, device) -> VLLMEngine, with weights, on a FakeLLM whose events begin here."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):  # the engine sets them: put back what was there
         monkeypatch.setenv(name, "ERROR")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     parameters = types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(DELTA="delta"))
 
-    def make(sleep_level=2, slots=1, lengths=()):
+    def make(sleep_level=2, slots=1, lengths=(), device="cuda:0"):
         llm = FakeLLM(dict(lengths))
         fake = types.SimpleNamespace(LLM=lambda **options: llm, SamplingParams=types.SimpleNamespace, sampling_params=parameters)
         monkeypatch.setitem(sys.modules, "vllm", fake)
         monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
-        engine = VLLMEngine("nowhere", world=World(device="cuda:0"), slots=slots, max_context_tokens=64, end_token_ids=(END,),
+        engine = VLLMEngine("nowhere", world=World(device=device), slots=slots, max_context_tokens=64, end_token_ids=(END,),
                             sleep_level=sleep_level)  # fmt: skip
         engine.load_weights(WEIGHTS, 0)
         llm.events.clear()
@@ -173,6 +175,35 @@ def test_new_weights_wake_it_first_their_memory_then_the_caches(engine_of):
     engine.submit([REQUEST])
     decoded = list(itertools.chain.from_iterable(engine.step() for _ in range(4)))
     assert [d.token_ids for d in decoded] == [[3] * 4]
+
+
+@pytest.mark.parametrize(("level", "weights", "woken"), [
+    (2, WEIGHTS, ["empty", "wake weights", "reload", "empty", "wake kv_cache", "reset"]),
+    (1, WEIGHTS, ["empty", "wake weights", "reload", "empty", "wake kv_cache", "reset"]),
+    (1, None, ["empty", "wake all", "reset"]),
+])  # fmt: skip
+def test_torch_gives_its_cached_memory_back_before_each_wake(engine_of, monkeypatch, level, weights, woken):
+    """After garbage is collected: what a cycle still holds, the allocator cannot give."""
+    engine, llm = engine_of(sleep_level=level)
+    engine.sleep()
+    llm.events.clear()
+    cycle = [torch.empty(1)]
+    cycle.append(cycle)
+    dead = weakref.ref(cycle[0])
+    del cycle
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: llm.events.append("empty" if dead() is None else "too early"))
+    engine.load_weights(weights, 1)
+    assert llm.events == woken
+
+
+def test_an_engine_that_is_awake_or_on_a_cpu_leaves_torchs_memory_alone(engine_of, monkeypatch):
+    on_gpu, llm = engine_of(sleep_level=0)
+    on_cpu, other = engine_of(device="cpu")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("nothing wakes"))
+    for engine in (on_gpu, on_cpu):
+        engine.sleep()
+        engine.load_weights(WEIGHTS, 1)
+    assert llm.events == other.events == ["reload", "reset"]
 
 
 def test_weights_that_slept_on_the_host_may_be_kept(engine_of):
