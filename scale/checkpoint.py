@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 
 from scale.config import ScaleConfig
@@ -100,7 +101,15 @@ class DistributedCheckpointer:
         except OSError as error:
             failure = error.strerror or str(error)
         self._agree(failure, final)
-        future = dcp.async_save(state, checkpoint_id=str(beside / "shards"), process_group=self._group)
+        shards = str(beside / "shards")
+        # What is staged lies on the host. A writer that copies ahead would still open a stream, in its thread on GPU 0, whichever
+        # is this rank's: every rank of a machine would keep a context there. A stager beside it, or the writer would stage itself.
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # as torch's own choice: at once, and copied
+        writer = dcp.FileSystemWriter(shards, per_thread_copy_ahead=0)
+        future: Any = dcp.async_save(
+            state, checkpoint_id=shards, storage_writer=writer, async_stager=stager, process_group=self._group
+        )
+        future.add_done_callback(lambda _: stager.close())
         self._pending = (future, beside, final)
         return final
 
