@@ -33,6 +33,16 @@ def test_what_would_break_a_promise_is_refused_with_the_promise(name):
         check_options({name: 1}, KNOWN)
 
 
+@pytest.mark.parametrize(("name", "value", "promise"), [
+    ("kv_transfer_config", {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}, "a sync drops every cached prefix"),
+    ("kv_offloading_size", 64, "a sync drops every cached prefix"),
+    ("enable_batch_sharded_sampling", True, "ranks would sample for each other"),
+])  # fmt: skip
+def test_keys_that_outlive_a_sync_and_ranks_that_sample_for_each_other_are_refused(name, value, promise):
+    with pytest.raises(UserError, match=rf"^engine\.vllm\.{name}: got .*; expected it left out: .*{promise}.*; drop it$"):
+        check(replace_fields(ScaleConfig(), {"engine.vllm": {name: value}}))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
