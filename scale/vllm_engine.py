@@ -211,7 +211,7 @@ class VLLMEngine:
 
     def _wake(self, tags: list[str] | None) -> None:
         """vLLM maps what it wakes straight from the driver, which takes nothing back of what torch's allocator keeps for later:
-        after the updates, and again after a sync's whole tensors, that is most of the device."""
+        after the updates, and again after a sync's whole tensors, that is most of the device. 0.32.0 asks for it back itself."""
         if not self._on_cpu:
             gc.collect()
             torch.cuda.empty_cache()
