@@ -79,7 +79,7 @@ def start_workers(argv: Sequence[str], config: object) -> int:
     The first failure's exit code is the job's. Workers hold the other end of a pipe: should this process be killed, they leave too.
     """
     from scale.network import ranks_here
-    from scale.shutdown import REMEDY
+    from scale.shutdown import message_of_a_signal
 
     workers = []
     for rank in ranks_here(config.cluster.devices_per_node):  # type: ignore[attr-defined]
@@ -107,10 +107,9 @@ def start_workers(argv: Sequence[str], config: object) -> int:
     if failed and failed[1] < 0 and asked:  # asked before it trained
         print("stopped", file=sys.stderr)
         failed, deadline = (failed[0], 130), time.monotonic() + GRACE_S
-    elif failed and failed[1] < 0:  # killed from outside: the others wait for it in vain
+    elif failed and failed[1] < 0:  # the others wait for it in vain
         deadline = 0.0
-        name = signal.Signals(-failed[1]).name
-        print(f"error: rank {failed[0]} was killed ({name}); {REMEDY}", file=sys.stderr)
+        print(message_of_a_signal(failed[0], -failed[1]), file=sys.stderr)
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     for worker in workers:

@@ -99,6 +99,18 @@ def message_of_a_lost_rank(error: Exception) -> str:
     return f"error: rank {os.environ['RANK']} {what}; {REMEDY}"
 
 
+def message_of_a_signal(rank: int, number: int) -> str:
+    """What to say of a rank that a signal ended. SIGABRT is its own doing: under NCCL no exception tells of too long a wait, but a
+    thread of torch's says so in log lines, and aborts."""
+    name = signal.Signals(number).name
+    if number == signal.SIGABRT:
+        what = (f"aborted ({name}): on GPUs most often NCCL's watchdog, which ends a wait after cluster.timeout_s; another rank "
+                f"was late or is gone, and the log above says at what this one waited")  # fmt: skip
+    else:
+        what = f"was killed ({name})"
+    return f"error: rank {rank} {what}; {REMEDY}"
+
+
 def lost_a_rank(text: str) -> bool:
     """Whether an error's text is one of those that torch has for a rank that is gone or late."""
     return any(sign in text for sign in ("gloo/transport", "Timed out waiting", "NCCL"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from scale import shutdown
+from scale import launch, shutdown
+from scale.config import ScaleConfig
+from tppo_ref.runs.parsing import replace_fields
 
 
 @pytest.mark.parametrize(("answers", "sleeps"), [
@@ -50,3 +53,31 @@ def test_a_store_that_stands_still_is_not_waited_for(claims, within, monkeypatch
     stuck = asked.is_alive()
     thawed.set()
     assert not stuck
+
+
+@pytest.mark.parametrize(("end", "said", "unsaid"), [
+    ("os.abort()", ("rank 1 aborted (SIGABRT)", "NCCL's watchdog", "cluster.timeout_s"), "killed"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", ("rank 1 was killed (SIGKILL)",), "NCCL"),
+])  # fmt: skip
+def test_a_rank_that_aborts_is_told_apart_from_one_that_was_killed(end, said, unsaid, monkeypatch, tmp_path, capsys):
+    """On GPUs a rank whose wait was too long aborts: its memory has nothing to do with it."""
+    (tmp_path / "launch.py").write_text(
+        "import os, resource, signal, time\n"
+        "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        f"{end} if os.environ['RANK'] == '1' else time.sleep(60)\n"
+    )
+    monkeypatch.setattr(launch, "HERE", tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    begin = time.monotonic()
+    try:
+        code = launch.start_workers([], replace_fields(ScaleConfig(), {"cluster.devices_per_node": 2}))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 1
+    assert line.startswith("error: ")
+    assert line.endswith(shutdown.REMEDY)
+    assert all(words in line for words in said)
+    assert unsaid not in line
+    assert time.monotonic() - begin < 30, "the other rank would wait for it in vain"
