@@ -222,11 +222,14 @@ def whole_sequences(config: ScaleConfig) -> int:
 
 
 def host_bytes(config: ScaleConfig) -> float:
-    """Of one machine: a checkpoint while it is written (copies of all states), and with offload the states themselves."""
+    """Of one machine: a checkpoint while it is written (copies of all states), with offload the states themselves, and the engines'
+    weights where they sleep there (engine.sleep_level 1)."""
     here = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, offload=False))
     copies = sum(resident(here).values())
     gradients = max(shard_bytes(here, shape, name != "policy") for name, shape in trained_shapes(here).items())
-    return config.cluster.devices_per_node * (copies + (copies + gradients if config.sharding.offload else 0.0))
+    offloaded = copies + gradients if config.sharding.offload else 0.0
+    asleep = engine_terms(config, shapes(config)[0])["engine_weights"] if sleeps_on_the_host(config) else 0.0
+    return config.cluster.devices_per_node * (copies + offloaded + asleep)
 
 
 def num_engines(config: ScaleConfig) -> int:
@@ -248,6 +251,11 @@ def on_cpu(config: ScaleConfig) -> bool:
 
 def stays_awake(config: ScaleConfig) -> bool:
     return config.engine.kind == "torch" or on_cpu(config) or config.engine.sleep_level == 0
+
+
+def sleeps_on_the_host(config: ScaleConfig) -> bool:
+    """Whether a sleeping engine keeps its weights in host memory, from where the next sync wakes them."""
+    return config.engine.sleep_level == 1 and not stays_awake(config)
 
 
 def number_bytes(dtype: str) -> int:

@@ -172,11 +172,12 @@ def engine_lines(config: ScaleConfig, verdict: Verdict) -> list[str]:
     typical = prompt + min(rollout.window, rollout.max_response_tokens)
     held, slots = verdict.kv_tokens, rollout.slots // memory.num_engines(config)
     offloaded = ", and the offloaded states" if config.sharding.offload else ""
+    asleep = ", and the weights of sleeping engines" if memory.sleeps_on_the_host(config) else ""
     return [
         f"An engine's cache holds {held:,} tokens: {held / memory.longest_row(config):.1f} of the longest sequences, or "
         f"{held / typical:.1f} of a prompt and one window.",
         f"It has {slots:,} slots: {held / slots:,.0f} tokens each. Requests without room wait inside vLLM: slower, never wrong.",
-        f"Host memory of a machine: {verdict.host_bytes / 1e9:.0f} GB for a checkpoint being written{offloaded}.",
+        f"Host memory of a machine: {verdict.host_bytes / 1e9:.0f} GB for a checkpoint being written{offloaded}{asleep}.",
     ]  # fmt: skip
 
 

@@ -274,6 +274,22 @@ def test_offloaded_states_are_on_the_host_and_not_on_the_device(file):
     assert memory.host_bytes(there) - memory.host_bytes(here) == 4 * (sum(states.values()) + gradients)
 
 
+@pytest.mark.parametrize(("fields", "ranks_weights"), [
+    ({"engine.sleep_level": 1}, 8),
+    ({"engine.sleep_level": 1, "engine.tensor_parallel": 8}, 4),
+    ({"engine.sleep_level": 2}, 0),
+    ({"engine.sleep_level": 0}, 0),
+    ({"engine.sleep_level": 1, "engine.kind": "torch", "engine.tensor_parallel": 1}, 0),
+])  # fmt: skip
+def test_weights_that_sleep_on_the_host_are_counted_there(fields, ranks_weights):
+    """By hand: each of a machine's 8 ranks keeps a quarter (or an eighth) of 32.8 billion weights, two bytes each; ranks_weights is
+    that share times the ranks, in quarters."""
+    config = check(parse(ScaleConfig, ["--config", str(CONFIGS / "qwen2.5-32b-math.yaml")], prog="test"))
+    assert (config.cluster.devices_per_node, config.engine.tensor_parallel, config.engine.dtype) == (8, 4, "bfloat16")
+    dropped, other = (replace_fields(config, changed) for changed in ({"engine.sleep_level": 2}, fields))
+    assert memory.host_bytes(other) - memory.host_bytes(dropped) == ranks_weights * 32_763_876_352 * 2 / 4
+
+
 def test_gradients_are_gone_between_updates_as_the_learner_leaves_them(file):
     module = torch.nn.Linear(2, 1)
     learner = Learner("policy", module, PolicyConfig(), SingleProcess())
