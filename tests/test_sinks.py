@@ -33,6 +33,20 @@ def test_tensorboard_shows_what_metrics_jsonl_holds_and_a_restart_takes_back_lat
     assert shown["time/step_s"][2] == (3, 2.75), "the third step is the one after the restart"
 
 
+def test_a_run_that_starts_anew_in_the_folder_shows_no_step_of_the_one_before(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, seconds in ((range(1, 6), 9.0), ((1, 2), 0.25)):
+        log = MetricLog(tmp_path)
+        for step in steps:
+            log.log(step, {"time/step_s": seconds})
+        log.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [(event.step, event.value) for event in reader.Scalars("time/step_s")] == [(1, 0.25), (2, 0.25)]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A wandb that keeps what it is told, per run id."""
@@ -65,6 +79,15 @@ def test_a_run_and_its_continuation_are_one_run_there_with_our_steps(tmp_path, w
     assert run.axis == ("*", "step")
     assert run.rows == [{"step": step, "time/step_s": 0.5} for step in (1, 2, 2, 3)], "an undefined metric is left out"
     assert run.finished == 2
+
+
+def test_a_run_that_starts_anew_in_the_folder_is_a_run_of_its_own_there(tmp_path, wandb):
+    for steps in ((1, 2, 3), (1, 2)):
+        log = MetricLog(tmp_path, tensorboard=False, wandb_project="tails")
+        for step in steps:
+            log.log(step, {"time/step_s": 0.5})
+        log.close()
+    assert [[row["step"] for row in run.rows] for run in wandb.runs.values()] == [[1, 2, 3], [1, 2]]
 
 
 def test_nothing_is_sent_where_nobody_asked(tmp_path, wandb):

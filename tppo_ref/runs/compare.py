@@ -154,8 +154,7 @@ def _curve(folder: str) -> str:
 
 def _start(run: Config) -> subprocess.Popen[bytes]:
     folder = Path(run.run.out)
-    for stale in ("checkpoints", "tensorboard"):
-        shutil.rmtree(folder / stale, ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # without one the run starts anew, and its curves with it
     environment = os.environ | {"OMP_NUM_THREADS": str(run.run.threads), "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("wb") as log:
         command = [sys.executable, "-m", "tppo_ref.runs.planned", str(folder / "wanted.json")]

@@ -20,9 +20,12 @@ from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.glossary import GLOSSARY, Metric
 from tppo_ref.runs.repair import take_back
 
+WANDB_RUN_ID = "wandb-run-id"
+
 
 class MetricLog:
-    """Metrics of a run as JSON lines and TensorBoard events, and on Weights & Biases where asked for; a run that goes on continues.
+    """Metrics of a run as JSON lines and TensorBoard events, and on Weights & Biases where asked for; a run that goes on continues,
+    one that starts anew (`resume_step` None) begins all of them anew.
 
     `metrics.jsonl` holds one object a record: step, then names of the glossary. Lines after `resume_step` (written after the
     checkpoint from which a run goes on) are taken back; `kept` are those before.
@@ -40,7 +43,7 @@ class MetricLog:
         self.path, self._glossary = folder / "metrics.jsonl", glossary or GLOSSARY
         self.kept: list[dict[str, Any]] = []
         if resume_step is None:
-            self.path.unlink(missing_ok=True)
+            forget_curves(folder)
         else:
             self.kept = [_record(line) for line in take_back(self.path, resume_step, lambda line: int(_record(line)["step"]))]
         self.file = self.path.open("a")
@@ -68,6 +71,12 @@ class MetricLog:
             self._events.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def forget_curves(folder: Path) -> None:
+    """Take away what an earlier run of this folder measured, and what W&B knows it by: its curves would mix with the new run's."""
+    for stale in (folder / "metrics.jsonl", folder / WANDB_RUN_ID, *(folder / "tensorboard").glob("events.out.tfevents.*")):
+        stale.unlink(missing_ok=True)
 
 
 class EventFile:
@@ -111,7 +120,7 @@ def _wandb_run(project: str, folder: Path) -> Any:
         raise UserError(
             f"run.wandb_project: got {project}; expected wandb to be installed; pip install wandb, or leave it out"
         ) from None
-    known = folder / "wandb-run-id"
+    known = folder / WANDB_RUN_ID
     run = wandb.init(project=project, name=folder.name, dir=str(folder), id=known.read_text() if known.exists() else None,
                      resume="allow")  # fmt: skip
     known.write_text(run.id)
