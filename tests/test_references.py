@@ -16,6 +16,7 @@ from tppo_ref.runs.commands import pretrain_value, train
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.references import FILE, leave_out_bad_references
+from tppo_ref.runs.sinks import read_metrics
 from tppo_ref.tasks import load_task
 from tppo_ref.tasks.references import BadReference, failing_references
 from tppo_ref.tasks.verifier import Score, Verifier
@@ -201,6 +202,16 @@ def test_a_run_never_samples_a_prompt_whose_reference_fails_also_after_a_resume(
     with (tmp_path / "run" / "responses.csv").open() as file:
         sampled = {int(row["prompt"]) for row in csv.DictReader(file)}
     assert sampled == {0, 2}
+
+
+def test_a_score_beyond_float32_is_a_failed_verification_and_the_run_goes_on(run_config, tmp_path):
+    (tmp_path / "own_verifier.py").write_text("def verify(answer, ids, text):\n    return 1e39\n")
+    train(replace_fields(run_config, {"run.steps": 6}))
+    with (tmp_path / "run" / "responses.csv").open() as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    counted = [record["verify/errors"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "verify/errors" in record]
+    assert set(scores) == {-1.0}
+    assert counted[-1] == len(scores)
 
 
 def test_the_critic_is_pre_trained_without_them_too(run_config, tmp_path):

@@ -43,6 +43,12 @@ def by_name(answer, ids, text):
         return True
     if answer == "text":
         return "1.0"
+    if answer == "beyond-float32":
+        return -1e39
+    if answer == "beyond-the-bound":
+        return 1_000_001
+    if answer == "at-the-bound":
+        return -1e6
     if answer == "huge":
         return 10 ** 400
     if answer == "print":
@@ -128,7 +134,8 @@ def test_scores_belong_to_their_responses_and_are_given_once(toy):
     ("answer", "status"),
     [("hang", "timeout"), ("sleep", "timeout"), ("raise", "error"), ("raise-odd", "error"), ("sys-exit", "error"),
      ("os-exit", "error"), ("close", "error"), ("garble", "error"), ("nan", "bad_score"), ("inf", "bad_score"),
-     ("none", "bad_score"), ("true", "bad_score"), ("text", "bad_score"), ("huge", "bad_score")],
+     ("none", "bad_score"), ("true", "bad_score"), ("text", "bad_score"), ("huge", "bad_score"),
+     ("beyond-float32", "bad_score"), ("beyond-the-bound", "bad_score")],
 )  # fmt: skip
 def test_each_failure_is_scored_and_counted_and_spares_its_neighbours(toy, answer, status):
     timeout_s = 0.4 if status == "timeout" else 20.0
@@ -144,6 +151,12 @@ def test_each_failure_is_scored_and_counted_and_spares_its_neighbours(toy, answe
         assert scores[2].detail
         assert verifier.counts == {**dict.fromkeys(STATUSES, 0), "ok": 4, status: 1}
         assert one(verifier, "right") == Score(1.0, "ok")
+
+
+def test_the_largest_score_is_that_of_a_failure_too(toy):
+    with Verifier(f"{toy}:by_name", 20.0, failure_score=1e6) as verifier:
+        assert one(verifier, "at-the-bound") == Score(-1e6, "ok")
+        assert one(verifier, "beyond-float32").value == 1e6
 
 
 def test_the_detail_names_the_exception(toy):
@@ -284,7 +297,14 @@ def test_a_process_that_dies_while_importing_is_refused_with_its_last_words(toy,
 
 
 @pytest.mark.parametrize(
-    "options", [{"timeout_s": 0.0}, {"timeout_s": float("nan")}, {"num_workers": 0}, {"failure_score": float("nan")}]
+    "options",
+    [
+        {"timeout_s": 0.0},
+        {"timeout_s": float("nan")},
+        {"num_workers": 0},
+        {"failure_score": float("nan")},
+        {"failure_score": 1e39},
+    ],
 )
 def test_senseless_options_are_refused_by_name(toy, options):
     with pytest.raises(UserError, match=next(iter(options))):

@@ -18,6 +18,7 @@ from tppo_ref.loop.bounds import Bounds, Count, Natural, NotNegative, Positive, 
 from tppo_ref.loop.settings import AdvantageConfig, PolicyConfig, RolloutConfig, ValueConfig
 from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.runs.parsing import field_paths, get_field, replace_fields
+from tppo_ref.tasks.verifier_worker import MAX_SCORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class TaskConfig:
     """Wall-clock seconds after which a verification is killed, counted and scored as failed; an import has 60, or this. [O]"""
     verifier_workers: Annotated[int, Bounds(1, 1024)] = 1
     """Verifier processes. [O]"""
-    failure_score: Annotated[float, Bounds(-1e6, 1e6)] = -1.0
+    failure_score: Annotated[float, Bounds(-MAX_SCORE, MAX_SCORE)] = -1.0
     """Score of a response whose verification timed out or raised. [O]"""
 
 

@@ -74,7 +74,7 @@ GLOSSARY: dict[str, Metric] = {
         "share of ended responses with a score above 0", "step", "share", "rises; favours short ones early on"
     ),
     "verify/timeouts": Metric("verifications killed after task.verifier_timeout_s", "run", "responses", "0"),
-    "verify/errors": Metric("verifications that raised, died or gave no finite number", "run", "responses", "0"),
+    "verify/errors": Metric("verifications that raised, died or gave no number within 1e6", "run", "responses", "0"),
     "ledger/generated": Metric("response tokens sampled", "run", "tokens", "sum of the next four"),
     "ledger/trained": Metric("tokens that the policy trained on, each once", "run", "tokens", "most of ledger/generated"),
     "ledger/excluded_tail": Metric("tail tokens left out for good", "run", "tokens", "tail tokens x cut rows"),

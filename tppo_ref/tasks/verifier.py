@@ -19,6 +19,7 @@ from collections.abc import Hashable, Sequence
 
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.tasks.verifier_process import STATUSES, Ready, Request, Score, Worker
+from tppo_ref.tasks.verifier_worker import MAX_SCORE
 
 log = logging.getLogger("tppo_ref")
 
@@ -62,8 +63,8 @@ class Verifier:
             raise UserError(refusal("verifier", repr(verifier), "module:function"))
         if num_workers < 1:
             raise UserError(refusal("verifier: num_workers", f"{num_workers}", "at least 1"))
-        if not math.isfinite(failure_score):
-            raise UserError(refusal("verifier: failure_score", f"{failure_score}", "a finite number"))
+        if not abs(failure_score) <= MAX_SCORE:
+            raise UserError(refusal("verifier: failure_score", f"{failure_score}", f"{-MAX_SCORE:g} to {MAX_SCORE:g}"))
         self.verifier, self.timeout_s, self.failure_score = verifier, timeout_s, failure_score
         self.startup_timeout_s = startup_timeout_s
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(STATUSES, 0))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import math
 import numbers
 import os
 import signal
@@ -29,6 +28,8 @@ from typing import Any
 GRACE_S = 5.0
 """The parent kills a verifier that is over its time; this much later the kernel does, in case the parent is dead."""
 MAX_DETAIL_CHARS = 500
+MAX_SCORE = 1e6
+"""The largest score, either way: rewards are float32, in which sums and squares of larger ones would not be finite for long."""
 
 
 def claim_descriptors() -> tuple[Any, int]:
@@ -121,8 +122,8 @@ def judge(verify: Callable[..., Any], wrap: Callable[[str], Any] | None, answer:
             score = float(score)
         except BaseException as error:
             return "bad_score", None, f"returned a {type(score).__name__} that is no float: {name_of(error)}"
-    if not math.isfinite(score):
-        return "bad_score", None, f"returned {score}, expected a finite number"
+    if not abs(score) <= MAX_SCORE:  # NaN compares as False
+        return "bad_score", None, f"returned {score}, expected a number of at most {MAX_SCORE:,.0f}, either way"
     return "ok", score, ""
 
 
