@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
@@ -282,8 +283,8 @@ def export(model: PolicyModel | ValueModel, folder: Path, world: World, *, dtype
                 shell.generation_config = model.hf.generation_config
             shell.save_pretrained(folder, state_dict=whole)
             save_tokenizer(tokenizer, folder)
-        except OSError as error:
-            failure = error.strerror or str(error)
+        except (OSError, SafetensorError) as error:
+            failure = getattr(error, "strerror", None) or reason(error)
     failures: list[Any] = [None] * world.world
     dist.all_gather_object(failures, failure)
     if failures[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
+from tppo_ref.rollout.models import load_value_model
 from tppo_ref.rollout.torch_engine import TorchEngine
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.evaluate import Sampled, Sampler
@@ -195,6 +197,44 @@ def test_a_folder_with_a_value_model_is_not_written_into(tmp_path):
             make_value=make_value,
             save=None,
         )  # type: ignore[arg-type]
+
+
+class Share:
+    """A sampler of one of several ranks, whose responses are there."""
+
+    def __init__(self, responses):
+        self.responses, self.engine = responses, SimpleNamespace(sleep=lambda: None)
+
+    def __call__(self, prompts, *, samples_per_prompt, seed) -> Sampled:
+        return Sampled(self.responses, 0, [])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_several_ranks_one_writes_the_value_model_and_puts_it_in_place_when_it_is_whole(fails, tmp_path):
+    """As scale/ saves: all ranks take part, the first one writes, and what it could not write is every rank's error."""
+    responses, seen = answers(4), []
+    config = replace_fields(config_of(4), {"value.pretrain_epochs": 1, "run.out": str(tmp_path)})
+
+    def work(parallel):
+        sampler = Share(responses[parallel.rank :: parallel.world])
+
+        def save(value, folder):
+            if parallel.rank == 0:
+                value.save_pretrained(folder)
+                seen.append((tmp_path / "value").exists())
+            if any(parallel.gather_objects(fails and parallel.rank == 0)):
+                raise UserError("no room")
+
+        try:
+            return pretrain_value(config, sampler, make_prompts(4), make_value=make_value, save=save, parallel=parallel)
+        except UserError as error:
+            return str(error)
+
+    assert in_threads(2, work) == (["no room"] * 2 if fails else [tmp_path / "value"] * 2)
+    assert seen == [False]
+    assert (tmp_path / "value").exists() == (not fails)
+    if not fails:
+        load_value_model(str(tmp_path / "value"))
 
 
 def test_the_batchers_of_an_engine_draw_what_numbers_draws():

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 from collections import Counter
@@ -29,9 +30,10 @@ from test_resume import (
 )
 
 from tppo_ref.__main__ import main
-from tppo_ref.method.errors import UserError
+from tppo_ref.method.errors import NonFiniteError, UserError
+from tppo_ref.rollout.models import ValueModel, load_value_model
 from tppo_ref.runs import checkpoint, commands
-from tppo_ref.runs.build import build
+from tppo_ref.runs.build import build, make_policy
 from tppo_ref.runs.checkpoint import FORMAT, MANIFEST, complete_checkpoints
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import replace_fields
@@ -543,3 +545,71 @@ def test_train_takes_the_folder_for_itself(tmp_path, cache, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         commands.train(config_of("tppo", tmp_path / "run", cache, steps=1))
     assert seen == [f"{os.getpid()}\n"]
+
+
+# ----------------------------------------------------------------------------------------- evaluate and pretrain-value, alone
+
+
+@pytest.fixture(name="asked")
+def _asked(tmp_path) -> Config:
+    """Four responses of a fresh tiny policy, for `evaluate` and `pretrain-value`."""
+    fields = {"value.pretrain_responses": 4, "value.pretrain_epochs": 1, "run.eval_prompts": 2, "run.eval_samples": 2}
+    (tmp_path / "run").mkdir()
+    return replace_fields(own_prompts(tmp_path, tmp_path / "run", "bytes"), fields)
+
+
+WRITTEN = [("evaluate", "answers.jsonl"), ("evaluate", ".evaluation.json.new"), ("pretrain_value", "responses.jsonl"),
+           ("pretrain_value", "explained_variance.csv")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "file"), WRITTEN)
+def test_a_full_disk_under_a_command_is_one_line_and_it_can_be_given_again(command, file, asked, tmp_path):
+    (tmp_path / "run" / file).symlink_to("/dev/full")
+    with pytest.raises(UserError) as error:
+        getattr(commands, command)(asked)
+    one_line(error, f"run.out: got {tmp_path / 'run'}, which cannot be written to (No space left on device)", "free some space")
+    (tmp_path / "run" / file).unlink()
+    getattr(commands, command)(asked)
+    assert (tmp_path / "run" / file.removeprefix(".").removesuffix(".new")).stat().st_size
+
+
+@pytest.mark.parametrize("end", ["full disk", "kill"])
+def test_a_value_model_that_was_half_written_is_none(end, asked, tmp_path, monkeypatch):
+    """A disk that takes 2,000 bytes more of a file, or a kill between two files; what is left of either is no value model."""
+    save, limits = ValueModel.save_pretrained, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def half(value, folder):
+        if end == "kill":
+            Path(folder).mkdir()
+            (Path(folder) / "config.json").write_text("{")
+            raise KeyboardInterrupt
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            save(value, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(ValueModel, "save_pretrained", half)
+    with pytest.raises((UserError, KeyboardInterrupt)) as ended:
+        commands.pretrain_value(asked)
+    if end == "full disk":
+        one_line(ended, "run.out: got", "which cannot be written to", "File too large")
+    assert not (tmp_path / "run" / "value").exists()
+    monkeypatch.setattr(ValueModel, "save_pretrained", save)
+    folder = commands.pretrain_value(asked)
+    assert load_value_model(str(folder)) is not None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if "value" in path.name) == ["value"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain_value"])
+def test_a_policy_whose_logits_are_not_finite_is_one_line(command, asked, monkeypatch):
+    def broken(*arguments):
+        policy = make_policy(*arguments)
+        with torch.no_grad():
+            policy.hf.get_output_embeddings().weight[3, 0] = torch.nan
+        return policy
+
+    monkeypatch.setattr(commands, "make_policy", broken)
+    with pytest.raises(NonFiniteError) as error:
+        getattr(commands, command)(asked)
+    one_line(error, "model.policy: got a model of which response ", "a logit is not finite at response position", "; expected ")

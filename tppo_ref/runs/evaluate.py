@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,12 +14,14 @@ import numpy as np
 
 from tppo_ref.loop.parallel import Parallel, SingleProcess
 from tppo_ref.loop.trainer import Scorer
+from tppo_ref.method.errors import NonFiniteError, refusal
 from tppo_ref.method.records import End, Prompt, Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import Batcher, SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.decode_load import DecodeStep, ObservedEngine
 from tppo_ref.rollout.engine import RolloutEngine
 from tppo_ref.rollout.turns import Reply, transcript
+from tppo_ref.runs.run_folder import write_json, writing
 from tppo_ref.tasks import Task
 
 EVALUATION_SEED = 2**31  # apart from every run.seed: the same draws for all methods, seeds and steps
@@ -136,6 +139,15 @@ def summary(answers: Sequence[Response], failures: int) -> dict[str, float]:
     }
 
 
+@contextmanager
+def naming_the_policy() -> Iterator[None]:
+    """Around sampling outside of a run, which would say at which step: logits that are not finite as a NonFiniteError."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise NonFiniteError(refusal("model.policy", f"a model of which {error}", "finite logits", "give another")) from None
+
+
 def write_answers(path: Path, answers: Sequence[Response], task: Task) -> None:
     """Prompts and answers as people read them, one JSON object a line."""
     with path.open("w") as file:
@@ -146,11 +158,16 @@ def write_answers(path: Path, answers: Sequence[Response], task: Task) -> None:
 
 
 def evaluate_policy(evaluator: Evaluator, task: Task, out: Path) -> dict[str, float]:
-    """The command `evaluate`: print the eval/ metrics, and write them and the answers to `out`. All ranks take part."""
-    metrics, answers, _ = evaluator()
+    """The command `evaluate`: print the eval/ metrics, and write them and the answers to `out`. All ranks take part.
+
+    UserError where a logit is not finite, or `out` cannot be written to.
+    """
+    with naming_the_policy():
+        metrics, answers, _ = evaluator()
     if evaluator.parallel.first:
-        write_answers(out / "answers.jsonl", answers, task)
-        (out / "evaluation.json").write_text(json.dumps(metrics, indent=1) + "\n")
+        with writing(out):
+            write_answers(out / "answers.jsonl", answers, task)
+            write_json(out / "evaluation.json", metrics)
         for name, number in metrics.items():
             print(f"{name:22} {number:.4g}")
         print(f"{len(answers)} answers: {out / 'answers.jsonl'}")

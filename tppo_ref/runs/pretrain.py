@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +31,11 @@ from tppo_ref.method.records import Prompt, Response
 from tppo_ref.rollout.batcher import SampleStream
 from tppo_ref.rollout.models import ValueModel
 from tppo_ref.rollout.packing import TokenBatch
+from tppo_ref.runs.checkpoint import put_in_place
 from tppo_ref.runs.comparison import write_csv
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.evaluate import Sampler
+from tppo_ref.runs.evaluate import Sampler, naming_the_policy
+from tppo_ref.runs.run_folder import writing
 
 HELD_OUT = 0.2  # share of the responses that the quality report is made on
 POSITIONS = (0, 8, 16, 32, 64, 128, 256, 1024, 4096, 16384)  # column ranges of that report, in tokens
@@ -53,18 +56,20 @@ def pretrain_value(
 
     sampler      its engine holds the frozen policy's weights, its scorer scores as in training
     make_value   called once the responses are there
-    Writes run.out/value (a folder for --model.value), explained_variance.csv and responses.jsonl (of several ranks, each its own);
-    returns the first.
+    save         writes a folder for --model.value; of several ranks one writes, and an error of its is every rank's
+    Writes run.out/value, explained_variance.csv and responses.jsonl (of several ranks, each its own); returns the first, which is
+    written under another name and renamed once all of them are whole. UserError where run.out cannot be written to.
     """
     parallel, folder = parallel or SingleProcess(), Path(config.run.out) / "value"
     if folder.exists():
         raise UserError(f"run.out: got {config.run.out}, which holds a value model already; expected a folder without one; choose "
                         f"another")  # fmt: skip
-    responses, held_out, failures = sample_responses(config, sampler, prompts)
+    with naming_the_policy():
+        responses, held_out, failures = sample_responses(config, sampler, prompts)
     sampler.engine.sleep()
     name = "responses.jsonl" if parallel.world == 1 else f"responses-{parallel.rank:05d}.jsonl"
     if parallel.leads:
-        with (folder.parent / name).open("w") as file:
+        with writing(folder.parent), (folder.parent / name).open("w") as file:
             file.writelines(json.dumps(response.state_dict()) + "\n" for response in responses)
     (all_failures,) = parallel.sum([failures])
     if all_failures and parallel.first:
@@ -76,9 +81,16 @@ def pretrain_value(
     test = [r for r in responses if r.prompt.token_ids in held_out]
     report = explained_by_position(value, test, config.advantage.gamma, parallel, device)
     (num_test,) = parallel.sum([len(test)])
-    save(value, folder)
+    beside = folder.with_name(".unfinished-value")
+    with writing(folder.parent):
+        if parallel.first:
+            shutil.rmtree(beside, ignore_errors=True)  # what a kill left of an earlier one
+        save(value, beside)
+        if parallel.first:  # who writes it: where several ranks save, they have waited for this one
+            write_csv(folder.parent / "explained_variance.csv", report)
+            put_in_place(beside, folder)
     if parallel.first:
-        write_report(report, int(num_test), folder)
+        tell_report(report, int(num_test))
     return folder
 
 
@@ -170,9 +182,8 @@ def explained_by_position(
     return report
 
 
-def write_report(report: Sequence[dict[str, Any]], num_test: int, folder: Path) -> None:
-    """Print how much the value model explains, beside its folder write it, and warn where a constant would do better."""
-    write_csv(folder.parent / "explained_variance.csv", report)
+def tell_report(report: Sequence[dict[str, Any]], num_test: int) -> None:
+    """Print how much the value model explains, and warn where a constant would do better."""
     print(f"{'tokens':>14} {'count':>8}  explained variance on {num_test} held-out responses")
     for row in report:
         print(f"{row['from_token']:>6}-{row['to_token']:<7} {row['tokens']:>8}  {row['explained_variance']:.3f}")

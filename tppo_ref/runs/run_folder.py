@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.checkpoint import sweep
 from tppo_ref.runs.validation import writable_folder
@@ -51,8 +53,9 @@ def writing(folder: Path, name: str = "run.out") -> Iterator[None]:
     """A disk that is full, or a folder that cannot be written to, as a UserError."""
     try:
         yield
-    except OSError as error:
-        raise UserError(refusal(name, f"{folder}, which cannot be written to ({error.strerror or error})", "a folder with room",
+    except (OSError, SafetensorError) as error:  # safetensors has a type of its own for a full disk
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(refusal(name, f"{folder}, which cannot be written to ({why})", "a folder with room",
                                 "free some space or choose another; checkpoints that are there are good")) from None  # fmt: skip
 
 
