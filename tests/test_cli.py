@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tppo_ref.__main__ import COMMANDS, main
 from tppo_ref.method.errors import UserError
 from tppo_ref.runs.checkpoint import complete_checkpoints, read_state
 from tppo_ref.runs.config import METHODS, Config, apply_method
-from tppo_ref.runs.parsing import field_paths, get_field, parse, replace_fields
+from tppo_ref.runs.parsing import field_paths, get_field, given_fields, parse, replace_fields
 from tppo_ref.runs.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +172,21 @@ def test_a_field_that_the_method_fixes_is_refused(refuse):
     )
 
 
+@pytest.mark.parametrize("given", [
+    ["--rollout.window", "64"], ["--rollout", "{window: 64}"], ["--rollout={window: 64}"], ["--rollout", '{"slots": 8, "window": 64}'],
+    ["--rollout", "window: 64"],
+])  # fmt: skip
+def test_a_field_that_is_as_by_default_was_given_in_its_section_too(given, refuse, monkeypatch):
+    """Method ppo fixes the window: whoever gives 64, the default, is told so, however it is written."""
+    monkeypatch.setattr("tppo_ref.runs.commands.train", lambda config: pytest.fail("the window was overridden in silence"))
+    refuse("train", "--run.method", "ppo", *given, words=("rollout.window: got 64; expected 320, at which method ppo fixes it",))
+
+
+@pytest.mark.parametrize("given", [["--rollout", "{slots: 64}"], ["--task.name", "{"], ["--run.wandb_project", "window: 64"]])
+def test_what_a_section_does_not_name_was_not_given(given):
+    assert given_fields(given) & set(field_paths(Config)) <= {"rollout.slots", given[0][2:]}
+
+
 def test_no_command_and_help_print_the_commands(capsys):
     for argv in ([], ["--help"]):
         assert main(argv) == 0
@@ -249,8 +265,6 @@ def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_refused(refuse, tmp
 
 @pytest.mark.parametrize("harm", ["empty folder", "no weights", "truncated weights", "garbage config"])
 def test_a_broken_model_folder_is_one_line(harm, refuse, tmp_path, model_folder):
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     weights = folder / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import typing
@@ -293,6 +294,43 @@ def test_per_method_has_the_last_word(methods, per_method, field, value):
     assert get_field(plan_of(config, method), field) == value
 
 
+@pytest.mark.parametrize("nested", [
+    {"rollout": {"slots": 16}},
+    {"rollout": {"slots": 16}, "policy.lr": 1e-3},
+    {"policy": {"lr": "1e-3", "dual_clip": None}, "run": {"train_seconds": 9.0}},
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["ppo", "tppo"])
+def test_a_section_in_per_method_changes_the_fields_that_it_names_and_no_other(nested, method, tmp_path, monkeypatch):
+    """{rollout: {slots: 16}} is {rollout.slots: 16}: in a file, on the command line, and beside fields of the user's own."""
+    alone = functools.partial(dataclasses.replace, compare=Config().compare)  # a plan also holds what it was made from
+    dotted = {}
+    for name, value in nested.items():
+        dotted |= {f"{name}.{field}": one for field, one in value.items()} if isinstance(value, dict) else {name: value}
+    users = {
+        "rollout.max_response_tokens": 200,
+        "rollout.window": 50,
+        "policy.mini_batch_tokens": 999,
+        "compare.methods": ["ppo", "tppo"],
+    }
+
+    def plan(own: dict) -> Config:
+        config = replace_fields(Config(), users | {"compare.per_method": {method: own}})
+        check_plans(config)
+        return alone(plan_of(config, method))
+
+    assert plan(nested) == plan(dotted)
+    assert plan(nested).policy.mini_batch_tokens == 999
+    assert plan(nested).rollout.window == (200 if method == "ppo" else 50)
+
+    seen = []
+    monkeypatch.setattr("tppo_ref.runs.compare.compare", lambda config: seen.append(alone(plan_of(config, method))))
+    (tmp_path / "c.yaml").write_text(json.dumps({"compare": {"per_method": {method: nested}}}))
+    assert main(["compare", "--config", str(tmp_path / "c.yaml")]) == 0
+    for own in (nested, dotted):
+        assert main(["compare", "--compare.per_method", json.dumps({method: own})]) == 0
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_slots_and_budget_may_be_a_methods_own():
     own = {"ppo": {"rollout.slots": 64, "run.train_seconds": 90.0}, "tppo": {"run.steps": 7}}
     config = compared(own, compare__methods=["ppo", "tppo"])
@@ -319,6 +357,23 @@ def test_slots_and_budget_may_be_a_methods_own():
     ({"rollout.temperature": 0.5}, "rollout.temperature: got 0.5; expected it the same for all methods"),
     ({"value.pretrain_epochs": 9}, "value.pretrain_epochs: got 9; expected it the same for all methods"),
     ({"compare.jobs": 9}, "compare.jobs: got 9; expected it the same for all methods"),
+    ({"run": {"seed": 3}}, "run.seed: got 3; expected it the same for all methods; give it outside of per_method"),
+    ({"run": {"steps": 9, "threads": 9}}, "run.threads: got 9; expected it the same for all methods"),
+    ({"task": {"name": "fork"}}, "task.name: got fork; expected it the same for all methods"),
+    ({"model": {"num_layers": 5}}, "model.num_layers: got 5; expected it the same for all methods"),
+    ({"rollout": {"temperature": 0.5}}, "rollout.temperature: got 0.5; expected it the same for all methods"),
+    ({"value": {"pretrain_epochs": 9}}, "value.pretrain_epochs: got 9; expected it the same for all methods"),
+    ({"compare": {"per_method": {"ppo": {"policy": {"lr": 1.0}}}}}, "compare.per_method: got {'ppo': {'policy': {'lr': 1.0}}}; expected it the same"),
+    ({"rollout": {"windw": 8}}, "rollout.windw: no such field; did you mean rollout.window?"),
+    ({"rolout": {"window": 8}}, "rolout.window: no such field; did you mean rollout.window?"),
+    ({"rolout": {}}, "rolout: no such field"),
+    ({"rollout": {"window": {"tokens": 8}}}, "rollout.window"),
+    ({"value": {"epochs": 1}}, "value.epochs: got 1; expected it left out: with value.update joint"),
+    ({"rollout": {"slots": 8}, "rollout.slots": 9}, "rollout.slots: got 8 and 9; expected one value; drop one"),
+    ({"rollout": None}, "rollout: got None; expected fields under it, as rollout.slots"),
+    ({"task": None}, "task: got None; expected fields under it, as task.name"),
+    ({"policy": 3}, "policy: got 3; expected fields under it, as policy.lr"),
+    ({"__class__": 3}, "__class__: no such field"),
 ])  # fmt: skip
 def test_a_mistake_in_per_method_is_told_before_anything_is_made(own, said, tmp_path, capfd):
     argv = ["compare", "--run.out", str(tmp_path / "out"), "--run.cache", str(tmp_path / "cache")]
@@ -354,6 +409,45 @@ def test_one_command_line_serves_methods_that_have_no_use_for_all_of_it():
     assert not cancelled_fields(plan_of(config, "ppo"), CANCELLED)
     with pytest.raises(UserError, match=r"^value\.epochs: got 2; expected it left out"):
         check_plans(compared(value__epochs=2, value__update="joint"))
+
+
+def test_what_per_method_gives_a_meaning_is_kept():
+    """The user's value.epochs serves tppo, and ppo too where per_method gives it a value update of its own."""
+    users = {"value__epochs": 3, "value__mini_batch_tokens": 900, "compare__methods": ["ppo", "tppo"]}
+    config = compared({"ppo": {"value.update": "independent"}}, **users)
+    check_plans(config)
+    for method in ("ppo", "tppo"):
+        value = plan_of(config, method).value
+        assert (value.update, value.epochs, value.mini_batch_tokens) == ("independent", 3, 900), method
+    assert plan_of(compared(**users), "ppo").value.epochs == 1
+
+    users = {"advantage__tail": "defer", "advantage__tail_tokens": 4, "compare__methods": ["ppo", "tppo"]}
+    config = compared({"ppo": {"rollout.refill": "immediate", "rollout.window": 48}}, **users)
+    check_plans(config)
+    for method in ("ppo", "tppo"):
+        advantage = plan_of(config, method).advantage
+        assert (advantage.tail, advantage.tail_tokens) == ("defer", 4), method
+
+
+def test_what_per_method_takes_the_meaning_of_is_left_out():
+    """Whether the method or its own fields cancel an option of the shared command line is one; what they give is refused."""
+    config = compared({"tppo": {"value.update": "joint"}}, value__epochs=3, compare__methods=["tppo", "ppo-dual"])
+    check_plans(config)
+    assert [plan_of(config, method).value.epochs for method in ("tppo", "ppo-dual")] == [1, 3]
+    own = {"tppo": {"value.update": "joint", "value.epochs": 3}}
+    with pytest.raises(UserError, match=r"^compare\.per_method\.tppo\.value\.epochs: got 3; expected it left out: "):
+        check_plans(compared(own, compare__methods=["tppo"]))
+
+
+@pytest.mark.parametrize(("fields", "own", "said"), [
+    ({"model.hidden_size": 34}, {"policy.lr": 1e-3}, "model.hidden_size: got 34; "),
+    ({"rollout.responses_per_step": 31, "rollout.refill": "batch"}, {}, "rollout.responses_per_step: got 31; "),
+    ({"policy.old_logprobs": "engine"}, {"policy.importance": "masked"}, "compare.per_method.ppo.policy.old_logprobs: got engine; "),
+])  # fmt: skip
+def test_a_mistake_is_per_methods_only_where_it_would_not_be_there_without(fields, own, said):
+    with pytest.raises(UserError) as error:
+        check_plans(replace_fields(Config(), fields | {"compare.methods": ["ppo"], "compare.per_method": {"ppo": own}}))
+    assert one_line(error).startswith(said)
 
 
 def test_what_all_runs_share_is_named_in_full():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import yaml
+
 from tppo_ref.method.errors import UserError, nearest, refusal
-from tppo_ref.runs.yaml_file import read_sections
+from tppo_ref.runs.yaml_file import StrictLoader, read_sections
 
 ConfigT = TypeVar("ConfigT")
 
@@ -24,11 +27,19 @@ LONGEST = 600  # characters of a message that is jsonargparse's
 
 
 def replace_fields(config: ConfigT, overrides: Mapping[str, Any]) -> ConfigT:
-    """A copy of a nested config with dotted fields replaced, as `{"rollout.window": 64}`. Unknown names are UserErrors."""
+    """A copy of a nested config with dotted fields replaced, as `{"rollout.window": 64}`. Unknown names are UserErrors.
+
+    A whole section may be given as what the config holds there. As anything else it is a UserError: a mapping would say nothing
+    of the fields that it leaves out (`dotted_fields`).
+    """
     paths = field_paths(type(config))
     for path, value in overrides.items():
-        if path not in paths and not hasattr(config, path):  # a whole section may be given, too
-            raise UserError(f"{path}: no such field{_instead(path, paths)}")
+        if path not in paths:
+            inside = next((one for one in paths if one.startswith(f"{path}.")), None)
+            if inside is None:
+                raise UserError(f"{path}: no such field{_instead(path, paths)}")
+            if not isinstance(value, type(get_field(config, path))):
+                raise UserError(refusal(path, str(value), f"fields under it, as {inside}"))
         config = _replaced(config, path.split("."), _number(path, value, get_field(config, path)))
     return config
 
@@ -57,6 +68,21 @@ def field_paths(config_class: Any, prefix: str = "") -> list[str]:
         inner = hints[field.name]
         paths += field_paths(inner, f"{prefix}{field.name}.") if dataclasses.is_dataclass(inner) else [prefix + field.name]
     return paths
+
+
+def dotted_fields(config_class: Any, fields: Mapping[Any, Any]) -> dict[str, Any]:
+    """Fields by their dotted names, {"rollout": {"window": 64}} as {"rollout.window": 64}. UserError for one that is given twice.
+
+    A mapping that is a field's own value stays one.
+    """
+    paths, dotted = field_paths(config_class), dict[str, Any]()
+    for path, value in _leaves(fields, ends=paths):
+        if isinstance(value, dict) and value and path not in paths:
+            continue  # a section: what it holds comes next
+        if path in dotted:
+            raise UserError(refusal(path, f"{dotted[path]} and {value}", "one value", "drop one"))
+        dotted[path] = value
+    return dotted
 
 
 def get_field(config: Any, path: str) -> Any:
@@ -110,10 +136,22 @@ def given_fields(argv: Sequence[str]) -> set[str]:
     A file that is no mapping of sections, or has a key twice, is a UserError with the file's name, which jsonargparse leaves out.
     """
     files, others = _files_and_others(argv)
-    given = {arg[2:].partition("=")[0] for arg in (*files, *others) if arg.startswith("--")}
+    given = {"config"} if files else set()
+    for arg, behind in zip(others, [*others[1:], ""], strict=False):
+        if arg.startswith("--"):
+            name, _, value = arg[2:].partition("=")
+            given |= {name, *(path for path, _ in _leaves(_mapping(value or behind), f"{name}."))}
     for name in (arg.removeprefix("--config=") for arg in files if arg != "--config"):
-        given |= set(_leaves(read_sections(name)))
+        given |= {path for path, _ in _leaves(read_sections(name))}
     return given
+
+
+def _mapping(text: str) -> Mapping[Any, Any]:
+    """What `--section '{field: value}'` gives; empty where a text is no mapping."""
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):  # the parser will say so, where a mapping is expected
+        content = StrictLoader(text).get_single_data()
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _files_and_others(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -123,12 +161,12 @@ def _files_and_others(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(itertools.compress(argv, of_file)), [arg for arg, one in zip(argv, of_file, strict=True) if not one]
 
 
-def _leaves(sections: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of what nested mappings hold; also of a mapping that is a field's value."""
+def _leaves(sections: Mapping[Any, Any], prefix: str = "", ends: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """What nested mappings hold, by its dotted name: a mapping and then what is in it, but for those named in `ends`."""
     for name, value in sections.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+        yield f"{prefix}{name}", value
+        if isinstance(value, dict) and f"{prefix}{name}" not in ends:
+            yield from _leaves(value, f"{prefix}{name}.", ends)
 
 
 def _instead(name: str, names: Sequence[str]) -> str:

@@ -7,11 +7,13 @@ the value model, what is evaluated. Slots and budget (run.train_seconds or run.s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config, apply_method
-from tppo_ref.runs.parsing import get_field, replace_fields, typed
+from tppo_ref.runs.parsing import dotted_fields, get_field, replace_fields, typed
 from tppo_ref.runs.validation import CANCELLED, Cancelled, cancelled_fields, check, check_training, refuse_cancelled
 
 SHARED = (
@@ -45,21 +47,37 @@ def check_plans(config: Config) -> None:
 
 def plan_of(config: Config, method: str) -> Config:
     """The config of a method's runs, but for seed and folder. UserError for what cannot run, or would not be comparable."""
-    plan = apply_method(config, method, strict=False)
-    # One command line serves several methods: what only this method has no use for, it leaves out.
-    unused = [one.field for one in cancelled_fields(plan, CANCELLED) if not one.when(config)]
-    plan = replace_fields(plan, {field: get_field(Config(), field) for field in unused})
-    own = config.compare.per_method.get(method, {})
+    given = config.compare.per_method.get(method, {})
     try:
-        for field in own:
-            if field.startswith(SHARED) and field not in OWN:
-                raise UserError(refusal(field, str(own[field]), "it the same for all methods", "give it outside of per_method"))
-        plan = typed(replace_fields(plan, own))
-        check(plan)
-        check_training(plan, own)
+        return _plan(config, method, given)
     except UserError as error:
-        raise UserError(f"compare.per_method.{method}.{error}" if own else str(error)) from None
+        if not given or str(error) == _mistake(config, method):
+            raise
+        raise UserError(f"compare.per_method.{method}.{error}") from None
+
+
+def _plan(config: Config, method: str, given: Mapping[str, Any]) -> Config:
+    """`plan_of` with `given` as the method's own fields, dotted or in sections."""
+    own = dotted_fields(Config, given)
+    for field, value in own.items():
+        if field.startswith(SHARED) and field not in OWN:
+            raise UserError(refusal(field, str(value), "it the same for all methods", "give it outside of per_method"))
+    plan = typed(replace_fields(apply_method(config, method, strict=False), own))
+    # One command line serves several methods: what only this one has no use for, it leaves out. Its own fields may give a use.
+    unused = [one.field for one in cancelled_fields(plan, CANCELLED) if one.field not in own and not one.when(config)]
+    plan = replace_fields(plan, {field: get_field(Config(), field) for field in unused})
+    check(plan)
+    check_training(plan, own)
     return plan
+
+
+def _mistake(config: Config, method: str) -> str | None:
+    """What is wrong with a method's runs without fields of its own; None: nothing."""
+    try:
+        _plan(config, method, {})
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def plan_runs(config: Config, out: Path) -> list[Config]:
