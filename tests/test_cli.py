@@ -254,6 +254,29 @@ def _model_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_warm_start_that_diverges_is_one_line_and_leaves_nothing(refuse, tmp_path):
+    cache = tmp_path / "own-cache"
+    argv = options(model__warm_start_lr=1000, model__warm_start_steps=50)
+    line = refuse("train", *argv, "--run.out", str(tmp_path / "out"), "--run.cache", str(cache), paths=False)
+    assert line.startswith(
+        "error: model.warm_start_lr: got 1000.0, with which a gradient of the warm start is not finite; expected "
+    )
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not enough memory"), KeyError("x")])
+def test_only_a_warm_start_that_diverges_is_the_learning_rates_fault(error, tmp_path, monkeypatch):
+    from tppo_ref.runs import build
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(build, "warm_start", fails)
+    config = replace_fields(Config(), {"task.name": "length", "run.cache": str(tmp_path)})
+    with pytest.raises(type(error), match=str(error.args[0])):
+        build.base_model(config, build.make_task(config))
+
+
 def test_prompt_and_response_longer_than_the_models_context_are_refused(refuse, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 300, "max_position_embeddings": 8}))
     refuse("train", *own_model(jsonl(tmp_path), tmp_path / "config.json"), words=("rollout.max_response_tokens", "8"))

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from tppo_ref.loop.meters import CLOCKS
 from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.loop.settings import RolloutConfig
-from tppo_ref.method.errors import UserError, refusal
+from tppo_ref.method.errors import NonFiniteError, UserError, refusal
 from tppo_ref.method.records import Prompt, Response
 from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.models import PolicyModel, ValueModel, load_policy, load_value_model
@@ -159,10 +159,16 @@ def base_model(config: Config, task: Task) -> str:
     size, cache, shape = config.model, writable_folder(config.run.cache, "run.cache"), base_config(config, task)
     check_context(config, task, shape)
     device_named(config.model.device)
-    return str(
-        warm_start(task, shape, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache,
-                   progress=config.run.progress)
-    )  # fmt: skip
+    try:
+        made = warm_start(task, shape, steps=size.warm_start_steps, lr=size.warm_start_lr, cache_dir=cache,
+                          progress=config.run.progress)  # fmt: skip
+    except RuntimeError as error:
+        # Told here and not in warmstart.py, whose source is in the base models' names, and these in the settings of all results.
+        if "non-finite" not in str(error):
+            raise
+        got = f"{size.warm_start_lr}, with which a gradient of the warm start is not finite"
+        raise NonFiniteError(refusal("model.warm_start_lr", got, "a rate that it learns with", "give a smaller one")) from None
+    return str(made)
 
 
 def base_config(config: Config, task: Task) -> PretrainedConfig:
