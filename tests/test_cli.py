@@ -355,6 +355,40 @@ def test_another_method_on_resume_is_refused(refuse, run_folder):
     )
 
 
+@pytest.fixture(scope="module", name="timed_run")
+def _timed_run(tmp_path_factory, cache) -> Path:
+    """A run that its seconds have ended."""
+    out = tmp_path_factory.mktemp("runs") / "timed"
+    pairs = zip(*[iter(options())] * 2, strict=True)
+    fields = [word for pair in pairs if pair[0] != "--run.steps" for word in pair]
+    assert main(["train", *fields, "--run.train_seconds", "0.01", "--run.out", str(out), "--run.cache", str(cache)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("steps", ["7", "1000"])
+def test_steps_behind_the_folder_of_a_run_that_its_seconds_end_are_refused(steps, refuse, timed_run, tmp_path):
+    """Also where they are as many as by default: who gives them wants the run to go on."""
+    before = files_of(timed_run)
+    said = f"error: run.steps: got {steps}; expected it left out: run.train_seconds 0.01 ends the run; drop it"
+    assert refuse("resume", str(timed_run), "--run.steps", steps, paths=False) == said
+    (tmp_path / "more.yaml").write_text(f"run: {{steps: {steps}}}\n")
+    assert refuse("resume", str(timed_run), "--config", str(tmp_path / "more.yaml"), paths=False) == said
+    assert files_of(timed_run) == before
+
+
+def test_steps_behind_the_folder_count_where_the_seconds_are_taken_back(timed_run, tmp_path):
+    out = shutil.copytree(timed_run, tmp_path / "run")
+    steps = int(complete_checkpoints(out / "checkpoints")[-1].name.removeprefix("step-")) + 1
+    assert main(["resume", str(out), "--run.train_seconds", "null", "--run.steps", str(steps)]) == 0
+    assert complete_checkpoints(out / "checkpoints")[-1].name == f"step-{steps:08d}"
+
+
+def test_what_the_run_was_given_before_is_not_refused_where_it_does_nothing_now(run_folder, tmp_path):
+    """Its run.steps stands in config.json; seconds may end it from now on."""
+    out = shutil.copytree(run_folder, tmp_path / "run")
+    assert main(["resume", str(out), "--run.train_seconds", "0.01"]) == 0
+
+
 def test_a_run_leaves_its_config_versions_metrics_and_tables(run_folder):
     config = json.loads((run_folder / "config.json").read_text())
     assert config["rollout"]["window"] == 6

@@ -273,6 +273,69 @@ def test_every_method_trains_with_the_defaults(method):
     check(apply_method(Config(), method))
 
 
+@pytest.fixture(name="reached")
+def _reached(monkeypatch, tmp_path):
+    """Runs a command up to where it would load something; its exit code, and the configs that got there."""
+    monkeypatch.chdir(tmp_path)
+    configs: list[Config] = []
+
+    def stop(config: Config, *args: object, **kwargs: object) -> str:
+        configs.append(config)
+        return "nowhere"
+
+    for name in ("commands.train", "commands.evaluate", "commands.pretrain_value", "compare.compare", "report.write_report"):
+        monkeypatch.setattr(f"tppo_ref.runs.{name}", stop)
+    return lambda line: (main(line.split()), configs)
+
+
+@pytest.mark.parametrize(("line", "fields"), [
+    ("--run.method partial-is --rollout.kv_cache fp8", {"policy.importance": "truncated", "rollout.kv_cache": "fp8"}),
+    ("--run.method rloo-window --rollout.kv_cache fp8", {"policy.importance": "truncated", "advantage.estimator": "rloo"}),
+    ("--run.method geppo --rollout.kv_cache fp8", {"policy.importance": "generalised", "rollout.kv_cache": "fp8"}),
+    ("--run.method geppo --policy.reuse_batches 2", {"policy.reuse_batches": 2}),
+    ("--run.method rloo --advantage.estimator rloo --rollout.samples_per_prompt 4", {"rollout.refill": "batch"}),
+    ("--run.method grpo --advantage.estimator grpo", {"rollout.samples_per_prompt": 4}),
+])  # fmt: skip
+def test_what_the_method_makes_possible_is_not_refused(line, fields, reached, tmp_path):
+    code, (config,) = reached(f"train {line}")
+    assert code == 0
+    assert {field: get_field(config, field) for field in fields} == fields
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert reached(f"resume {tmp_path}")[0] == 0
+
+
+def test_what_all_methods_of_a_comparison_make_possible_is_not_refused(reached, tmp_path):
+    line = "compare --compare.methods [partial-is,rloo-window] --rollout.kv_cache fp8"
+    code, configs = reached(line)
+    assert (code, len(configs)) == (0, 1)
+    assert {plan_of(configs[0], method).policy.importance for method in ("partial-is", "rloo-window")} == {"truncated"}
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(configs[0])))  # nor by the report of it
+    assert reached(f"report {tmp_path}")[0] == 0
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("train --rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
+    ("train --run.method ppo --rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
+    ("train --run.method tppo-ewma --policy.reuse_batches 1", "policy.reuse_batches: got 1"),
+    ("train --advantage.estimator rloo --value.epochs 3", "rollout.samples_per_prompt: got 1"),
+    ("train --model.hidden_size 34", "model.hidden_size: got 34"),
+    ("compare --compare.methods [partial-is,tppo] --rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
+    ("compare --model.hidden_size 34", "model.hidden_size: got 34"),
+    ("demo --model.hidden_size 34", "model.hidden_size: got 34"),
+    ("evaluate --model.hidden_size 34", "model.hidden_size: got 34"),
+    ("pretrain-value --model.hidden_size 34", "model.hidden_size: got 34"),
+    ("report FOLDER --rollout.slots 0", "rollout.slots: got 0"),
+    ("resume FOLDER --rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
+])  # fmt: skip
+def test_what_no_method_makes_possible_is_refused_before_anything_is_loaded(line, said, reached, tmp_path, capfd):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    code, configs = reached(line.replace("FOLDER", str(tmp_path)))
+    assert (code, configs) == (2, [])
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith(f"error: {said}; expected "), told
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 # -------------------------------------------------------------------------------------------------------------------- compare
 
 

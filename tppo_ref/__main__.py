@@ -14,7 +14,15 @@ from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.exits import exit_code
 from tppo_ref.runs.parsing import given_fields, parse
 from tppo_ref.runs.plans import check_plans
-from tppo_ref.runs.validation import check, check_task, check_training, refuse_without_critic
+from tppo_ref.runs.validation import (
+    CANCELLED,
+    check,
+    check_bounds,
+    check_task,
+    check_training,
+    refuse_cancelled,
+    refuse_without_critic,
+)
 
 
 def demo(config: Config, given: set[str]) -> None:
@@ -27,6 +35,7 @@ def demo(config: Config, given: set[str]) -> None:
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
     config = apply_method(config, config.run.method, given=given)
+    check(config)
     check_task(config)
     check_training(config)
     _train(config)
@@ -34,6 +43,9 @@ def train(config: Config, given: set[str]) -> None:
 
 def resume(config: Config, given: set[str]) -> None:
     """Go on with the run of a folder (resume FOLDER), from its newest checkpoint and under its own configuration."""
+    check(config)
+    # Of the run's own fields one may do nothing since then: run.steps, where run.train_seconds is given behind the folder.
+    refuse_cancelled(config, [one for one in CANCELLED if one.field in given], given)
     _train(config)
 
 
@@ -41,7 +53,6 @@ def _train(config: Config) -> None:
     from tppo_ref.runs.checkpoint import what_is_left
     from tppo_ref.runs.commands import train as run_train
 
-    check(config)
     try:
         print(f"checkpoint: {run_train(config)}")
     except KeyboardInterrupt:
@@ -72,6 +83,7 @@ def report(config: Config, given: set[str]) -> None:
 
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
+    check(config)
     check_task(config)
     refuse_without_critic(config)
     from tppo_ref.runs.commands import pretrain_value as run_pretrain
@@ -81,6 +93,7 @@ def pretrain_value(config: Config, given: set[str]) -> None:
 
 def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
+    check(config)
     check_task(config)
     from tppo_ref.runs.commands import evaluate as run_evaluation
 
@@ -129,8 +142,8 @@ def _run(name: str, argv: Sequence[str], lines: Mapping[str, str]) -> int | None
         return 0
     fields = console.fields_of(name, argv)
     config = parse(Config, ["--help" if arg == "--help-all" else arg for arg in fields], prog=f"tppo {name}", description=line)
-    check(config)
-    return COMMANDS[name](config, given_fields(fields))
+    check_bounds(config)  # no more yet: what cannot run may be what the method is there for, and a comparison has several
+    return COMMANDS[name](config, given_fields(argv))  # not `fields`: what a folder or the demo brings along was not given
 
 
 def run() -> None:
