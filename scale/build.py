@@ -42,6 +42,7 @@ from tppo_ref.runs.build import (
     check_vocabulary,
     end_token_ids,
     make_schedule,
+    name_end_tokens,
     reply_of,
 )
 from tppo_ref.runs.evaluate import Evaluator, Sampler
@@ -169,6 +170,7 @@ def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool
     )  # fmt: skip
     assert isinstance(policy, PolicyModel)
     check_vocabulary("algo.model.policy", policy.hf.config, task, model.policy)
+    name_end_tokens(policy)  # for an export: a resume reads them where the run did
     return policy
 
 

@@ -22,10 +22,13 @@ import pytest
 import torch
 from helpers import one_thread  # noqa: F401  (a fixture)
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from tppo_ref.method.errors import UserError
-from tppo_ref.runs.build import build
+from tppo_ref.rollout.models import load_policy
+from tppo_ref.runs.build import base_model, build, end_token_ids, make_task
 from tppo_ref.runs.checkpoint import FORMAT, MANIFEST, complete_checkpoints
+from tppo_ref.runs.commands import evaluate
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import get_field, replace_fields
 from tppo_ref.runs.resume import resume_point
@@ -72,6 +75,21 @@ CASES = {
         "tppo-defer",
         {"task.name": "calculator", "model.warm_start_steps": 30, "rollout.max_response_tokens": 60, "advantage.tail_tokens": 3},
     ),
+    "policy without an end token": (
+        "tppo",
+        {
+            "model.policy": dict(  # transformers would have a llama end with token 2, which is a digit here
+                model_type="llama",
+                vocab_size=64,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+            ),
+        },
+    ),
     "groups": ("rloo-window", {"rollout.samples_per_prompt": 3, "rollout.slots": 7}),
     "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
 }
@@ -91,11 +109,12 @@ def _cache(tmp_path_factory) -> Path:
 
 def config_of(case: str, out: Path, cache: Path, **run: object) -> Config:
     method, changes = CASES[case]
-    if "model.value" in changes:  # another architecture's config.json: fresh weights under the run's seed
-        file = cache / "critic" / "config.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(changes["model.value"]))
-        changes = changes | {"model.value": str(file)}
+    for field, shape in changes.items():
+        if isinstance(shape, dict):  # another architecture's config.json: fresh weights under the run's seed
+            file = cache / field / "config.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(shape))
+            changes = changes | {field: str(file)}
     fields = TINY | changes | {"run.out": str(out), "run.cache": str(cache)} | {f"run.{k}": v for k, v in run.items()}
     return apply_method(replace_fields(Config(), fields), method, strict=False)
 
@@ -192,6 +211,67 @@ def test_N_steps_a_restart_and_the_rest_are_bit_for_bit_one_run(case, tmp_path, 
     parts = train(config_of(case, tmp_path / "parts", cache, steps=total, resume=True))
     assert_same_checkpoint(whole, parts)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+# ------------------------------------------------------------------------------------------------------------- end tokens
+
+
+def of_shape(tmp_path: Path, cache: Path, **shape: object) -> Config:
+    """A run of one step that begins with a config.json, whose transformers' end token is not the task's."""
+    config = config_of("policy without an end token", tmp_path / "run", cache, steps=1)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(Path(config.model.policy).read_text()) | shape))
+    return replace_fields(config, {"model.policy": str(file)})
+
+
+@pytest.mark.parametrize("shape", [{}, {"eos_token_id": 5}, {"eos_token_id": 151643}, {"eos_token_id": [5, 6]}],
+                         ids=["the architecture's", "its own", "beyond the vocabulary", "several"])  # fmt: skip
+def test_a_checkpoint_names_the_end_tokens_of_its_run_and_no_others(shape, tmp_path, cache):
+    """For a resume, and for whoever evaluates it or starts from it."""
+    config = of_shape(tmp_path, cache, **shape)
+    task = make_task(config)
+    checkpoint = train(config)
+    assert end_token_ids(task, str(checkpoint / "policy")) == end_token_ids(task, config.model.policy) == (task.end_token_id,)
+    evaluation = replace_fields(config, {"model.policy": str(checkpoint / "policy"), "run.out": str(tmp_path / "evaluation")})
+    (last,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval/accuracy" in r and r["step"] == 1]
+    measured = {name: x for name, x in evaluate(evaluation).items() if name not in CLOCKS}
+    assert measured.items() <= last.items()
+
+
+def test_the_tokens_that_end_a_turn_and_those_that_a_folder_names_are_named_by_its_checkpoint(tmp_path, cache):
+    config = config_of("conversations", tmp_path / "run", cache, steps=1)
+    task = make_task(config)
+    source = tmp_path / "instruct"
+    shutil.copytree(base_model(config, task), source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    checkpoint = train(replace_fields(config, {"model.policy": str(source)}))
+    own = (task.end_token_id, *task.turn_end_token_ids)
+    assert end_token_ids(task, str(source)) == end_token_ids(task, str(checkpoint / "policy")) == (*own, 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("began_with", "goes_on_with"), [("config.json", (10,)), ("folder", (10, 9)), ("a folder that is gone", (10, 5))]
+)
+def test_a_run_whose_checkpoint_names_what_transformers_made_up_goes_on_with_what_it_began_with(
+    began_with, goes_on_with, tmp_path, cache
+):
+    """Checkpoints were written so, of the model's config.json. Where nothing else is left, what they say holds."""
+    config = of_shape(tmp_path, cache, eos_token_id=5)
+    source = tmp_path / "instruct"
+    if began_with != "config.json":
+        load_policy(config.model.policy).save_pretrained(source)
+        (source / "generation_config.json").write_text('{"eos_token_id": 9}')
+        config = replace_fields(config, {"model.policy": str(source)})
+    checkpoint = train(config)
+    GenerationConfig.from_model_config(load_policy(str(checkpoint / "policy")).hf.config).save_pretrained(checkpoint / "policy")
+    rewrite_manifest(checkpoint)
+    task = make_task(config)
+    assert end_token_ids(task, str(checkpoint / "policy")) == (10, 5)
+    if began_with == "a folder that is gone":
+        shutil.rmtree(source)
+    for steps in (2, 3):
+        resumed = train(replace_fields(config, {"run.resume": True, "run.steps": steps}))
+        assert end_token_ids(task, str(resumed / "policy")) == goes_on_with
 
 
 def test_pieces_and_limits_may_change_with_a_restart_and_what_is_computed_may_not(tmp_path, cache):

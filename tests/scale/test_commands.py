@@ -15,11 +15,13 @@ from scale_helpers import make_model, make_problems
 from scale import build, checkpoint, commands
 from scale.checkpoint import PIECES, WHOLE_BYTES, export, shard_digest
 from scale.config import ScaleConfig
+from scale.data import make_task
 from scale.distributed import Collective, World
 from scale.evaluate import GLOSSARY, accuracy_metrics
 from tppo_ref.method.errors import UserError
 from tppo_ref.method.records import Prompt, Response
-from tppo_ref.rollout.models import load_policy
+from tppo_ref.rollout.models import PolicyModel, load_policy
+from tppo_ref.runs.build import end_token_ids
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.run_folder import own_folder
 from tppo_ref.tasks.jsonl import load_tokenizer
@@ -74,6 +76,27 @@ def test_an_export_holds_the_tokenizer_that_the_task_reads_with(tmp_path, model)
     export(load_policy(str(model)), tmp_path / "export", World(), dtype=torch.float32, tokenizer=tokenizer)
     assert load_tokenizer(str(tmp_path / "export")).get_vocab() == {"<end>": 0, "?": 1, "sum": 2}
     assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("source", ["config.json", "folder"])
+def test_an_export_names_the_end_tokens_of_its_run_and_no_others(source, tmp_path, model, monkeypatch):
+    """The model's config.json names token 302, which ends no response of a run; a folder's generation_config.json two that do."""
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 302}))
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [300, 301]}')
+    policy = tmp_path / "model" / ("config.json" if source == "config.json" else "")
+    config = config_of(tmp_path, policy)
+
+    def whole(kind, source, world, sharding, *, seed, weights, sync_dtype, **options):
+        assert kind is PolicyModel
+        return load_policy(source, seed=seed, **options)
+
+    monkeypatch.setattr(build, "load_sharded", whole)
+    task = make_task(config)
+    export(build.build_policy(config, World(), task), tmp_path / "export", World(), dtype=torch.float32)
+    expected = (task.end_token_id, *([300, 301] if source == "folder" else []))
+    assert end_token_ids(task, str(policy)) == end_token_ids(task, str(tmp_path / "export")) == expected
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -49,10 +49,11 @@ def build(config: Config) -> Parts:
     if resume_from is None:
         check_sources(config, task)
         base = base_model(config, task)
-        policy_source, value_source = base, config.model.value or base
+        policy_source, value_source, ends_source = base, config.model.value or base, base
     else:
         policy_source, value_source = str(resume_from / "policy"), str(resume_from / "value")
-    policy = make_policy(config, task, policy_source)
+        ends_source = source_of_ends(resume_from)
+    policy = make_policy(config, task, policy_source, end_token_ids(task, ends_source))
     value = None if config.advantage.critic_free else make_value(config, task, value_source)
     rollout, every_s = config.rollout, config.run.eval_every_s
     scorer = TaskScorer(task, config.task)
@@ -177,16 +178,32 @@ def base_config(config: Config, task: Task) -> PretrainedConfig:
     return tiny_policy_config(task, num_layers=size.num_layers, width=size.hidden_size, num_heads=size.num_heads)
 
 
-def make_policy(config: Config, task: Task, source: str) -> PolicyModel:
-    """The policy from `source`, with the sampling distribution of the config; a vocabulary that does not fit is refused."""
+def make_policy(config: Config, task: Task, source: str, ends: tuple[int, ...] | None = None) -> PolicyModel:
+    """The policy from `source`, with the sampling distribution of the config; a vocabulary that does not fit is refused.
+
+    ends   the tokens that end a response; None: `end_token_ids` of the source
+    """
+    ends = end_token_ids(task, source) if ends is None else ends
     policy = load_policy(
         source, seed=config.run.seed, dtype=config.model.dtype, device=config.model.device,
         trust_remote_code=config.model.trust_remote_code, temperature=config.rollout.temperature,
-        min_response_tokens=config.rollout.min_response_tokens, end_token_ids=end_token_ids(task, source),
+        min_response_tokens=config.rollout.min_response_tokens, end_token_ids=ends,
         logit_chunk_tokens=config.model.logit_chunk_tokens or None,
     )  # fmt: skip
     check_vocabulary("model.policy", policy.hf.config, task, source)
+    name_end_tokens(policy)
     return policy
+
+
+def name_end_tokens(policy: PolicyModel) -> None:
+    """Have each folder that this policy is saved in name what ends its responses, and nothing else.
+
+    transformers would write down what the model's config.json or its architecture has for an end token, and whoever reads the
+    folder (a resume, an evaluation) would end responses by it.
+    """
+    if policy.hf.can_generate():  # else it has no generation config, and none is saved
+        policy.hf.generation_config.eos_token_id = list(policy.end_token_ids)
+        policy.hf.generation_config._from_model_config = False  # transformers' mark of what it made of a config.json
 
 
 def end_token_ids(task: Task, source: str | None) -> tuple[int, ...]:
@@ -207,6 +224,20 @@ def end_token_ids(task: Task, source: str | None) -> tuple[int, ...]:
             refusal("model.policy", f"{file}, which cannot be read ({error})", "numbers of its end tokens in it")
         ) from None
     return (*own, *sorted(further - {*own}))
+
+
+def source_of_ends(checkpoint: Path) -> str | None:
+    """The model whose folder names the end tokens of a run that goes on: its checkpoint's policy.
+
+    Before `name_end_tokens`, a checkpoint named what transformers made of the model's config.json. Such a one bears transformers'
+    mark, and its run goes on with the end tokens that it began with, as long as the model that it began with is where it was.
+    """
+    policy = checkpoint / "policy"
+    file = policy / "generation_config.json"
+    if not file.is_file() or not json.loads(file.read_text()).get("_from_model_config"):
+        return str(policy)
+    began_with: str | None = json.loads((checkpoint / "state.json").read_text())["config"]["model"]["policy"]
+    return str(policy) if began_with and not Path(began_with).exists() else began_with
 
 
 def check_sources(config: Config, task: Task) -> None:
