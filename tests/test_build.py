@@ -188,7 +188,7 @@ def made(at: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> I
     for name in ("load_task", "Verifier", "warm_start", "load_policy", "load_value_model", "leave_out_bad_references"):
         listen(building, name)
     listen(building, "resume_point", lambda: None)  # a run that goes on has no base model: this one begins, whatever it was asked
-    listen(running, "RunFiles", lambda: SimpleNamespace(close=lambda: None))
+    listen(running, "RunFiles", lambda: SimpleNamespace(close=lambda: None, last_evaluation=lambda: None))
     config = replace_fields(Config(), values)
     with closing(Session(building.build(config))) as session:
         yield Made(session, told)

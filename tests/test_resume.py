@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from helpers import one_thread  # noqa: F401  (a fixture)
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from tppo_ref.loop.parallel import SingleProcess
 from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import load_policy
 from tppo_ref.runs.build import base_model, build, end_token_ids, make_task
@@ -272,6 +274,83 @@ def test_a_run_whose_checkpoint_names_what_transformers_made_up_goes_on_with_wha
     for steps in (2, 3):
         resumed = train(replace_fields(config, {"run.resume": True, "run.steps": steps}))
         assert end_token_ids(task, str(resumed / "policy")) == goes_on_with
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluations
+
+WRITTEN = ("metrics.jsonl", "responses.csv", "timeline.csv", "decode.csv", "eval_decode.csv")
+
+
+def evaluations_of(out: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(out / "metrics.jsonl") if "eval/accuracy" in record]
+
+
+def evaluated_steps(out: Path) -> list[int]:
+    """The steps of eval_decode.csv, each as often as its evaluation began."""
+    return [int(row["step"]) for row in rows_of(out / "eval_decode.csv", ()) if row["decode_step"] == "0"]
+
+
+def test_a_finished_run_that_is_resumed_evaluates_nothing_again(tmp_path, cache):
+    out = tmp_path / "run"
+    train(config_of("tppo", out, cache, steps=2))
+    before = {name: (out / name).read_bytes() for name in WRITTEN}
+    train(config_of("tppo", out, cache, steps=2, resume=True))
+    assert {name: (out / name).read_bytes() for name in WRITTEN} == before
+    assert evaluations_of(out) == evaluated_steps(out) == [0, 2]
+
+
+def test_a_run_that_was_stopped_in_its_first_evaluation_has_it_once(tmp_path, cache, monkeypatch):
+    """Ctrl-C there leaves a checkpoint of step 0, and an evaluation."""
+    out, real = tmp_path / "run", Session.evaluate
+
+    def stopped(session: Session) -> None:
+        real(session)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Session, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of("tppo", out, cache, steps=2))
+    monkeypatch.setattr(Session, "evaluate", real)
+    assert [path.name for path in complete_checkpoints(out / "checkpoints")] == ["step-00000000"]
+    resumed = train(config_of("tppo", out, cache, steps=2, resume=True))
+    assert evaluations_of(out) == evaluated_steps(out) == [0, 2]
+    assert_same_checkpoint(train(config_of("tppo", tmp_path / "whole", cache, steps=2)), resumed)
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_an_evaluation_of_which_there_is_no_record_is_made_by_the_resume(tmp_path, cache):
+    """Killed between the last checkpoint and its evaluation: that there are earlier ones is no reason to leave it out."""
+    out = tmp_path / "run"
+    train(config_of("tppo", out, cache, steps=2))
+    of_the_second = {"metrics.jsonl": r'{"step": 2, "eval/.*\n', "eval_decode.csv": r"2,.*\r\n"}
+    for name, lines in of_the_second.items():
+        text, gone = re.subn(f"(?m)^{lines}", "", (out / name).read_bytes().decode())
+        assert gone
+        (out / name).write_bytes(text.encode())
+    assert evaluations_of(out) == [0]
+    train(config_of("tppo", out, cache, steps=2, resume=True))
+    assert evaluations_of(out) == evaluated_steps(out) == [0, 2]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_is_told_of_the_evaluation_that_the_first_one_has_on_record(first, tmp_path, cache):
+    """Else one would evaluate, and wait for the others for ever."""
+
+    class Ranks(SingleProcess):
+        @property
+        def first(self) -> bool:
+            return first
+
+        def max(self, numbers):
+            return [max(number, 2.0) for number in numbers]  # as the first rank says
+
+    out = tmp_path / "run"
+    train(config_of("tppo", out, cache, steps=2))
+    parts = build(config_of("tppo", out, cache, steps=2, resume=True))
+    session = Session(dataclasses.replace(parts, parallel=Ranks()))
+    session.close()
+    assert session.evaluated_at == 2
+    assert math.isnan(session.accuracy) != first
 
 
 def test_pieces_and_limits_may_change_with_a_restart_and_what_is_computed_may_not(tmp_path, cache):

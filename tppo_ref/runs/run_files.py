@@ -73,9 +73,15 @@ class RunFiles:
         self._write_decode(self.decode, step, decode_steps(batcher.segments, batcher.slices, batcher.step_ends_s))
 
     def write_evaluation(self, step: int, loads: Sequence[DecodeStep]) -> None:
-        """The decode steps of an evaluation by this rank."""
+        """The decode steps of an evaluation by this rank, on the disk before its record is."""
         if self._timeline_wanted:
             self._write_decode(self.eval_decode, step, loads)
+            self.eval_decode.flush()
+
+    def last_evaluation(self) -> tuple[int, float] | None:
+        """Step and accuracy of the last evaluation that a run that goes on has on record; None without one."""
+        found = [(record["step"], record.get("eval/accuracy")) for record in self.log.kept]
+        return max(((step, accuracy) for step, accuracy in found if isinstance(accuracy, float)), default=None)
 
     @staticmethod
     def _write_decode(table: Table, step: int, loads: Sequence[DecodeStep]) -> None:

@@ -40,13 +40,15 @@ class Session:
             parts.checkpointer.load(self.trainer, parts.resume_from)
         parts.engine.load_weights(parts.policy.named_tensors(), self.trainer.version)
         self.profiler = Profiler(self.out / "profile", self.config.run.profile_steps, self.trainer.meters, process_number())
-        self.accuracy, self.evaluated_at = math.nan, -1  # of the last evaluation, for the progress line
         self.files: RunFiles | None = None  # on the first rank, which talks to people
         if parts.parallel.first:
             self.files = RunFiles(
                 self.out, parts.record, parts.glossary, resume_step=self.trainer.num_steps if parts.resume_from else None,
                 timeline=self.config.run.timeline, wandb_project=self.config.run.wandb_project,
             )  # fmt: skip
+        last = self.files.last_evaluation() if self.files else None
+        step, self.accuracy = last or (-1, math.nan)  # of the last evaluation; the accuracy is for the progress line
+        self.evaluated_at = int(parts.parallel.max([step])[0])  # told to all ranks: what is on record is not made again
 
     # ------------------------------------------------------------------------------------------------------------------- running
 
@@ -55,7 +57,7 @@ class Session:
         config, trainer = self.config.run, self.trainer
         evaluations = self._due_evaluations()
         with PoliteStop(self.parts.stop_signals) as stop, self._progress() as bar, self._guarded():
-            if trainer.num_steps == 0:
+            if trainer.num_steps == 0 and self.evaluated_at != 0:
                 self.evaluate()
             while not self._finished() and not self._stops(stop):
                 metrics = self.step()
@@ -104,9 +106,9 @@ class Session:
             clock = {"time/train_s": trainer.train_s, "ledger/trained": trained}
             with self.files.guarded():
                 self.files.write_evaluation(trainer.num_steps, loads)
-                self.files.log.log(trainer.num_steps, metrics | clock)
                 if kept := answers[: self.parts.answers_kept]:
                     write_answers(self.out / f"answers-{trainer.num_steps:08d}.jsonl", kept, self.parts.task)
+                self.files.log.log(trainer.num_steps, metrics | clock)  # last: with its record an evaluation is not made again
         self.accuracy, self.evaluated_at = metrics["eval/accuracy"], trainer.num_steps
 
     def save(self) -> Path:
