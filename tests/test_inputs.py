@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,67 @@ def test_a_comparison_says_where_its_critic_is_kept_and_says_it_once(config, nam
     assert capsys.readouterr().out == f"value model: {config.run.cache}/{name}/value\n"
     assert name_of(config) == name
     assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------------- beside other comparisons
+
+
+@pytest.fixture
+def making(config, monkeypatch):
+    """`cached_value` with a stand-in of the pre-training, which is given the folder to be."""
+
+    def make(pretrain, config: Config = config) -> Path:
+        def stand_in(of_it: Config) -> None:
+            pretrain(Path(of_it.run.out))
+
+        monkeypatch.setattr(value_cache, "pretrain_value", stand_in)
+        with Verifier(config.task.verifier, 20.0) as verifier:
+            return cached_value(config, make_task(config), verifier)
+
+    return make
+
+
+def critic_in(folder: Path, weights: str) -> None:
+    (folder / "value").mkdir(parents=True)
+    (folder / "value" / "weights").write_text(weights)
+
+
+def test_of_two_comparisons_that_make_a_critic_at_once_both_use_the_one_that_was_there_first(config, making):
+    cache, name = Path(config.run.cache), making(lambda out: critic_in(out, "")).parent.name
+    shutil.rmtree(cache / name)
+
+    def beaten(out: Path) -> None:
+        critic_in(cache / name, "theirs")
+        critic_in(out, "ours")
+
+    critic = making(beaten)
+    assert (critic / "weights").read_text() == "theirs"
+    assert [path.name for path in cache.iterdir()] == [name]
+
+
+def test_what_a_killed_comparison_of_the_same_process_number_left_is_no_hindrance(config, making):
+    """In a container the first process is always number 1."""
+    cache, name = Path(config.run.cache), making(lambda out: critic_in(out, "")).parent.name
+    shutil.rmtree(cache / name)
+    left = cache / f".unfinished-{name}-{os.getpid()}"
+    critic_in(left, "half")
+    assert (making(lambda out: critic_in(out, "whole")) / "weights").read_text() == "whole"
+
+
+def test_a_critic_of_which_the_pre_training_failed_is_not_in_the_cache(config, making):
+    def failing(out: Path) -> None:
+        critic_in(out, "half")
+        raise UserError("no")
+
+    with pytest.raises(UserError, match=r"^no$"):
+        making(failing)
+    assert list(Path(config.run.cache).iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_trained(config, making):
+    with pytest.raises(UserError) as error:
+        making(lambda out: pytest.fail("it was trained"), replace_fields(config, {"run.cache": "/proc/nowhere"}))
+    assert one_line(error).startswith("run.cache: got /proc/nowhere; expected a folder that can be written to; ")
 
 
 OTHER_ROLLOUT = {"slots": 8, "max_response_tokens": 6, "min_response_tokens": 2, "samples_per_prompt": 2, "temperature": 0.5,

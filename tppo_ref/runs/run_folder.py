@@ -75,3 +75,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(beside, path)
+
+
+def move_into_place(beside: Path, folder: Path) -> None:
+    """A finished folder under its own name; where another process has made the same meanwhile, that one stays."""
+    try:
+        os.rename(beside, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
