@@ -165,6 +165,44 @@ def test_an_environment_of_ones_own_is_named_as_a_verifier_is_and_trained_on(tmp
     assert max(ended) <= 2, "it answers once"
 
 
+ALMOST = """
+from tppo_ref.tasks.calculator import CalculatorTask
+
+class Almost:
+    def __init__(self):
+        task = CalculatorTask(num_train=2, num_test=2)
+        for name in set(dir(task)) - set({left_out!r}):
+            if not name.startswith("_"):
+                setattr(self, name, getattr(task, name))
+"""
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [["turn_end_token_ids"], ["reply"], ["describe", "response_text"], ["max_response_tokens"], ["tokenizer", "verifier"]],
+)
+def test_an_environment_that_lacks_a_part_of_one_is_refused_by_what_it_lacks(left_out, tmp_path, monkeypatch):
+    """Else it would be trained on as a task without an environment, and no turn be answered."""
+    module = f"almost_{'_'.join(left_out)}"
+    (tmp_path / f"{module}.py").write_text(ALMOST.format(left_out=left_out))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of("conversations", tmp_path / "run", tmp_path / "cache", steps=1)
+    with pytest.raises(UserError) as caught:
+        train(replace_fields(config, {"task.name": f"{module}:Almost"}))
+    assert str(caught.value).startswith(f"task.name: got '{module}:Almost'; expected an environment (a task with reply or turn_end_token_ids) "
+                                        f"to have {', '.join(left_out)}, too; ")  # fmt: skip
+
+
+@pytest.mark.parametrize("left_out", [[], ["reply", "turn_end_token_ids"]])
+def test_a_whole_environment_is_one_and_a_task_without_a_part_of_one_is_a_task(left_out, tmp_path, monkeypatch):
+    module = f"whole_{len(left_out)}"
+    (tmp_path / f"{module}.py").write_text(ALMOST.format(left_out=left_out))
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task(f"{module}:Almost")
+    assert (reply_of(task) is None) == bool(left_out)
+    assert len(end_token_ids(task, None)) == 2 - bool(left_out)
+
+
 def test_a_checkpoint_in_the_middle_of_a_conversation_is_a_checkpoint(tmp_path, tmp_path_factory):
     """That runs go on from it bit for bit is held with the other cases of test_resume.py; that there is a middle, here."""
     cache = tmp_path_factory.mktemp("cache")

@@ -97,8 +97,8 @@ TASKS: dict[str, str] = {
 def load_task(name: str, **options: Any) -> Task:
     """The task `name` of `TASKS`, or "module:Class" of one's own, made with `options` (the keyword arguments of its class).
 
-    Raises UserError for a name or an option that does not exist, with the nearest one that does, and for a class that cannot be
-    imported.
+    Raises UserError for a name or an option that does not exist, with the nearest one that does, for a class that cannot be
+    imported, and for an environment that lacks a part of one.
     """
     if name not in TASKS and ":" not in name:
         raise UserError(refusal("task.name", repr(name), f"one of {', '.join(TASKS)}, or module:Class") + nearest(name, TASKS))
@@ -113,7 +113,24 @@ def load_task(name: str, **options: Any) -> Task:
         if option not in allowed:
             expected = f"one of the options of {name}: {', '.join(allowed)}"
             raise UserError(refusal("task", f"the option {option!r}", expected) + nearest(option, allowed))
-    return task_class(**options)
+    task: Task = task_class(**options)
+    if missing := missing_of_environment(task):
+        expected = f"an environment (a task with reply or turn_end_token_ids) to have {', '.join(missing)}, too"
+        raise UserError(refusal("task.name", repr(name), expected, "add what is missing: tppo_ref.tasks.EnvironmentTask says what"))
+    return task
+
+
+def missing_of_environment(task: Task) -> list[str]:
+    """The members of an EnvironmentTask that a task lacks which has a part of what makes it one; none of any other task.
+
+    With one of them missing it would be no EnvironmentTask, and would be trained on as if nobody answered.
+    """
+    if all(getattr(task, name, None) is None for name in ("reply", "turn_end_token_ids")):
+        return []
+    members = {name for protocol in (Task, EnvironmentTask) for name in (*inspect.get_annotations(protocol), *vars(protocol))}
+    needed = {name for name in members if not name.startswith("_")}
+    absent = {name for name in needed if not hasattr(task, name)}
+    return sorted(absent | {name for name in needed - {"tokenizer", "max_response_tokens"} if getattr(task, name, None) is None})
 
 
 __all__ = ["TASKS", "DemonstratedTask", "EnvironmentTask", "Task", "load_task"]
