@@ -78,7 +78,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def move_into_place(beside: Path, folder: Path) -> None:
-    """A finished folder under its own name; where another process has made the same meanwhile, that one stays."""
+    """A finished folder under its own name; where another process has made the same meanwhile, that one stays.
+
+    warmstart.py says the same in its own words: its source is in the name of every base model, and a change makes all of them anew.
+    """
     try:
         os.rename(beside, folder)
     except OSError:
