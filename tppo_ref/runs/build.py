@@ -49,11 +49,12 @@ def build(config: Config) -> Parts:
     if resume_from is None:
         check_sources(config, task)
         base = base_model(config, task)
-        policy_source, value_source, ends_source = base, config.model.value or base, base
+        policy_source, value_source = base, config.model.value or base
+        ends = end_token_ids(task, base)
     else:
         policy_source, value_source = str(resume_from / "policy"), str(resume_from / "value")
-        ends_source = source_of_ends(resume_from)
-    policy = make_policy(config, task, policy_source, end_token_ids(task, ends_source))
+        ends = end_token_ids(task, source_of_ends(resume_from))
+    policy = make_policy(config, task, policy_source, ends)
     value = None if config.advantage.critic_free else make_value(config, task, value_source)
     rollout, every_s = config.rollout, config.run.eval_every_s
     scorer = TaskScorer(task, config.task)
