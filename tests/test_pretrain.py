@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import END_ID, ToyScorer, make_policy, make_prompts, make_value
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tppo_ref.loop.parallel import SingleProcess
@@ -57,6 +57,8 @@ def prompts_of(texts: list[int]) -> list[Prompt]:
 
 
 @settings(deadline=None)
+@example(texts=[0, 0, 0, 0, 0, 1], wanted=18, samples=1, world=1)  # both texts are among the first fifth
+@example(texts=[0, 0, 1, 1], wanted=30, samples=1, world=3)
 @given(
     texts=st.lists(st.integers(0, 6), min_size=2, max_size=12),
     wanted=st.integers(2, 30),
@@ -83,6 +85,7 @@ def test_no_prompt_is_on_both_sides_for_any_number_of_ranks(texts, wanted, sampl
         num_chosen = -(-wanted // max(samples, -(-wanted // len(texts))))
         assert num_chosen <= max(Counter(texts).values()), "they cannot all have been one"
         return
+    assert len(fit | test) > 1
     assert not fit & test
     assert fit
     assert test

@@ -100,7 +100,7 @@ def sample_responses(
     """This rank's responses, the token ids of the held-out prompts, and this rank's failed verifications.
 
     The prompts are the first ones in a seeded order, rollout.samples_per_prompt responses to each, more where prompts are few. The
-    same prompts are held out on every rank and on any number of ranks: those that are sampled first.
+    same prompts are held out on every rank and on any number of ranks: those that are sampled first, but never all of them.
     """
     wanted = config.value.pretrain_responses
     samples = max(config.rollout.samples_per_prompt, -(-wanted // len(prompts)))
@@ -108,12 +108,14 @@ def sample_responses(
     chosen = [prompts[int(i)] for i in order[: -(-wanted // samples)]]
     stream = SampleStream(chosen, samples_per_prompt=samples, seed=PRETRAIN_SEED)
     texts = [tuple(stream.prompt_of(sample)[0].token_ids) for sample in range(0, wanted, samples)]
-    held_out = frozenset(texts[: -(-max(1, round(HELD_OUT * wanted)) // samples)])
-    if held_out >= set(texts):
-        raise UserError(f"value.pretrain_responses: got {wanted}, which are responses to {len(held_out)} prompt; expected at "
-                        f"least 2 different ones, as some are held out; take more responses, or more prompts")  # fmt: skip
+    held_out = list(dict.fromkeys(texts[: -(-max(1, round(HELD_OUT * wanted)) // samples)]))
+    if set(held_out) >= set(texts):  # few texts, that repeat: the last one found is left to fit the model to
+        held_out.pop()
+    if not held_out:
+        raise UserError(f"value.pretrain_responses: got {wanted}, which are responses to 1 prompt; expected at least 2 different "
+                        f"ones, as some are held out; take more responses, or more prompts")  # fmt: skip
     sampled = sampler(chosen, samples_per_prompt=samples, seed=PRETRAIN_SEED)
-    return [r for r in sampled.responses if r.id < wanted], held_out, sampled.num_failures
+    return [r for r in sampled.responses if r.id < wanted], frozenset(held_out), sampled.num_failures
 
 
 def fit_value(
