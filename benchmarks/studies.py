@@ -1,14 +1,15 @@
-"""Three further questions on text: a deciding token at a window's edge, several base models, runs of ten times the tokens.
+"""Four further questions on text: a deciding token at every window's edge, and at few; several base models; ten times the tokens.
 
     python -m benchmarks.studies edge     # late-fork, whose ninth token decides, with edges before, right behind and after it
+    python -m benchmarks.studies spread   # the same task and critic, edges spread as T-PPO spreads them
     python -m benchmarks.studies bases    # T-PPO, its critic's own cut and PPO, from four base models and critics
     python -m benchmarks.studies long     # four methods at 307,200 tokens: about 6 CPU-hours
 
 Each says how long it will take before it begins, goes on where it was stopped, and with `--seeds 0` only prints what is there.
-Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,several-bases,long-runs}.md, each written
-before the study's first run; how such a study is made and told: benchmarks/study.py.
+Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,several-bases,long-runs}.md, each
+written before the study's first run; how such a study is made and told: benchmarks/study.py.
 
-Writes results/deciding-position.csv, several-bases.csv or long-runs.csv, a row per evaluation.
+Writes results/deciding-position.csv, spread-edges.csv, several-bases.csv or long-runs.csv, a row per evaluation.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def edge(window: int, method: str = "tppo") -> Arm:
     return Arm(method, {**ALIGNED, "rollout.window": window})
 
 
+def spread(window: int, method: str = "tppo") -> Arm:
+    return Arm(method, {**ALIGNED, "rollout.refill": "immediate", "rollout.window": window})
+
+
 EDGE = Study(
     plan="2026-11-22-deciding-position.md", path=RESULTS / "deciding-position.csv", tasks=(NAME,), seeds=32, run_s=20.0,
     arms={"before": edge(BEFORE), "behind": edge(BEHIND), "further": edge(FURTHER),
@@ -44,6 +49,16 @@ EDGE = Study(
         "right behind - a token further": {"behind": 1.0, "further": -1.0},
         "right behind - right before": {"behind": 1.0, "before": -1.0},
         "critic - previous, right behind": {"behind-critic": 1.0, "behind": -1.0},
+    },
+)  # fmt: skip
+SPREAD = Study(
+    plan="2026-11-22-spread-edges.md", path=RESULTS / "spread-edges.csv", tasks=(NAME,), seeds=32, run_s=20.0,
+    arms={"spread-9": spread(9), "spread-9-critic": spread(9, "tppo-critic-cut"),
+          "spread-64": spread(64), "spread-64-critic": spread(64, "tppo-critic-cut")},
+    models=dict.fromkeys(("spread-9", "spread-9-critic", "spread-64", "spread-64-critic"), CRITIC),
+    contrasts={
+        "critic - previous, windows of 9": {"spread-9-critic": 1.0, "spread-9": -1.0},
+        "critic - previous, windows of 64": {"spread-64-critic": 1.0, "spread-64": -1.0},
     },
 )  # fmt: skip
 BASES = Study(
@@ -70,7 +85,7 @@ LONG = Study(
         "cold critic with warm-up - pre-trained": {"cold-critic-warmup": 1.0, "tppo": -1.0},
     },
 )
-STUDIES = {"edge": EDGE, "bases": BASES, "long": LONG}
+STUDIES = {"edge": EDGE, "spread": SPREAD, "bases": BASES, "long": LONG}
 ALL = {"factorial": factorial.FACTORIAL, "new-tasks": factorial.NEW, **STUDIES}
 """All studies on text of which a plan was stated before their first run."""
 COMMANDS = {

@@ -15,7 +15,7 @@ from benchmarks import equal_tokens, findings, late_fork, studies, studies_told,
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import NUM_MARKS, Arm, Job
 from benchmarks.late_fork import LEAD, LateFork
-from benchmarks.studies import BASES, EDGE, LONG, STUDIES, main
+from benchmarks.studies import BASES, EDGE, LONG, SPREAD, STUDIES, main
 from benchmarks.study import Study, told
 from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import TASKS, fork, load_task
@@ -61,6 +61,14 @@ def test_the_arms_of_each_study_are_those_of_its_plan():
         "further": (10, "previous"),
         "behind-critic": (9, "critic"),
     }
+    for arm, (window, cut) in {
+        "spread-9": (9, "previous"), "spread-9-critic": (9, "critic"), "spread-64": (64, "previous"), "spread-64-critic": (64, "critic"),
+    }.items():  # fmt: skip
+        made = config(SPREAD, arm)
+        assert (made.rollout.window, made.advantage.cut_value) == (window, cut)
+        assert (made.rollout.refill, made.advantage.tail_tokens, made.rollout.samples_per_prompt) == ("immediate", 0, 1)
+        assert SPREAD.models[arm] == studies.CRITIC
+    assert (SPREAD.tasks, set(SPREAD.arms)) == (EDGE.tasks, set(SPREAD.models))
     for made in (BASES, LONG):
         seen = {a: config(made, a) for a in made.arms}
         assert (seen["ppo"].rollout.refill, seen["ppo"].policy.lr) == ("batch", 6e-4)
