@@ -1,15 +1,16 @@
-"""Four further questions on text: a deciding token at every window's edge, and at few; several base models; ten times the tokens.
+"""Further questions on text: a deciding token at every window's edge, and at few; several base models; ten times the tokens.
 
     python -m benchmarks.studies edge     # late-fork, whose ninth token decides, with edges before, right behind and after it
     python -m benchmarks.studies spread   # the same task and critic, edges spread as T-PPO spreads them
+    python -m benchmarks.studies spread-again    # its first question with four times the seeds, all of them new
     python -m benchmarks.studies bases    # T-PPO, its critic's own cut and PPO, from four base models and critics
     python -m benchmarks.studies long     # four methods at 307,200 tokens: about 6 CPU-hours
 
 Each says how long it will take before it begins, goes on where it was stopped, and with `--seeds 0` only prints what is there.
-Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,several-bases,long-runs}.md, each
+Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,spread-edges-again,several-bases,long-runs}.md, each
 written before the study's first run; how such a study is made and told: benchmarks/study.py.
 
-Writes results/deciding-position.csv, spread-edges.csv, several-bases.csv or long-runs.csv, a row per evaluation.
+Writes results/deciding-position.csv, spread-edges.csv, spread-edges-again.csv, several-bases.csv or long-runs.csv, a row per evaluation.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ SPREAD = Study(
         "critic - previous, windows of 64": {"spread-64-critic": 1.0, "spread-64": -1.0},
     },
 )  # fmt: skip
+AGAIN = SPREAD._replace(
+    plan="2026-11-22-spread-edges-again.md", path=RESULTS / "spread-edges-again.csv", first_seed=32, seeds=128, run_s=10.0,
+    arms={name: SPREAD.arms[name] for name in ("spread-9", "spread-9-critic")},
+    contrasts={name: SPREAD.contrasts[name] for name in ("critic - previous, windows of 9",)},
+)  # fmt: skip
 BASES = Study(
     plan="2026-11-22-several-bases.md",
     path=RESULTS / "several-bases.csv",
@@ -85,7 +91,7 @@ LONG = Study(
         "cold critic with warm-up - pre-trained": {"cold-critic-warmup": 1.0, "tppo": -1.0},
     },
 )
-STUDIES = {"edge": EDGE, "spread": SPREAD, "bases": BASES, "long": LONG}
+STUDIES = {"edge": EDGE, "spread": SPREAD, "spread-again": AGAIN, "bases": BASES, "long": LONG}
 ALL = {"factorial": factorial.FACTORIAL, "new-tasks": factorial.NEW, **STUDIES}
 """All studies on text of which a plan was stated before their first run."""
 COMMANDS = {

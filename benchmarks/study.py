@@ -36,6 +36,7 @@ class Study(NamedTuple):
     models      arm -> the fields that decide which base model and critic it begins with
     bases       seeds of base model and critic. Of several, each arm begins with each of them, and a contrast is over bases: their
                 means over seeds, since seeds of one base share it
+    first_seed  of `seeds` that follow each other
     run_s       CPU seconds of a run, as the plan guessed them
     """
 
@@ -47,6 +48,7 @@ class Study(NamedTuple):
     seeds: int
     models: Mapping[str, Mapping[str, Any]] = {}
     bases: Sequence[int] = (0,)
+    first_seed: int = 0
     budget: int = BUDGET
     run_s: float = 12.0
     score: str = "area"
@@ -127,7 +129,7 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 def command(study: Study, arguments: argparse.Namespace) -> int:
     """Make what is missing and print the table; exit codes as workers.command says. A budget of one's own is a study of its own."""
     study = study._replace(budget=arguments.budget or study.budget)
-    seeds = range(study.seeds if arguments.seeds is None else arguments.seeds)
+    seeds = range(study.first_seed, study.first_seed + (study.seeds if arguments.seeds is None else arguments.seeds))
     shared = {"run.cache": arguments.cache, "run.eval_prompts": arguments.eval_prompts, "run.eval_samples": 4, **SHARED}
     wanted = [
         Wanted(task, name, what, seed, {**shared, **study.models.get(arm, {}), **({"run.seed": base} if base else {})})
