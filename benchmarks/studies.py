@@ -2,15 +2,15 @@
 
     python -m benchmarks.studies edge     # late-fork, whose ninth token decides, with edges before, right behind and after it
     python -m benchmarks.studies spread   # the same task and critic, edges spread as T-PPO spreads them
-    python -m benchmarks.studies spread-again    # its first question with four times the seeds, all of them new
+    python -m benchmarks.studies spread-again   # its first question with four times the seeds, all of them new
     python -m benchmarks.studies bases    # T-PPO, its critic's own cut and PPO, from four base models and critics
     python -m benchmarks.studies long     # four methods at 307,200 tokens: about 6 CPU-hours
 
 Each says how long it will take before it begins, goes on where it was stopped, and with `--seeds 0` only prints what is there.
-Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,spread-edges-again,several-bases,long-runs}.md, each
-written before the study's first run; how such a study is made and told: benchmarks/study.py.
+Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,spread-edges-again,several-bases,
+long-runs}.md, each written before the study's first run; how such a study is made and told: benchmarks/study.py.
 
-Writes results/deciding-position.csv, spread-edges.csv, spread-edges-again.csv, several-bases.csv or long-runs.csv, a row per evaluation.
+Writes results/NAME.csv, NAME as in the plan's, a row per evaluation.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def run_all(jobs: Sequence[Job], path: Path, num_workers: int, command: Sequence
 def parser(doc: str | None, *, seeds: int, out: Path | None) -> argparse.ArgumentParser:
     """Options of a program that makes such runs. out: where to; None: the program says."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--seeds", type=int, default=seeds, help="seeds 0 to this less 1; 0 makes no run, only shows")
+    made.add_argument("--seeds", type=int, default=seeds, help="so many, from the first on; 0 makes no run, only shows")
     made.add_argument("--budget", type=int, default=BUDGET, help="generated tokens of a run")
     made.add_argument("--eval-prompts", type=int, default=256)
     made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")

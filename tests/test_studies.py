@@ -15,7 +15,7 @@ from benchmarks import equal_tokens, findings, late_fork, studies, studies_told,
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import NUM_MARKS, Arm, Job
 from benchmarks.late_fork import LEAD, LateFork
-from benchmarks.studies import BASES, EDGE, LONG, SPREAD, STUDIES, main
+from benchmarks.studies import AGAIN, BASES, EDGE, LONG, SPREAD, STUDIES, main
 from benchmarks.study import Study, told
 from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import TASKS, fork, load_task
@@ -69,6 +69,9 @@ def test_the_arms_of_each_study_are_those_of_its_plan():
         assert (made.rollout.refill, made.advantage.tail_tokens, made.rollout.samples_per_prompt) == ("immediate", 0, 1)
         assert SPREAD.models[arm] == studies.CRITIC
     assert (SPREAD.tasks, set(SPREAD.arms)) == (EDGE.tasks, set(SPREAD.models))
+    assert AGAIN.arms.items() <= SPREAD.arms.items()
+    assert AGAIN.models == SPREAD.models
+    assert not {*range(AGAIN.first_seed, AGAIN.first_seed + AGAIN.seeds)} & {*range(SPREAD.seeds)}
     for made in (BASES, LONG):
         seen = {a: config(made, a) for a in made.arms}
         assert (seen["ppo"].rollout.refill, seen["ppo"].policy.lr) == ("batch", 6e-4)
@@ -203,6 +206,12 @@ def test_the_command_says_how_long_it_takes_and_goes_on_where_it_was_stopped(ask
     assert main(["edge", "--seeds", "0", "--out", str(out)]) == 0
     assert not asked
     assert "not yet, 2 of 32 seeds" in capsys.readouterr().out
+
+
+def test_a_study_made_again_begins_behind_the_seeds_of_the_first(asked, tmp_path, capsys):
+    assert main(["spread-again", "--seeds", "2", "--out", str(tmp_path / "runs.csv")]) == 0
+    assert [(j.arm, j.seed) for j in jobs(asked)] == [(arm, seed) for seed in (32, 33) for arm in AGAIN.arms]
+    assert "not yet, 2 of 128 seeds" in capsys.readouterr().out
 
 
 def test_each_base_model_and_its_critic_have_a_seed_of_their_own(asked, tmp_path):
