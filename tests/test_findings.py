@@ -327,6 +327,27 @@ def test_ratios_of_the_headline_are_geometric_means_with_t_intervals_over_its_se
     assert findings.headline("chain tppo generated tokens to target", "ratio")[0] == pytest.approx(generated)
 
 
+def test_what_the_page_says_of_four_base_models_and_of_spread_edges():
+    """Equal by the plan, and just not by seeds alone; a ninth of the loss with every edge at the deciding token; 0 to fall on cliff."""
+    (first, critic), text = studies_told.study_table("bases"), " ".join(PAGE.split())
+    assert "happen to lie closer to each other than seeds alone let expect" in text
+    assert critic["seeds_high"] - critic["seeds_low"] > critic["high"] - critic["low"]
+    assert "and just not equal" in text
+    assert 0.005 < critic["seeds_high"] < 0.0055
+    assert "whether verdicts hang on the base model cannot be told from so few" in text
+    assert first["between_high"] > abs(first["difference"])
+    assert "(a ninth of the loss would be 0.04)" in text
+    assert round(studies_told.study("edge 3", "difference")[0] / 9, 2) == 0.04
+    assert "(on the cliff no arm falls at all)" in text
+    falls = [r for r in findings.batch_table() if (r["world"], r["score"]) == ("cliff", "setback")]
+    assert {(r["mean"], r["difference"]) for r in falls} == {(0, 0)}
+    sides = [
+        findings.batches(f"6 zero area {world}", "difference")[1:]
+        for world in ("calm-chain", "cliff", "early-decision", "thinking")
+    ]
+    assert [(low > 0) - (high < 0) for low, high in sides] == [1, -1, -1, 0]
+
+
 def test_what_question_10_says_of_five_pairs_and_many_tests():
     tests, pairs = findings.text("every", "tests"), findings.text("every", "seeds")
     assert "about seven would have with no effect at all" in PAGE

@@ -47,6 +47,14 @@ TINY = {
     "value.mini_batches": 2, "value.mini_batch_tokens": 0, "policy.lr": 2e-3, "policy.lr_warmup_steps": 3, "value.warmup_steps": 1,
     "run.eval_prompts": 2, "run.eval_every_s": 0.0, "run.checkpoint_every": 0, "run.progress": False, "run.checkpoints_kept": 50,
 }  # fmt: skip
+
+
+def llama(width: int, **fields: object) -> dict[str, object]:
+    """A config.json of another architecture than the built-in one."""
+    return {"model_type": "llama", "vocab_size": 64, "hidden_size": width, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "max_position_embeddings": 64} | fields  # fmt: skip
+
+
 CASES = {
     "tppo": ("tppo", {}),
     "tppo-defer": ("tppo-defer", {"advantage.tail_tokens": 5}),
@@ -58,15 +66,12 @@ CASES = {
         "tppo-once",
         {
             "policy.prefix": "constant",
-            "model.value": dict(
-                model_type="llama",
-                vocab_size=64,
-                hidden_size=8,
+            "model.value": llama(
+                8,
                 intermediate_size=12,
                 num_hidden_layers=2,
                 num_attention_heads=1,
                 num_key_value_heads=1,
-                max_position_embeddings=64,
                 bos_token_id=None,
                 eos_token_id=0,
                 pad_token_id=None,
@@ -77,21 +82,8 @@ CASES = {
         "tppo-defer",
         {"task.name": "calculator", "model.warm_start_steps": 30, "rollout.max_response_tokens": 60, "advantage.tail_tokens": 3},
     ),
-    "policy without an end token": (
-        "tppo",
-        {
-            "model.policy": dict(  # transformers would have a llama end with token 2, which is a digit here
-                model_type="llama",
-                vocab_size=64,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-            ),
-        },
-    ),
+    # transformers would have a llama end with token 2, which is a digit here
+    "policy without an end token": ("tppo", {"model.policy": llama(16, intermediate_size=24, num_hidden_layers=1)}),
     "groups": ("rloo-window", {"rollout.samples_per_prompt": 3, "rollout.slots": 7}),
     "held back": ("tppo", {"value.batch_responses": 7, "policy.epochs": 2}),
 }
