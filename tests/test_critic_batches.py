@@ -33,9 +33,14 @@ def test_verdicts(middle, spread, verdict):
     assert (found["seeds_needed"] > 16) == (verdict == "undecided")
 
 
-@pytest.mark.parametrize(("middle", "deviation"), [(0.0, 0.02), (0.004, 0.01), (0.02, 0.05), (-0.01, 0.05)])
+MANY = [
+    (middle, deviation, num) for middle, deviation in ((0.0, 0.02), (0.004, 0.01), (0.02, 0.05), (-0.01, 0.05)) for num in (2, 4, 9)
+]
+FEW = [(middle, 0.02, 3) for middle in (0.01, 0.015, 0.018, 0.02, 0.022, 0.025)]  # where a degree of freedom is a seed
+
+
+@pytest.mark.parametrize(("middle", "deviation", "num"), MANY + FEW)
 @pytest.mark.parametrize("level", [0.95, 1 - 0.05 / 6])
-@pytest.mark.parametrize("num", [2, 4, 9])
 def test_as_many_seeds_as_it_says_decide_at_this_deviation_and_one_less_does_not(middle, deviation, level, num):
     """From few seeds, too, whose quantile of t is far above that of the number that is asked for."""
     x = middle + deviation * np.tile([-1.0, 1.0], num)[:num]
