@@ -34,7 +34,7 @@ PAGE, README = ROOT / "docs" / "index.md", ROOT / "README.md"
 PICTURES = PAGE.parent / "pictures"
 RULES: dict[CutValue, str] = {
     "previous": "V(s_{l−1}): as if nothing had happened. T-PPO's",
-    "critic": "V(s_l), the critic's own word. PPO's truncation",
+    "critic": "V(s_l), the critic's own word. The usual bootstrap at a time limit",
     "zero": "0, as if it had ended there. That of code which knows padding and no cut",
 }
 Told = tuple[dict[str, str], ...]
