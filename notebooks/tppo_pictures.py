@@ -35,11 +35,11 @@ def draw_cut(whole_T: np.ndarray, by_rule: Mapping[str, np.ndarray], value_T: np
         axes.plot(advantage_T, **look(rule).line(markevery=(2 * i, 6)), label=RULES[rule])
     window = len(by_rule["previous"])
     axes.axvline(window - 0.5, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(window - 0.2, axes.get_ylim()[0], " the cut: later tokens\n do not exist yet", fontsize=8.5, va="bottom")
+    axes.text(window - 0.8, axes.get_ylim()[1], "the cut: later tokens \ndo not exist yet ", fontsize=8.5, ha="right", va="top")
     zero, egae = by_rule["zero"][-1], by_rule["previous"][-1]
     title = f"λ = {lam:.2f}: value 0 gives the last token before the cut {zero:+.2f}, EGAE gives it {egae:.2f}"
     tidy(axes, title=title, x="token t", y="advantage, value (units of the score)")
-    axes.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 0.12))
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
     return figure
 
 
