@@ -2,10 +2,12 @@
 
     python -m benchmarks.cut_rules                                   ours; writes results/cut_rules.csv
     python -m benchmarks.cut_rules --rules my_module:mine ...        yours beside ours; writes nothing without --out
+    python -m benchmarks.cut_rules --text [--seeds N] [--jobs N]     ours, trained on text: `python -m benchmarks.studies cut-rules`
+    python -m benchmarks.cut_rules --text --rules my_module:mine     yours and T-PPO's the same way; beside it what is known of ours
 
-A rule is a function of `sim.lab.cut_rules.Cut`, importable from the working folder. It is put into EGAE on token MDPs that are
-enumerated, so that nothing is sampled but the critic's errors: 40 random MDPs with windows of 4 tokens, and the six named ones with
-windows of a quarter of their cap; responses begin anywhere in a window, lambda 0.95, no tail, equal tokens. Three critics:
+A rule is a function of `tppo_ref.loop.cut_rules.Cut`, importable from the working folder. It is put into EGAE on token MDPs that
+are enumerated, so that nothing is sampled but the critic's errors: 40 random MDPs with windows of 4 tokens, and the six named ones
+with windows of a quarter of their cap; responses begin anywhere in a window, lambda 0.95, no tail, equal tokens. Three critics:
 
     exact        V^pi
     noise:0.3    an independent normal error at every state: what P8 assumes (docs/theory.md)
@@ -14,6 +16,11 @@ windows of a quarter of their cap; responses begin anywhere in a window, lambda 
 Printed: the error of the expected gradient, as a share of the true one: its median over the 40, after the best rescaling (which is
 all that whitening leaves of it), in how many of the 40 it is smaller than T-PPO's (`previous`), and on each named MDP; root mean
 square over draws of the noise, 4 on a random MDP, 16 on a named one. Two minutes alone. In the CSV a row per rule, critic and MDP.
+
+With --text each rule trains tiny models on five tasks at equal generated tokens, windows of 16, 8 seeds; what is compared is the
+area under the accuracy curve, seed by seed against `previous` on the same machine. The plan is
+prestated/2026-11-22-cut-rules-on-text.md; your runs go to runs/cut-rules-on-text.csv, or --out: 80 of about 10 s of one core for a
+rule, and what was stopped goes on. A rule whose file has changed is another rule.
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import hashlib
+import inspect
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,13 +39,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import studies, study, workers
 from benchmarks.common import RESULTS, provenance
+from benchmarks.equal_tokens import read_whole
+from benchmarks.study import Study
 from sim.lab import instances
 from sim.lab.critics import critic
-from sim.lab.cut_rules import CUT_RULES, CutRule, load_rule
 from sim.lab.estimators import Estimator
 from sim.lab.gradients import gradient_errors
 from sim.lab.rollouts import Rollouts
+from tppo_ref.loop.cut_rules import CUT_RULES, CutRule
+from tppo_ref.runs.own_rule import load_rule
 
 NUM_RANDOM, RANDOM_DRAWS, NAMED_DRAWS, WINDOW = 40, 4, 16, 4
 NAMED = tuple(name for name in instances.INSTANCES if name != "random")
@@ -104,15 +117,47 @@ def text(lines: Sequence[Row]) -> str:
     return "\n".join(out)
 
 
+# ----------------------------------------------------------------------------------------------------------------------- text
+
+
+def text_study(rules: Sequence[str]) -> Study:
+    """Rules of one's own against T-PPO's, as the stated study of ours has it; each named with a digest of its source file."""
+    named = {f"{name}@{digest(name)}": name for name in rules}
+    return studies.RULES._replace(
+        arms={"previous": studies.cut_rule("previous")} | {own: studies.cut_rule(name) for own, name in named.items()},
+        models={own: studies.RULES.models["previous"] for own in ("previous", *named)},
+        contrasts=studies.against_previous(list(named)), path=Path("runs") / studies.RULES.path.name,
+    )  # fmt: skip
+
+
+def digest(name: str) -> str:
+    """Of the file in which a rule stands."""
+    return hashlib.sha256(Path(inspect.getsourcefile(load_rule(name)) or "").read_bytes()).hexdigest()[:8]
+
+
+def on_text(arguments: argparse.Namespace) -> int:
+    """Exit codes as workers.command says."""
+    if not arguments.rules:
+        return study.command(studies.RULES, arguments)
+    for row in study.table(studies.RULES, read_whole(studies.RULES.path)[0]):
+        print(f"{row['contrast']:<39} {study.told(studies.RULES, row)}")  # known; made elsewhere
+    return study.command(text_study(arguments.rules), arguments)
+
+
+# -------------------------------------------------------------------------------------------------------------------- command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Exit codes: 0 done, 2 a user's mistake; with --text those of workers.command."""
+    parser = study.options(__doc__)
     parser.add_argument("--rules", nargs="+", default=(), metavar="MODULE:FUNCTION", help="rules of your own")
-    parser.add_argument("--out", type=Path, help=f"CSV to write; without --rules: {PATH.name} of the results")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--text", action="store_true", help="train on text; --seeds, --jobs, --budget and --cache are of this")
+    arguments = workers.parsed(parser, argv)
     torch.set_num_threads(1)
     try:
         rules = CUT_RULES | {name: load_rule(name) for name in arguments.rules}
+        if arguments.text:
+            return on_text(arguments)
         rows = measured(rules)
     except ValueError as error:
         parser.error(str(error))

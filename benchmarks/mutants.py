@@ -34,7 +34,7 @@ PATH = CACHE / "mutants.csv"  # --report copies it to benchmarks/results
 COLUMNS = ("room", "file", "digest", "number", "line", "before", "after", "verdict", "test", "seconds")
 CAP_S = 6.0
 SCALE = ("answers", "data", "distributed", "group", "rewards", "shaping", "sharding")
-LAB = ("agents", "bias", "bounds", "critics", "cut_rules", "envs", "estimators", "gradients", "instances", "learning", "rollouts",
+LAB = ("agents", "bias", "bounds", "critics", "envs", "estimators", "gradients", "instances", "learning", "rollouts",
        "stepping", "token_mdp", "trajectories", "truth", "unrolled")  # fmt: skip
 ROOMS = {  # room -> (files, tests that are traced)
     "method": (
@@ -44,7 +44,7 @@ ROOMS = {  # room -> (files, tests that are traced)
     "loop": (
         ("tppo_ref/loop/*.py",),
         ("trainer", "train_once", "microbatches", "parallel", "whole_step", "methods", "restart_state", "ledger", "masters",
-         "validation", "docs", "two_devices"),
+         "validation", "docs", "two_devices", "cut_rules"),
     ),
     "rollout": (
         ("tppo_ref/rollout/*.py",),

@@ -3,12 +3,14 @@
     python -m benchmarks.studies edge     # late-fork, whose ninth token decides, with edges before, right behind and after it
     python -m benchmarks.studies spread   # the same task and critic, edges spread as T-PPO spreads them
     python -m benchmarks.studies spread-again   # its first question with four times the seeds, all of them new
+    python -m benchmarks.studies cut-rules   # seven rules at the cut on five tasks
     python -m benchmarks.studies bases    # T-PPO, its critic's own cut and PPO, from four base models and critics
     python -m benchmarks.studies long     # four methods at 307,200 tokens: about 6 CPU-hours
 
 Each says how long it will take before it begins, goes on where it was stopped, and with `--seeds 0` only prints what is there.
-Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,spread-edges-again,several-bases,
-long-runs}.md, each written before the study's first run; how such a study is made and told: benchmarks/study.py.
+Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,spread-edges-again,
+cut-rules-on-text,several-bases,long-runs}.md, each written before the study's first run; how such a study is made and told:
+benchmarks/study.py.
 
 Writes results/NAME.csv, NAME as in the plan's, a row per evaluation.
 """
@@ -24,7 +26,9 @@ from benchmarks.ablations import ARMS
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import BUDGET, Arm
 from benchmarks.late_fork import LEAD, NAME
-from benchmarks.study import Study
+from benchmarks.study import Study, Weights
+from tppo_ref.loop.cut_rules import CUT_RULES
+from tppo_ref.runs.validation import CUT_VALUES
 
 BEFORE, BEHIND, FURTHER = (len(LEAD) + shift for shift in (0, 1, 2))  # the window's edge, seen from the deciding token
 ALIGNED: dict[str, Any] = {"advantage.tail_tokens": 0, "rollout.refill": "step", "rollout.samples_per_prompt": 1}
@@ -67,6 +71,25 @@ AGAIN = SPREAD._replace(
     arms={name: SPREAD.arms[name] for name in ("spread-9", "spread-9-critic")},
     contrasts={name: SPREAD.contrasts[name] for name in ("critic - previous, windows of 9",)},
 )  # fmt: skip
+
+
+def cut_rule(name: str) -> Arm:
+    """T-PPO with a rule at the cut: one of `egae`'s own, one of ours, or module:function."""
+    ours = name in CUT_RULES and name not in CUT_VALUES
+    field = f"{CUT_RULES[name].__module__}:{CUT_RULES[name].__name__}" if ours else name
+    return Arm("tppo", {"advantage.cut_value": field, "advantage.tail_tokens": 0, "rollout.window": 16})
+
+
+def against_previous(rules: Sequence[str]) -> dict[str, Weights]:
+    return {f"{name} - previous": {name: 1.0, "previous": -1.0} for name in rules}
+
+
+RULES = Study(
+    plan="2026-11-22-cut-rules-on-text.md", path=RESULTS / "cut-rules-on-text.csv", seeds=8, run_s=10.0,
+    tasks=("chain", "fork", "length", "maze", "brackets"), arms={name: cut_rule(name) for name in CUT_RULES},
+    models={name: {"value.pretrain_responses": 1024} for name in CUT_RULES},
+    contrasts=against_previous(["mixture", *(name for name in CUT_RULES if name not in ("mixture", "previous"))]),
+)  # fmt: skip
 BASES = Study(
     plan="2026-11-22-several-bases.md",
     path=RESULTS / "several-bases.csv",
@@ -91,7 +114,7 @@ LONG = Study(
         "cold critic with warm-up - pre-trained": {"cold-critic-warmup": 1.0, "tppo": -1.0},
     },
 )
-STUDIES = {"edge": EDGE, "spread": SPREAD, "spread-again": AGAIN, "bases": BASES, "long": LONG}
+STUDIES = {"edge": EDGE, "spread": SPREAD, "spread-again": AGAIN, "cut-rules": RULES, "bases": BASES, "long": LONG}
 ALL = {"factorial": factorial.FACTORIAL, "new-tasks": factorial.NEW, **STUDIES}
 """All studies on text of which a plan was stated before their first run."""
 COMMANDS = {

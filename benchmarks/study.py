@@ -150,7 +150,7 @@ def command(study: Study, arguments: argparse.Namespace) -> int:
 
     def show(rows: list[Row]) -> None:
         for row in table(study, rows):
-            print(f"{row['contrast']:<40}{told(study, row)}")
+            print(f"{row['contrast']:<39} {told(study, row)}")
             if len(study.bases) > 1:
                 between = "{between:.4f}, at most {between_high:.4f}; interval of seeds alone [{seeds_low:+.4f}, {seeds_high:+.4f}]"
                 print(f"{'':<40}deviation between base models {between.format(**row)}")

@@ -191,6 +191,8 @@ IMPOSSIBLE = (
             "a divisor of the ranks (cluster.nodes {cluster.nodes} x cluster.devices_per_node {cluster.devices_per_node})"),
     Refusal("sharding.context_parallel", lambda c: c.engine.tensor_parallel % c.sharding.context_parallel != 0,
             "a divisor of engine.tensor_parallel ({engine.tensor_parallel}): ranks that share their rows share an engine"),
+    Refusal("algo.advantage.cut_value", lambda c: ":" in c.algo.advantage.cut_value,
+            "one of tppo_ref's own: a rule of one's own may look at all rows of a step, and a rank has only its own"),
     Refusal("reward.format_penalty", lambda c: c.reward.format_penalty and not graded(c),
             f"0 with the verifier {{algo.task.verifier}} (None: a built-in one); only {GRADE} sees that an answer is missing",
             "leave algo.task.verifier out, and give algo.task.path"),

@@ -346,7 +346,7 @@ BUGS = [
         "* gamma * bracket_N)",
         "* bracket_N)",
         "test_bias_laws.py::test_p4s_right_hand_side_is_theorys_formula"),
-    Bug("extrapolation goes back", "sim/lab/cut_rules.py",
+    Bug("extrapolation goes back", "tppo_ref/loop/cut_rules.py",
         "return 2 * cut.back(1) - cut.back(2)",
         "return 2 * cut.back(2) - cut.back(1)",
         "test_cut_rules.py::test_each_rule_by_hand[extrapolated-expected3]"),

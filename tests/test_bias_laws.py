@@ -25,11 +25,11 @@ from sim.lab import instances
 from sim.lab.bias import conditional_moments
 from sim.lab.bounds import at_the_cut, cut_bound, ending_surprise, largest_step_T, surprise_bound
 from sim.lab.critics import critic
-from sim.lab.cut_rules import Cut, mixture, shrunk_step
 from sim.lab.estimators import ESTIMATORS, Estimator, estimate
 from sim.lab.gradients import expected_gradient, gradient_errors
 from sim.lab.rollouts import Rollouts, older_policy
 from sim.lab.token_mdp import ENDED, Edges, TokenMDP
+from tppo_ref.loop.cut_rules import Cut, mixture, shrunk_step
 from tppo_ref.method.advantages import egae
 
 CLOSE = 1e-12

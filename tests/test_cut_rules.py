@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from benchmarks import cut_rules as bench
+from benchmarks import studies
+from benchmarks.equal_tokens import Job, read_whole
 from sim.__main__ import main
 from sim.lab import instances
 from sim.lab.critics import critic
-from sim.lab.cut_rules import CUT_RULES, Cut, load_rule, stand_in
 from sim.lab.estimators import ESTIMATORS, Estimator, estimate, named
 from sim.lab.gradients import gradient_errors
 from sim.lab.rollouts import Rollouts
+from tppo_ref.loop.cut_rules import CUT_RULES, Cut, stand_in
+from tppo_ref.runs.own_rule import load_rule, rule_of
 
 ROWS = 3
 MINE = """
@@ -220,3 +223,53 @@ def test_what_the_page_says_of_the_rules():
     assert exact["critic"] == pytest.approx(0, abs=1e-12)
     assert exact["extrapolated"] < exact["previous"] < exact["averaged"] < exact["zero"]
     assert np.isfinite([r["median"] for r in lines.values()]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- trained on text
+
+TINY = {
+    "model.warm_start_steps": 2, "model.hidden_size": 16, "model.num_layers": 1, "model.num_heads": 2, "rollout.slots": 4,
+    "rollout.max_response_tokens": 40, "value.pretrain_responses": 8, "value.pretrain_epochs": 1,
+}  # fmt: skip
+
+
+def test_each_arm_of_the_study_trains_with_its_own_rule_and_they_differ_in_nothing_else():
+    made = studies.RULES
+    assert list(made.arms) == list(CUT_RULES)
+    for name, what in made.arms.items():
+        config = Job(task="chain", arm=name, what=what, seed=0, budget_tokens=9, fields=made.models[name], start={}).config()
+        rule, value = rule_of(config), config.advantage.cut_value
+        assert value == name if rule is None else rule(cut()).tolist() == CUT_RULES[name](cut()).tolist()
+        assert dict(what.fields) | {"advantage.cut_value": ""} == dict(made.arms["previous"].fields) | {"advantage.cut_value": ""}
+    assert {c for weights in made.contrasts.values() for c, w in weights.items() if w < 0} == {"previous"}
+    assert next(name for weights in made.contrasts.values() for name, w in weights.items() if w > 0) == "mixture"  # the primary one
+    assert {name for weights in made.contrasts.values() for name, w in weights.items() if w > 0} == CUT_RULES.keys() - {"previous"}
+
+
+def test_ones_own_rule_is_trained_beside_t_ppos_and_enters_the_table(module, monkeypatch, capsys, tmp_path):
+    small = studies.RULES._replace(tasks=("length",), seeds=2, budget=240, path=tmp_path / "ours.csv",
+                                   models=dict.fromkeys(CUT_RULES, TINY))  # fmt: skip
+    monkeypatch.setattr(studies, "RULES", small)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out, options = tmp_path / "mine.csv", ["--text", "--rules", f"{module}:halfway", "--eval-prompts", "2", "--jobs", "1"]
+    paths = ["--out", str(out), "--cache", str(tmp_path / "cache")]
+    assert bench.main([*options, *paths]) == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"{module}:halfway@")]
+    assert line.split()[1:3] == ["-", "previous"]
+    assert "2 seeds" in line
+    rows, others = read_whole(out)
+    assert others == 0
+    assert {(r["arm"].partition("@")[0], r["seed"]) for r in rows} == {
+        (a, s) for a in ("previous", f"{module}:halfway") for s in (0, 1)
+    }
+    assert bench.main([*options, *paths]) == 0  # all there: nothing is made again
+    assert "0 runs made" in capsys.readouterr().out
+    before = bench.digest(f"{module}:halfway")
+    (tmp_path / f"{module}.py").write_text(MINE + "\n# another\n")
+    assert bench.digest(f"{module}:halfway") != before
+
+
+def test_without_a_rule_of_ones_own_the_stated_study_is_shown(capsys):
+    assert bench.main(["--text", "--seeds", "0"]) == 0
+    assert "0 runs made, 0 failed" in capsys.readouterr().out

@@ -127,6 +127,7 @@ IMPOSSIBLE_EXAMPLES = {
     "policy.importance": {"policy.importance": "generalised", "policy.ewma_decay": 0.5},
     "policy.reuse_batches": {"policy.reuse_batches": 1},
     "policy.keep_prefix": {"policy.keep_prefix": True},
+    "advantage.cut_value": {"advantage.cut_value": "next"},
     "advantage.tail": {"advantage.tail": "defer", "advantage.tail_tokens": 0},
 }
 

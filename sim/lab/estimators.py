@@ -10,15 +10,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from sim.lab import cut_rules
 from sim.lab.checks import Floats, check_choice, check_count, check_unit
-from sim.lab.cut_rules import Cut, CutRule, load_rule, stand_in
 from sim.lab.rollouts import Rollouts, Stretches
 from sim.lab.token_mdp import TokenMDP
+from tppo_ref.loop import cut_rules
+from tppo_ref.loop.cut_rules import Cut, CutRule, stand_in
 from tppo_ref.method.advantages import egae, gae, lambda_of_rows, monte_carlo_returns
 from tppo_ref.method.errors import nearest
 from tppo_ref.method.losses import importance_weights
 from tppo_ref.method.masks import policy_token_mask
+from tppo_ref.runs.own_rule import load_rule
 
 CutValue = Literal["previous", "critic", "zero", "none", "monte-carlo"]
 Tail = Literal["exclude", "defer", "drop"]

@@ -44,8 +44,9 @@ class AdvantageConfig:
     """Trace parameter of the policy's advantages; the floor of the length-adaptive one. [P]"""
     lam_alpha: Positive | None = 0.05
     """alpha of max(lam, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING; none = lam at every length. [P]"""
-    cut_value: Literal["previous", "critic", "zero"] = "previous"
-    """V(s_l) at a cut: the paper's V(s_{l-1}), the critic's own, or 0 (treats a cut as an end). [S]"""
+    cut_value: str = "previous"
+    """V(s_l) at a cut: previous, the paper's V(s_{l-1}); critic, its own; zero (treats a cut as an end); or module:function, a
+    rule of your own (loop/cut_rules.py). [S]"""
     tail: Literal["exclude", "defer"] = "exclude"
     """Last tokens of a cut row: left out for good (the port), or trained in the next window (docs/theory.md, P7). [P]"""
     tail_tokens: Natural = 8

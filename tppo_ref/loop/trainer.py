@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tppo_ref.loop.cut_rules import CutRule
 from tppo_ref.loop.estimates import Advantages, estimate_advantages
 from tppo_ref.loop.forward import Forward, dtype_of, forward, remember_values
 from tppo_ref.loop.groups import NOTHING_HELD, held_metrics, split_whole_groups
@@ -63,6 +64,7 @@ class Trainer:
     averaged   for policy.ewma_decay: a second copy of the policy, where it cannot be deep-copied (sharded ones)
     observer   sees each step's data, for whoever studies them
     memory     the device's counters, where they are not CUDA's
+    cut_rule   what stands for V(s_l) at a cut, in place of advantage.cut_value (cut_rules.py)
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class Trainer:
         averaged: torch.nn.Module | None = None,
         observer: Observer | None = None,
         memory: Memory | None = None,
+        cut_rule: CutRule | None = None,
     ):
         self.config, self.engine, self.batcher, self.scorer, self.device = config, engine, batcher, scorer, device
         self.parallel: Parallel = parallel or SingleProcess()
-        self.observer = observer
+        self.observer, self.cut_rule = observer, cut_rule
         self.policy_learner = Learner("policy", policy, config.policy, self.parallel)
         if (value is None) != config.advantage.critic_free:
             raise ValueError(
@@ -135,7 +138,7 @@ class Trainer:
             )  # fmt: skip
             if self.value_learner:
                 remember_values(rows, before.values_BT)
-            advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout, self.parallel)
+            advantages, metrics = estimate_advantages(rows, before, config.advantage, config.rollout, self.parallel, self.cut_rule)
         with phase("policy"):  # 5
             metrics |= update_policy(
                 self.policy_learner, rows, before, advantages.scaled_BT, [] if warming_up else policy_plans, step=self.num_steps,

@@ -26,6 +26,7 @@ from tppo_ref.rollout.turns import Reply, transcript
 from tppo_ref.runs.checkpoint import LocalCheckpointer
 from tppo_ref.runs.config import FIXED_ON_RESUME, Config, TaskConfig
 from tppo_ref.runs.evaluate import Evaluator, Sampler, make_batcher
+from tppo_ref.runs.own_rule import rule_of
 from tppo_ref.runs.parts import Parts
 from tppo_ref.runs.references import leave_out_bad_references
 from tppo_ref.runs.resume import resume_point
@@ -42,7 +43,7 @@ def build(config: Config) -> Parts:
     """The parts of a run in one process, from its checkpoint or from its beginning. UserError for what cannot be."""
     torch.set_num_threads(config.run.threads)
     record = dataclasses.asdict(config)
-    out = writable_folder(config.run.out, "run.out")
+    out, cut_rule = writable_folder(config.run.out, "run.out"), rule_of(config)
     task = make_task(config)
     checkpointer = LocalCheckpointer(out / "checkpoints", record, task, keep=config.run.checkpoints_kept)
     resume_from = resume_point(checkpointer, config, resume=config.run.resume, fixed=FIXED_ON_RESUME)
@@ -65,7 +66,7 @@ def build(config: Config) -> Parts:
         batcher=make_batcher(make_schedule(rollout), task.prompts("train"), samples_per_prompt=rollout.samples_per_prompt,
                              seed=config.run.seed, reply=reply_of(task), now=CLOCKS[config.run.clock]),
         evaluator=make_evaluator(config, task, policy, scorer), checkpointer=checkpointer, resume_from=resume_from,
-        due=lambda steps, train_s: int(train_s // every_s) if every_s else 0, watchers=[Watch(config)],
+        due=lambda steps, train_s: int(train_s // every_s) if every_s else 0, watchers=[Watch(config)], cut_rule=cut_rule,
     )  # fmt: skip
 
 

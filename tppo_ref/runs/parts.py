@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tppo_ref.loop.cut_rules import CutRule
 from tppo_ref.loop.parallel import Parallel
 from tppo_ref.loop.trainer import Trainer
 from tppo_ref.rollout.batcher import Batcher
@@ -52,8 +53,8 @@ class Parts:
 
     config        the algorithm's settings, and `run`
     record        the whole config, which is written to config.json
-    policy, value, engine, batcher, scorer, parallel, device, averaged     go to the Trainer; `scorer` also has `close`. No value
-                  model: None
+    policy, value, engine, batcher, scorer, parallel, device, averaged, cut_rule     go to the Trainer; `scorer` also has
+                  `close`. No value model: None
     evaluator     its engine decodes with the policy's weights; it may be the Trainer's own
     answers_kept  sample answers that are written at each evaluation
     resume_from   the checkpoint to go on from; None: a run that begins
@@ -76,6 +77,7 @@ class Parts:
     device: torch.device | str
     resume_from: Path | None
     averaged: Any = None
+    cut_rule: CutRule | None = None
     answers_kept: int = 0
     due: Callable[[int, float], int]
     glossary: Mapping[str, Metric] = dataclasses.field(default_factory=lambda: GLOSSARY)

@@ -34,7 +34,7 @@ class Session:
         self.parts, self.config, self.out = parts, parts.config, Path(parts.config.run.out)
         self.trainer = Trainer(
             parts.config, policy=parts.policy, value=parts.value, engine=parts.engine, batcher=parts.batcher, scorer=parts.scorer,
-            parallel=parts.parallel, device=parts.device, averaged=parts.averaged,
+            parallel=parts.parallel, device=parts.device, averaged=parts.averaged, cut_rule=parts.cut_rule,
         )  # fmt: skip
         if parts.resume_from is not None:
             parts.checkpointer.load(self.trainer, parts.resume_from)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple
 
 from tppo_ref.loop.bounds import LARGEST, bounds_of
 from tppo_ref.loop.settings import ValueConfig
+from tppo_ref.method.advantages import CutValue
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.parsing import get_field
@@ -74,6 +75,9 @@ def critic_free(c: Config) -> bool:
     return c.advantage.critic_free
 
 
+CUT_VALUES = typing.get_args(CutValue)
+"""What `egae` knows itself."""
+
 IMPOSSIBLE = (
     Refusal("rollout.samples_per_prompt", lambda c: critic_free(c) and c.rollout.samples_per_prompt < 2,
             "at least 2 with advantage.estimator {advantage.estimator}, which measures a prompt's responses against each other",
@@ -103,6 +107,8 @@ IMPOSSIBLE = (
     Refusal("policy.keep_prefix",
             lambda c: c.policy.keep_prefix and (c.policy.prefix, c.policy.old_logprobs) != ("constant", "recompute"),
             "false, or policy.prefix constant with policy.old_logprobs recompute, which fills it"),
+    Refusal("advantage.cut_value", lambda c: c.advantage.cut_value not in CUT_VALUES and ":" not in c.advantage.cut_value,
+            f"{', '.join(CUT_VALUES)}, or module:function, a rule of your own (tppo_ref/loop/cut_rules.py)"),
     Refusal("advantage.tail", lambda c: c.advantage.tail == "defer" and not c.advantage.tail_tokens,
             "exclude with advantage.tail_tokens 0, which leaves nothing to defer",
             "give a tail, or choose another run.method"),

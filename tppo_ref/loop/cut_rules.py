@@ -4,7 +4,8 @@
         return 0.5 * (cut.critic_B + cut.back(1))
 
     python -m sim bias --estimators egae my_module:mine
-    python -m benchmarks.cut_rules --rules my_module:mine
+    python -m benchmarks.cut_rules --rules my_module:mine           # --text: trained on text
+    python -m tppo_ref train --advantage.cut_value my_module:mine
 
 A rule sees what a trainer knows at the cut, for the cut rows alone. EGAE's recursion then bootstraps from what it returns:
 delta_{l-1} = r_{l-1} + gamma stand-in - V(s_{l-1}). T-PPO's rule is `previous` (arXiv 2506.15050); the others are this project's.
@@ -13,26 +14,26 @@ delta_{l-1} = r_{l-1} + gamma stand-in - V(s_{l-1}). T-PPO's rule is `previous` 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tppo_ref.tasks.verifier_worker import load
-
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """B rows that a window's edge cuts, T columns. Values and rewards in units of reward, float64.
+    """B rows that a window's edge cuts, T columns. Values and rewards in units of reward; float64 in the laboratory, the models'
+    dtype in a trainer.
 
-    value_BT    V before each token of the row in this window, right-padded with 0
+    value_BT    V before each token of the row's run, right-padded with 0: its tokens in this window, and deferred ones before them
     reward_BT   its rewards
-    num_B       its tokens in this window, at least 1
+    num_B       the run's tokens, at least 1
     critic_B    V(s_l), the critic's own word on the state at the cut
     weight_B    how often a step has the row; equal weights in a trainer
     lam_B       trace parameter of the row
     gamma       discount
-    critic_rms  root mean square error of the critic over visited states: known in the laboratory, estimated by a trainer
+    critic_rms  root mean square error of the critic over visited states: known in the laboratory, `noise_rms` in a trainer
     """
 
     value_BT: Tensor
@@ -117,12 +118,39 @@ CUT_RULES: dict[str, CutRule] = {
 """Ours, by name."""
 
 
-def load_rule(name: str) -> CutRule:
-    """A user's rule "module:function", importable from the working folder. ValueError for one that cannot be had."""
-    try:
-        return load(name)[0]
-    except ValueError as error:
-        raise ValueError(f"rule: got {name!r}; expected module:function; {error}") from None
+def noise_rms(value_BT: Tensor, reward_BT: Tensor, run_BT: Tensor, gamma: float) -> float:
+    """What a trainer can know of its critic's error: the root mean square of that part which is independent from state to state.
+
+    With V = V^pi + e of such errors, neighbouring deltas share one of them with opposite signs, and surprises are uncorrelated:
+
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t),    E[delta_t delta_{t+1}] = -gamma E[e^2]
+
+    so minus the lag-one autocovariance is the noise's variance: as Roll (1984) reads a market's spread off its prices. Errors that
+    are alike from state to state do not show in it. [B, T] each; over all neighbours within a run that another token follows; 0
+    where the covariance is not negative, or nothing is neighbour.
+    """
+    delta_BT = reward_BT[:, :-1] + gamma * value_BT[:, 1:] - value_BT[:, :-1]
+    inside_BT = run_BT[:, :-1] & run_BT[:, 1:]
+    pair_BT = inside_BT[:, :-1] & inside_BT[:, 1:]
+    products = (delta_BT[:, :-1] * delta_BT[:, 1:])[pair_BT].double()
+    return math.sqrt(max(0.0, -float(products.mean()) / gamma)) if len(products) and gamma else 0.0
+
+
+def cuts(
+    value_BT: Tensor, last_value_B: Tensor, reward_BT: Tensor, run_BT: Tensor, cut_B: Tensor, lam_B: Tensor, gamma: float
+) -> Cut:
+    """The `Cut` of a training step, of those rows of it that are cut: runs moved to column 0, all rows of equal weight.
+
+    run_BT [B, T] bool, a run of columns per row; cut_B [B] bool, True only where the run holds a token.
+    """
+    num_B, first_B = run_BT[cut_B].sum(1), run_BT[cut_B].int().argmax(1)
+    column_T = torch.arange(int(num_B.max()), device=num_B.device)
+    inside_BT = column_T < num_B[:, None]
+    at_BT = torch.where(inside_BT, first_B[:, None] + column_T, 0)
+    value_bt, reward_bt = (torch.where(inside_BT, x_BT[cut_B].gather(1, at_BT), 0.0) for x_BT in (value_BT, reward_BT))
+    return Cut(value_BT=value_bt, reward_BT=reward_bt, num_B=num_B, critic_B=last_value_B[cut_B],
+               weight_B=torch.ones_like(last_value_B[cut_B]), lam_B=lam_B[cut_B], gamma=gamma,
+               critic_rms=noise_rms(value_BT, reward_BT, run_BT, gamma))  # fmt: skip
 
 
 def stand_in(rule: CutRule, cut: Cut) -> Tensor:
