@@ -144,6 +144,8 @@ def test_only_runs_count_and_without_neighbours_no_noise_is_seen():
     wide_BT = torch.cat([torch.full((len(value_BT), 2), math.nan, dtype=torch.float64), value_BT], 1)
     wide_run_BT = torch.cat([torch.zeros(len(value_BT), 2, dtype=torch.bool), run_BT], 1)
     assert noise_rms(wide_BT, torch.zeros_like(wide_BT), wide_run_BT, 1.0) == pytest.approx(0.3, abs=1e-12)
+    longer_BT, longer_run_BT = torch.cat([value_BT, wide_BT[:, :2]], 1), torch.cat([run_BT, wide_run_BT[:, :2]], 1)
+    assert noise_rms(longer_BT, torch.zeros_like(longer_BT), longer_run_BT, 1.0) == pytest.approx(0.3, abs=1e-12)
     assert noise_rms(value_BT[:, :2], reward_BT[:, :2], run_BT[:, :2], 1.0) == 0
     assert noise_rms(value_BT, reward_BT, run_BT, 0.0) == 0
     trend_BT = torch.arange(6.0)[None]  # neighbouring steps alike: the opposite of noise

@@ -168,6 +168,10 @@ WRONG = [
         ["--reward.format_penalty", "1", "--algo.task.verifier", "own:verify"],
         "reward.format_penalty: got 1.0; expected 0 with the verifier own:verify",
     ),
+    (
+        ["--algo.advantage.cut_value", "own:rule"],
+        "algo.advantage.cut_value: got own:rule; expected one of tppo_ref's own: a rule of one's own may look at all rows",
+    ),
     (["--sharding.compute_dtype", "float16"], "sharding.compute_dtype"),
     (["--algo.model.policy", "models/Nothing"], "algo.model.policy: got models/Nothing, which is not here"),
     (["--algo.model.policy", "null"], "algo.model.policy: got none; expected a model's folder or a config.json"),
