@@ -305,6 +305,18 @@ def test_what_the_method_makes_possible_is_not_refused(line, fields, reached, tm
     assert reached(f"resume {tmp_path}")[0] == 0
 
 
+@pytest.mark.parametrize("command", ["evaluate", "pretrain-value"])
+@pytest.mark.parametrize("line", [
+    "--run.method partial-is --rollout.kv_cache fp8", "--run.method geppo --policy.reuse_batches 2",
+    "--run.method ppo --rollout.window 320 --value.update joint",
+])  # fmt: skip
+def test_what_the_method_makes_possible_is_not_refused_where_nothing_is_trained(command, line, reached):
+    code, (config,) = reached(f"{command} {line}")
+    assert code == 0
+    assert config == apply_method(config, config.run.method), "not the method's fields"
+    assert reached(f"train {line}") == (0, [config, config])
+
+
 def test_what_all_methods_of_a_comparison_make_possible_is_not_refused(reached, tmp_path):
     line = "compare --compare.methods [partial-is,rloo-window] --rollout.kv_cache fp8"
     code, configs = reached(line)
@@ -325,6 +337,13 @@ def test_what_all_methods_of_a_comparison_make_possible_is_not_refused(reached, 
     ("demo --model.hidden_size 34", "model.hidden_size: got 34"),
     ("evaluate --model.hidden_size 34", "model.hidden_size: got 34"),
     ("pretrain-value --model.hidden_size 34", "model.hidden_size: got 34"),
+    *((f"{command} {words}", said) for command in ("evaluate", "pretrain-value") for words, said in (
+        ("--rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
+        ("--run.method ppo --rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
+        ("--run.method tppo-once --policy.importance truncated", "policy.old_logprobs: got engine"),
+        ("--run.method ppo --rollout.window 64", "rollout.window: got 64"),
+        ("--run.method tpo", "run.method: got 'tpo'"),
+    )),
     ("report FOLDER --rollout.slots 0", "rollout.slots: got 0"),
     ("resume FOLDER --rollout.kv_cache fp8", "rollout.kv_cache: got fp8"),
 ])  # fmt: skip

@@ -34,11 +34,17 @@ def demo(config: Config, given: set[str]) -> None:
 
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
+    config = _with_method(config, given)
+    check_training(config)
+    _train(config)
+
+
+def _with_method(config: Config, given: set[str]) -> Config:
+    """The config with its method's fields, checked: what cannot run may be what the method is there for, or what it brings."""
     config = apply_method(config, config.run.method, given=given)
     check(config)
     check_task(config)
-    check_training(config)
-    _train(config)
+    return config
 
 
 def resume(config: Config, given: set[str]) -> None:
@@ -83,8 +89,7 @@ def report(config: Config, given: set[str]) -> None:
 
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
-    check(config)
-    check_task(config)
+    config = _with_method(config, given)
     refuse_without_critic(config)
     from tppo_ref.runs.commands import pretrain_value as run_pretrain
 
@@ -93,8 +98,7 @@ def pretrain_value(config: Config, given: set[str]) -> None:
 
 def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
-    check(config)
-    check_task(config)
+    config = _with_method(config, given)
     from tppo_ref.runs.commands import evaluate as run_evaluation
 
     run_evaluation(config)

@@ -5,7 +5,8 @@ port, [V] another primary source, [I] inferred, [M] measured by us on the built-
 learning rates of that size do not fit a laptop: where a default differs from theirs, the line gives both.
 
 Precedence, weakest first: the defaults here, `--config FILE`, `--section.field VALUE`. A named method (`run.method`) fixes its
-fields: `train` refuses another value for them, `compare` lets each method win, and `compare.per_method` has the last word.
+fields: `train`, `evaluate` and `pretrain-value` refuse another value for them, `compare` lets each method win, and
+`compare.per_method` has the last word.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tppo_ref.loop.bounds import LARGEST, bounds_of
 from tppo_ref.loop.settings import ValueConfig
 from tppo_ref.method.advantages import CutValue
 from tppo_ref.method.errors import UserError, refusal
-from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.config import Config
 from tppo_ref.runs.parsing import get_field
 
 # ------------------------------------------------------------------------------------------------------------------- one field
@@ -228,8 +228,8 @@ def check_training(config: Config, given: Collection[str] = ()) -> None:
 
 
 def refuse_without_critic(config: Config) -> None:
-    """For the command that makes a value model: refuse a method that has none."""
-    which = apply_method(config, config.run.method, strict=False).advantage.estimator
+    """For the command that makes a value model: refuse a method that has none, of a config that its method is applied to."""
+    which = config.advantage.estimator
     if which != Config().advantage.estimator:
         raise UserError(refusal("advantage.estimator", which, "egae: the other estimators train without a value model",
                                 "leave pretrain-value out"))  # fmt: skip
