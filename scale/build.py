@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from scale.checkpoint import DistributedCheckpointer
+from scale.checkpoint import DistributedCheckpointer, read_manifest
 from scale.config import FIXED_ON_RESUME, ScaleConfig, check_deal, named_in, own_base_model
 from scale.context import SharedScorer, context_of
 from scale.data import make_task
@@ -72,9 +72,10 @@ def build(config: ScaleConfig, world: World) -> Parts:
     new = resume_from is None
     with named_in("algo."):
         check_sources(algo, task)
-    policy = build_policy(config, world, task, weights=new)
+    ends = checkpointer.end_tokens = end_tokens_of_run(config, world, task, resume_from)
+    policy = build_policy(config, world, task, ends, weights=new)
     value = None if algo.advantage.critic_free else build_value(config, world, weights=new)
-    engine = build_engine(config, world, task)
+    engine = build_engine(config, world, task, ends)
     scorer = build_scorer(config, world, task)
     leave_out_bad_references(
         task, scorer.verifier, out, resume=not new, progress=algo.run.progress, parallel=Collective(world.flat)
@@ -84,7 +85,7 @@ def build(config: ScaleConfig, world: World) -> Parts:
     return Parts(
         config=algo, record=record, task=task, policy=policy, value=value, device=world.device, parallel=parallel, engine=engine,
         scorer=training_scorer, checkpointer=checkpointer, resume_from=resume_from,
-        averaged=build_policy(config, world, task, weights=new) if algo.policy.ewma_decay else None,
+        averaged=build_policy(config, world, task, ends, weights=new) if algo.policy.ewma_decay else None,
         batcher=groups_here(config, world, task)(schedule, task.prompts("train"),
                                                 samples_per_prompt=algo.rollout.samples_per_prompt, seed=algo.run.seed),
         evaluator=build_evaluator(config, world, task, engine, scorer), answers_kept=config.evaluation.save_texts,
@@ -157,20 +158,40 @@ def with_base_model(config: ScaleConfig, parallel: Parallel) -> ScaleConfig:
     return replace_fields(config, {"algo.model.policy": folder})
 
 
-def build_policy(config: ScaleConfig, world: World, task: Task, *, weights: bool = True) -> PolicyModel:
-    """The policy, sharded, with the config's sampling distribution."""
+def end_tokens_of_run(config: ScaleConfig, world: World, task: Task, checkpoint: Path | None) -> tuple[int, ...]:
+    """The tokens that end a response of a run: those with which it began, where there is a checkpoint of it.
+
+    algo.model.policy may be another by then, and name others. A checkpoint that was written before it kept them has the model with
+    which its run began; where that is gone, the one that is given says it. All ranks take part, and have what the first one finds.
+    """
+    began_with, found = config.algo.model.policy, None
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint, digests=False)
+        found, before = manifest.get("end_tokens"), manifest["config"]["algo"]["model"]["policy"]
+        began_with = before if before and Path(before).exists() else began_with
+    found = Collective(world.flat).gather_objects(end_token_ids(task, began_with) if found is None else tuple(found))
+    return found[0]
+
+
+def build_policy(
+    config: ScaleConfig, world: World, task: Task, ends: tuple[int, ...] | None = None, *, weights: bool = True
+) -> PolicyModel:
+    """The policy, sharded, with the config's sampling distribution.
+
+    ends   the tokens that end a response; None: `end_token_ids` of algo.model.policy
+    """
     model, rollout = config.algo.model, config.algo.rollout
     if not model.policy:
         raise UserError("algo.model.policy: got none; expected a model's folder or a config.json; give one")
     policy = load_sharded(
         PolicyModel, model.policy, world, config.sharding, seed=config.algo.run.seed, weights=weights,
         temperature=rollout.temperature, min_response_tokens=rollout.min_response_tokens,
-        end_token_ids=end_token_ids(task, model.policy),
+        end_token_ids=end_token_ids(task, model.policy) if ends is None else ends,
         logit_chunk_tokens=model.logit_chunk_tokens or None, sync_dtype=getattr(torch, config.engine.dtype),
     )  # fmt: skip
     assert isinstance(policy, PolicyModel)
     check_vocabulary("algo.model.policy", policy.hf.config, task, model.policy)
-    name_end_tokens(policy)  # for an export: a resume reads them where the run did
+    name_end_tokens(policy)  # for an export: a resume reads them in the checkpoint's manifest
     return policy
 
 
@@ -184,13 +205,13 @@ def build_value(config: ScaleConfig, world: World, *, weights: bool = True) -> V
     return value
 
 
-def build_engine(config: ScaleConfig, world: World, task: Task) -> RolloutEngine:
-    """The engine of this rank's group. It has no weights yet."""
+def build_engine(config: ScaleConfig, world: World, task: Task, ends: tuple[int, ...] | None = None) -> RolloutEngine:
+    """The engine of this rank's group. It has no weights yet. `ends` as of `build_policy`."""
     algo, engine, slots = config.algo, config.engine, slots_and_windows(config, world).slots
     context = task.max_prompt_tokens + algo.rollout.max_response_tokens
     source = Path(algo.model.policy or "")
     folder = source.parent if source.suffix == ".json" else source
-    ends = end_token_ids(task, algo.model.policy)
+    ends = end_token_ids(task, algo.model.policy) if ends is None else ends
     if engine.kind == "torch":
         if world.tensor_parallel != world.context_parallel:  # each of its ranks has one, and decodes the same
             expected = f"{world.context_parallel}, sharding.context_parallel, with engine.kind torch"

@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class DistributedCheckpointer:
     def __init__(self, folder: Path, world: World, config: ScaleConfig, task: Task):
         self.folder, self.world, self.config = folder, world, config
         self.prompts, self.tokenizer = prompts_digest(task), task.tokenizer
+        self.end_tokens: tuple[int, ...] = ()  # of a response of this run; `save` keeps them
         self._newest: Path | None = None
         timeout = datetime.timedelta(seconds=config.cluster.timeout_s)
         self._group = dist.new_group(backend="gloo", timeout=timeout)  # the background write talks on its own group
@@ -132,7 +133,7 @@ class DistributedCheckpointer:
         self._agree(failure, final)
         if self.world.rank == 0:
             try:
-                write_manifest(beside, self.config, self.world, self.prompts)
+                write_manifest(beside, self.config, self.world, self.prompts, self.end_tokens)
                 put_in_place(beside, final)
                 remove_all_but(self.folder, self.config.algo.run.checkpoints_kept)
             except OSError as error:
@@ -207,12 +208,13 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def write_manifest(folder: Path, config: ScaleConfig, world: World, prompts: dict[str, str]) -> None:
-    """Sizes of all files, digests of the small ones whole, of the shards by `shard_digest`."""
+def write_manifest(folder: Path, config: ScaleConfig, world: World, prompts: dict[str, str], end_tokens: Sequence[int]) -> None:
+    """What a resume compares or takes over; sizes of all files, digests of the small ones whole, of shards by `shard_digest`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     local.write_manifest(folder, {
         "config": dataclasses.asdict(config),
         "prompts": prompts,
+        "end_tokens": list(end_tokens),
         "world": dataclasses.asdict(world),
         "bytes": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         "sha256": {str(path.relative_to(folder)): file_digest(path) for path in files if path.suffix == ".json"},

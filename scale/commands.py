@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from scale.build import build_engine, build_evaluator, build_policy, build_sampler, build_scorer, build_value, shape
+from scale.build import (
+    build_engine,
+    build_evaluator,
+    build_policy,
+    build_sampler,
+    build_scorer,
+    build_value,
+    end_tokens_of_run,
+    shape,
+)
 from scale.checkpoint import DistributedCheckpointer, load_models
 from scale.checkpoint import export as export_model
 from scale.config import ScaleConfig, named_in
@@ -85,7 +94,8 @@ def export(config: ScaleConfig, world: World) -> None:
     if not found:
         raise UserError(f"algo.run.out: got {out}; expected the folder of a run with a checkpoint; give one")
     checkpointer.saved(found[-1])
-    models: dict[str, PolicyModel | ValueModel] = {"policy": build_policy(config, world, task, weights=False)}
+    ends = end_tokens_of_run(config, world, task, found[-1])
+    models: dict[str, PolicyModel | ValueModel] = {"policy": build_policy(config, world, task, ends, weights=False)}
     if not config.algo.advantage.critic_free:
         models["value"] = build_value(config, world, weights=False)
     load_models(models, found[-1])

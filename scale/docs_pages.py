@@ -31,7 +31,8 @@ def cluster_markdown() -> str:
         + "\n## What a resume may change\n\n"
         + _names([path for path in field_paths(ScaleConfig) if path not in FIXED_ON_RESUME])
         + ".\n\nEverything else says what is computed: another value than the checkpoint's is refused. `algo.model.policy` and\n"
-          "`algo.model.value` may change because folders move: a resume takes the weights of the checkpoint.\n"
+          "`algo.model.value` may change because folders move: a resume takes the weights of the checkpoint,\n"
+          "and ends responses by the tokens with which the run began.\n"
           "\n## Metrics of an evaluation\n\nIt draws k answers to each prompt. All others: [metrics.md](metrics.md).\n\n"
         + metrics_table(GLOSSARY)
     )  # fmt: skip

@@ -176,7 +176,7 @@ def test_a_shard_with_another_byte_is_refused(tmp_path):
     (folder / "shards").mkdir(parents=True)
     shard = folder / "shards" / "__0_0.distcp"
     shard.write_bytes(bytes(100))
-    checkpoint.write_manifest(folder, ScaleConfig(), World(), {"train": "a", "test": "b"})
+    checkpoint.write_manifest(folder, ScaleConfig(), World(), {"train": "a", "test": "b"}, (1,))
     assert json.loads((folder / "manifest.json").read_text())["shards"].keys() == {"shards/__0_0.distcp"}
     checkpoint.read_manifest(folder)
     shard.write_bytes(bytes(99) + b"\1")

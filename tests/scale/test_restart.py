@@ -32,6 +32,7 @@ from scale_helpers import (
     one_error,
     ranks_left,
     require,
+    responses_of,
 )
 
 from tppo_ref.rollout.decode_load import DecodeStep
@@ -367,6 +368,70 @@ def test_a_job_that_is_asked_to_end_while_it_starts_says_so_in_one_line(tmp_path
     _, said = job.communicate(timeout=60)
     assert (job.returncode, said) == (130, "stopped\n")
     assert not ranks_left(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- which tokens end a response
+
+OFTEN = list(range(0, 256, 2))  # every other byte: a response of random weights ends soon after it may
+
+
+def naming(folder: Path, like: Path, ends: list[int]) -> Path:
+    """The same model in a folder that names other end tokens."""
+    shutil.copytree(like, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory, model, problems):
+    """A run whose model's folder names every other byte as an end token, three times: as it is, with a checkpoint that does not say
+    so, as they were written before, and with such a one whose model is gone. Each goes on with the same model in a folder that names
+    another token, and then with the first again."""
+    out = tmp_path_factory.mktemp("moved")
+    named, other = naming(out / "named", model, OFTEN), naming(out / "other", model, [301])
+    few = ("--algo.rollout.min_response_tokens", "3", "--algo.rollout.slots", "24", "--algo.rollout.max_response_tokens", "96")
+
+    def run(name, policy, *more, steps):
+        return {"arguments": arguments(policy, problems, out / name, *EVERY_STEP, *OWN, *few, *more, ranks=1, steps=steps)}
+
+    assert in_one_process(out, {"kept": run("kept", named, steps=1)}) == {"kept": ""}
+    for name in ("unsaid", "gone"):
+        shutil.copytree(out / "kept", out / name)
+        manifest = out / name / "checkpoints" / "step-00000001" / "manifest.json"
+        written = json.loads(manifest.read_text())
+        written.pop("end_tokens", None)
+        written["config"]["algo"]["run"]["out"] = str(out / name)
+        if name == "gone":
+            written["config"]["algo"]["model"]["policy"] = str(out / "nowhere")
+        manifest.write_text(json.dumps(written))
+    resumed = {name: run(name, other, "--algo.run.resume", "true", steps=2) for name in ("kept", "unsaid", "gone")}
+    again = {f"{name} again": run(name, named, "--algo.run.resume", "true", steps=3) for name in resumed}
+    return out, in_one_process(out, resumed | again)
+
+
+@pytest.mark.parametrize("name", ["kept", "unsaid"])
+def test_a_run_that_goes_on_with_another_model_ends_responses_as_it_began(moved, name):
+    out, ended = moved
+    assert ended[name] == ended[f"{name} again"] == ""
+    rows = [row for row in responses_of(out / name) if row["step"] == "2"]
+    assert len(rows) > 20, "of 24 slots and windows of 16 tokens"
+    assert {row["end"] for row in rows} == {"END_TOKEN"}
+    assert all(row["policy/logprob_gap"] < 1e-4 for row in metrics_of(out / name)), "the policy forbids other tokens"
+
+
+def test_where_nobody_knows_what_a_run_began_with_the_model_that_is_there_says_it_and_is_kept_to(moved):
+    out, ended = moved
+    assert ended["gone"] == ended["gone again"] == ""
+    assert len([row for row in responses_of(out / "gone") if row["step"] in ("2", "3")]) < 10, "by two tokens of 512"
+    newest = complete_checkpoints(out / "gone" / "checkpoints")[-1]
+    assert json.loads((newest / "manifest.json").read_text())["end_tokens"] == [256, 301]
+
+
+def test_an_export_ends_responses_as_its_run_whatever_model_is_given(moved, problems):
+    out, _ = moved
+    done = launch("export", *arguments(out / "other", problems, out / "kept", *OWN, ranks=1), env=with_verifier())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out / "kept/export/policy/generation_config.json").read_text())["eos_token_id"] == [256, *OFTEN]
 
 
 # -------------------------------------------------------------------------------------------------------------- how a run ends
