@@ -15,6 +15,7 @@ from scale.build import (
     build_sampler,
     build_scorer,
     build_value,
+    check_device,
     end_tokens_of_run,
     shape,
 )
@@ -74,8 +75,10 @@ def pretrain_value(config: ScaleConfig, world: World) -> None:
 def frozen_policy(config: ScaleConfig, world: World) -> Iterator[tuple[Task, RolloutEngine, TaskScorer]]:
     """The task, an engine that holds algo.model.policy, and the verifier's processes while they are needed.
 
-    Models that do not fit the task are refused by their config.json, before an engine starts.
+    A GPU that is smaller than the config says is refused, and by their config.json models that do not fit the task, before an
+    engine starts.
     """
+    check_device(config, world)
     task = make_task(config)
     with named_in("algo."):
         check_sources(config.algo, task)

@@ -84,7 +84,7 @@ class ClusterConfig:
     devices_per_node: Count = 1
     """Ranks per machine; `python scale/launch.py` without torchrun starts this many. [O]"""
     device_bytes: Positive = 80e9
-    """Memory of one device, in bytes: from it dry run and cache are reckoned; training refuses a GPU that has less. [O]"""
+    """Memory of one device, in bytes: from it dry run and cache are reckoned; a GPU that has less is refused. [O]"""
     timeout_s: Positive = 600.0
     """Longest wait for another rank, in seconds; then the run ends and says which one waited. [O]"""
     requeued: bool = False

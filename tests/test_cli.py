@@ -20,6 +20,7 @@ from helpers import TINY, make_policy
 
 from tppo_ref.__main__ import COMMANDS, main
 from tppo_ref.method.errors import UserError
+from tppo_ref.rollout.models import load_policy
 from tppo_ref.runs.checkpoint import complete_checkpoints, read_state
 from tppo_ref.runs.config import METHODS, Config, apply_method
 from tppo_ref.runs.parsing import field_paths, get_field, given_fields, parse, replace_fields
@@ -307,6 +308,14 @@ def test_evaluate_and_pretrain_value_refuse_in_one_line_too(refuse, tmp_path):
     refuse("evaluate", *own_model(options(), tmp_path / "none"), words=(str(tmp_path / "none"),))
     refuse("pretrain-value", *own_model(options(), tmp_path / "none"), words=(str(tmp_path / "none"),))
     refuse("compare", *options(), "--compare.methods", "[ppo, tpo]", words=("tpo", "tppo"))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "pretrain-value"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_device_that_is_not_there_is_one_line_for_every_command(command, own, refuse, tmp_path):
+    load_policy(TINY | {"vocab_size": 64}).save_pretrained(tmp_path / "model")
+    words = own_model(options(), tmp_path / "model") if own else options()
+    refuse(command, *words, "--model.device", "cuda:99", words=("device: got 'cuda:99', which is not there",))
 
 
 # --------------------------------------------------------------------------------------------------------- runs that are there

@@ -54,6 +54,18 @@ def test_a_folder_to_which_a_run_is_writing_is_refused(command, tmp_path, model,
     assert str(error.value).startswith(f"algo.run.out: got {tmp_path / 'out'}, to which process {os.getpid()} is writing; expected")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "pretrain_value", "train"])
+def test_a_device_with_less_memory_than_the_config_says_is_refused_before_an_engine_starts(
+    command, tmp_path, model, long_work, monkeypatch
+):
+    """The engine's cache is reckoned from cluster.device_bytes, whatever it decodes for."""
+    device = SimpleNamespace(name="Stand-in", total_memory=79e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda which: device)
+    monkeypatch.setattr(build, "build_engine", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(UserError, match=r"^cluster\.device_bytes: got 8e\+10; expected at most what Stand-in has, 7.9e\+10"):
+        getattr(commands, command)(config_of(tmp_path, model), World(device="cuda:0"))
+
+
 @pytest.mark.parametrize("command", ["evaluate", "pretrain_value"])
 def test_a_policy_with_fewer_tokens_than_the_tokenizer_is_refused_before_an_engine_starts(command, tmp_path, long_work):
     small = make_model(tmp_path / "small", tied=True, vocab=100, end=1)
