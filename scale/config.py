@@ -221,7 +221,7 @@ CANCELLED = (
 def check(config: ScaleConfig, given: Collection[str] = ()) -> ScaleConfig:
     """The config with its named method applied; UserError for what cannot run, before anything is loaded.
 
-    given   names of the fields that the user gave (`given_fields`), where that is known
+    given   names of the fields that the user gave (`fields_given`), where that is known
     """
     check_bounds(config)
     with named_in("algo."):

@@ -50,14 +50,14 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> int:
     from scale.config import ScaleConfig, check, check_training
     from tppo_ref.method.errors import UserError, nearest
-    from tppo_ref.runs.parsing import given_fields, parse
+    from tppo_ref.runs.parsing import fields_given, parse
 
     arguments = [a for a in argv if a != "--dry-run"]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     if command not in COMMANDS:
         raise UserError(f"command: got {command!r}; expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     config = parse(ScaleConfig, arguments, prog="python scale/launch.py", description=__doc__ or "")
-    config = check(config, given_fields(arguments))
+    config = check(config, fields_given(ScaleConfig, arguments))
     if command == "train":
         check_training(config)
     if "--dry-run" in argv:

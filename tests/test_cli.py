@@ -23,7 +23,7 @@ from tppo_ref.method.errors import UserError
 from tppo_ref.rollout.models import load_policy
 from tppo_ref.runs.checkpoint import complete_checkpoints, read_state
 from tppo_ref.runs.config import METHODS, Config, apply_method
-from tppo_ref.runs.parsing import field_paths, get_field, given_fields, parse, replace_fields
+from tppo_ref.runs.parsing import field_paths, fields_given, get_field, parse, replace_fields
 from tppo_ref.runs.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,13 @@ FAST = {
     "rollout.slots": 4, "rollout.window": 6, "rollout.max_response_tokens": 12, "run.eval_prompts": 2, "run.eval_every_s": 0,
     "run.steps": 2, "run.progress": "false",
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A config that has the whole of another one as a section."""
+
+    algo: Config = dataclasses.field(default_factory=Config)
 
 
 def options(**changes: object) -> list[str]:
@@ -185,7 +192,50 @@ def test_a_field_that_is_as_by_default_was_given_in_its_section_too(given, refus
 
 @pytest.mark.parametrize("given", [["--rollout", "{slots: 64}"], ["--task.name", "{"], ["--run.wandb_project", "window: 64"]])
 def test_what_a_section_does_not_name_was_not_given(given):
-    assert given_fields(given) & set(field_paths(Config)) <= {"rollout.slots", given[0][2:]}
+    assert fields_given(Config, given) & set(field_paths(Config)) <= {"rollout.slots", given[0][2:]}
+
+
+@pytest.mark.parametrize("written", ["--rollout FILE", "--rollout=FILE"])
+@pytest.mark.parametrize("content", ["window: 64", '{"slots": 8, "window": 64}'])
+def test_a_file_for_a_section_counts_as_the_fields_that_are_in_it(written, content, refuse, tmp_path, monkeypatch):
+    monkeypatch.setattr("tppo_ref.runs.commands.train", lambda config: pytest.fail("the window was overridden in silence"))
+    (tmp_path / "rollout.yaml").write_text(content)
+    words = written.replace("FILE", str(tmp_path / "rollout.yaml")).split()
+    refuse("train", "--run.method", "ppo", *words, words=("rollout.window: got 64; expected 320, at which method ppo fixes it",))
+    assert parse(Config, words, prog="x").rollout.window == 64
+
+
+def test_a_file_counts_wherever_a_section_may_be_one_and_nowhere_else(tmp_path, monkeypatch):
+    """A file in a file is looked for beside that, as the parser does. A field's own value is not opened."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "rollout.yaml").write_text("window: 64\nkv_cache: auto\n")
+    (tmp_path / "sub" / "algo.yaml").write_text("run: {seed: 3}\nrollout: rollout.yaml\n")
+    (tmp_path / "config.yaml").write_text("algo: {rollout: sub/rollout.yaml}\n")
+    monkeypatch.chdir(tmp_path)
+    leaves = {f"algo.{path}" for path in field_paths(Config)} | set(field_paths(Config))
+    inside = {"algo.rollout.window", "algo.rollout.kv_cache"}
+    for words, expected in (
+        (["--algo", "sub/algo.yaml"], inside | {"algo.run.seed"}),
+        (["--algo", "{rollout: sub/rollout.yaml}"], inside),
+        (["--algo.rollout", "sub/rollout.yaml"], inside),
+        (["--config", "config.yaml"], inside),
+        (["--algo.model.policy", "sub/rollout.yaml"], {"algo.model.policy"}),
+        (["--algo.task.path", "sub"], {"algo.task.path"}),
+    ):
+        assert fields_given(Cluster, words) & leaves == expected, words
+        config = parse(Cluster, words, prog="x")
+        assert config.algo.rollout.window == 64
+        assert (config.algo.run.seed == 3) == ("algo.run.seed" in expected)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("window: 8\nwindow: 64\n", "'window' stands there twice"), ("window: &a 8\nslots: *a\n", "*a: write out what it stands for"),
+    ("[64]", "fields, as `field: value` lines"), ("window: {", "YAML or JSON"),
+])  # fmt: skip
+def test_a_mistake_in_a_file_for_a_section_is_one_line_with_its_name(content, said, refuse, tmp_path, monkeypatch):
+    monkeypatch.setattr("tppo_ref.runs.commands.train", lambda config: pytest.fail("one of them was taken"))
+    (tmp_path / "rollout.yaml").write_text(content)
+    assert said in refuse("train", "--rollout", str(tmp_path / "rollout.yaml"), words=(str(tmp_path / "rollout.yaml"),))
 
 
 def test_no_command_and_help_print_the_commands(capsys):

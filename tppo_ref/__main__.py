@@ -12,7 +12,7 @@ from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.runs import console
 from tppo_ref.runs.config import Config, apply_method
 from tppo_ref.runs.exits import exit_code
-from tppo_ref.runs.parsing import given_fields, parse
+from tppo_ref.runs.parsing import fields_given, parse
 from tppo_ref.runs.plans import check_plans
 from tppo_ref.runs.validation import (
     CANCELLED,
@@ -147,7 +147,7 @@ def _run(name: str, argv: Sequence[str], lines: Mapping[str, str]) -> int | None
     fields = console.fields_of(name, argv)
     config = parse(Config, ["--help" if arg == "--help-all" else arg for arg in fields], prog=f"tppo {name}", description=line)
     check_bounds(config)  # no more yet: what cannot run may be what the method is there for, and a comparison has several
-    return COMMANDS[name](config, given_fields(argv))  # not `fields`: what a folder or the demo brings along was not given
+    return COMMANDS[name](config, fields_given(Config, argv))  # not `fields`: what a folder or the demo brings along was not given
 
 
 def run() -> None:

@@ -210,7 +210,7 @@ def apply_method(config: Config, method: str, *, strict: bool = True, given: Col
     """`config` with the fields that a named method fixes.
 
     strict: a field that the user set to something else is a UserError (train); else the method wins (compare, where one command
-    line serves several methods). given: names of the fields that the user gave (`given_fields`), where that is known; a value that
+    line serves several methods). given: names of the fields that the user gave (`fields_given`), where that is known; a value that
     is not the default was given in any case.
     """
     if method not in METHODS:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from tppo_ref.method.errors import UserError, nearest, refusal
-from tppo_ref.runs.yaml_file import StrictLoader, read_sections
+from tppo_ref.runs.yaml_file import StrictLoader, read_fields, read_sections
 
 ConfigT = TypeVar("ConfigT")
 
@@ -98,7 +100,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str], *, prog: str, descri
     A field on the command line wins over the files wherever it stands. Unknown keys, wrong types and unreadable files raise
     UserError, in one line, with the nearest right name. `--help` and `--print_config` print and leave with exit code 0.
     """
-    given_fields(argv)
+    fields_given(config_class, argv)
     parser = _parser(config_class, prog, description)
     files, others = _files_and_others(argv)  # to jsonargparse whatever comes later wins
     return _instance(config_class, parser, lambda: parser.parse_args([*files, *others]))
@@ -130,20 +132,31 @@ def _instance(config_class: type[ConfigT], parser: Any, parsed: Callable[[], Any
     return config_class(**{f.name: values[f.name] for f in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
-def given_fields(argv: Sequence[str]) -> set[str]:
-    """Dotted names of the fields that a command line gives, those of its `--config` files included.
+def fields_given(config_class: Any, argv: Sequence[str]) -> set[str]:
+    """Dotted names of the fields that a command line gives, those of its files included: `--config FILE`, and `--section FILE`.
 
-    A file that is no mapping of sections, or has a key twice, is a UserError with the file's name, which jsonargparse leaves out.
+    A file that is no mapping (of sections; of fields, where it is a section's), or has a key twice, is a UserError with the file's
+    name, which jsonargparse leaves out.
     """
+    sections = {path[: dot.start()] for path in field_paths(config_class) for dot in re.finditer(r"\.", path)}
     files, others = _files_and_others(argv)
     given = {"config"} if files else set()
     for arg, behind in zip(others, [*others[1:], ""], strict=False):
         if arg.startswith("--"):
             name, _, value = arg[2:].partition("=")
-            given |= {name, *(path for path, _ in _leaves(_mapping(value or behind), f"{name}."))}
-    for name in (arg.removeprefix("--config=") for arg in files if arg != "--config"):
-        given |= {path for path, _ in _leaves(read_sections(name))}
+            content = _mapping(value or behind)
+            given |= set(_with_files([(name, None if content else value or behind), *_leaves(content, f"{name}.")], sections))
+    for file in (arg.removeprefix("--config=") for arg in files if arg != "--config"):
+        given |= set(_with_files(_leaves(read_sections(file)), sections, Path(file).parent))
     return given
+
+
+def _with_files(fields: Iterable[tuple[str, Any]], sections: Collection[str], beside: Path = Path()) -> Iterator[str]:
+    """The names of `fields`, and where a section's value is a file, of those in it: a relative name is looked for in `beside`."""
+    for name, value in fields:
+        yield name
+        if name in sections and isinstance(value, str) and os.path.isfile(file := beside / value):
+            yield from _with_files(_leaves(read_fields(str(file), name), f"{name}."), sections, file.parent)
 
 
 def _mapping(text: str) -> Mapping[Any, Any]:

@@ -41,18 +41,30 @@ class StrictLoader(yaml.SafeLoader):
 
 def read_sections(name: str) -> dict[Any, dict[Any, Any]]:
     """The sections of a YAML or JSON file. UserError where it cannot be read, or is no mapping of mappings."""
-    try:
-        path = Path(name)
-        if path.exists():
-            check_regular(path, "config")
-        content = StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except OSError as error:
-        raise UserError(refusal("config", name, "a file that can be read", f"{error.strerror}; give another")) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(refusal("config", name, "YAML or JSON", " ".join(str(error).split())[:200])) from None
+    content = _content(name, "config")
     sections = content if isinstance(content, dict) else {"the file": content}
     for section, fields in sections.items():
         if not isinstance(fields, dict):
             lines = "`section:` with `field: value` lines under it"
             raise UserError(refusal("config", f"{name} with {section}: {str(fields)[:100]!r}", lines))
     return sections
+
+
+def read_fields(name: str, section: str) -> dict[Any, Any]:
+    """The fields of a section's own file. UserError where it cannot be read, or is no mapping."""
+    content = _content(name, section)
+    if not isinstance(content, dict):
+        raise UserError(refusal(section, f"{name} with {str(content)[:100]!r}", "fields, as `field: value` lines"))
+    return content
+
+
+def _content(name: str, field: str) -> Any:
+    try:
+        path = Path(name)
+        if path.exists():
+            check_regular(path, field)
+        return StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise UserError(refusal(field, name, "a file that can be read", f"{error.strerror}; give another")) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(refusal(field, name, "YAML or JSON", " ".join(str(error).split())[:200])) from None
