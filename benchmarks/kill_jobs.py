@@ -134,7 +134,6 @@ def job(config: ScaleConfig, plan: RankPlan, work: Path, said: int, *, real_veri
     os.dup2(said, 2)
     (work / "family").write_text(f"launcher: {os.getpid()}\n")
     parsing.parse = lambda *_, **__: config  # type: ignore[assignment]
-    parsing.given_fields = lambda _: set()  # type: ignore[assignment]
     if not real_verifier:
         build.TaskScorer = InProcessScorer  # type: ignore[misc, assignment]
 
