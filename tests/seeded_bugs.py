@@ -505,6 +505,32 @@ BUGS = [
         'c.rollout.kv_cache != "auto" and c.policy.importance == "none"',
         'c.rollout.kv_cache != "auto" and c.policy.old_logprobs == "engine"',
         "test_fp8.py::test_an_fp8_cache_without_a_weight_is_refused_in_one_line_that_says_which"),
+    # Slips that were read in other code, planted where ours has the corresponding line (docs/wrong.md, "Read in other code").
+    Bug("the ratio is made of a KL estimate", "tppo_ref/method/losses.py", "ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()",
+        "ratio = (log_ratio.exp() - 1 - log_ratio).clamp(max=MAX_LOG_RATIO).exp()",
+        "test_losses.py::test_at_ratio_1_the_gradient_is_minus_advantage_over_the_denominator"),
+    Bug("the end token's id is taken for its place", "tppo_ref/loop/rows.py", "rewards_BT[row, len(response) - 1] = response.score",
+        "rewards_BT[row, response.token_ids[-1]] = response.score",
+        "test_rows.py::test_a_score_lies_on_the_last_token_of_an_ended_row_whatever_that_token_is"),
+    Bug("an integer is negated bit by bit", "tppo_ref/loop/rows.py",
+        "cut_B = torch.tensor([not r.ended for r in responses], dtype=torch.bool, device=device)",
+        "cut_B = (~torch.tensor([int(r.ended) for r in responses], device=device)).bool()",
+        "test_rows.py::test_a_row_is_cut_where_its_response_runs_and_nowhere_else"),
+    Bug("a tail of no tokens is the whole row", "tppo_ref/method/masks.py",
+        """    last_B = torch.where(cut_B, stop_B - skip_tail, stop_B)
+    return response_mask_BT & (column_T >= window_start_B[:, None]) & (column_T < last_B[:, None])
+""",
+        """    mask_BT = response_mask_BT & (column_T >= window_start_B[:, None])
+    for mask_T, stop, cut in zip(mask_BT, stop_B, cut_B):
+        if cut:
+            mask_T[:stop][-skip_tail:] = False
+    return mask_BT
+""",
+        "test_filters.py::test_no_tail_means_no_token_is_skipped[True]"),
+    Bug("a row as long as the batch is wide is taken for cut", "tppo_ref/loop/rows.py",
+        "cut_B = torch.tensor([not r.ended for r in responses], dtype=torch.bool, device=device)",
+        "cut_B = length_B == mask_BT.shape[1]",
+        "test_rows.py::test_a_row_is_cut_where_its_response_runs_and_nowhere_else"),
 ]  # fmt: skip
 
 

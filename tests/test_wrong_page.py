@@ -40,3 +40,10 @@ def test_a_renewed_bug_changes_the_page():
     bug = BY_NAME[STORIES[0]]
     assert evidence(bug._replace(after="something else")) not in TEXT
     assert evidence(bug) in TEXT
+
+
+def test_the_failures_of_others_are_told_with_where_they_were_read():
+    """Five of the authors' port, marked as such, and each of the others with a link to where it was described."""
+    told = [match[2] for match in STORY.finditer(TEXT.split("\n## Read in other code\n")[1])]
+    assert sum("[P]" in text for text in told) >= 5
+    assert all("[P]" in text or re.search(r"\]\(https://github\.com/[\w/-]+/(?:pull|issues)/\d+\)", text) for text in told)
