@@ -20,7 +20,7 @@ python -m benchmarks.fair_headline    PPO with every lever and at its best again
 python -m benchmarks.dropped_gradient the policy gradient with and without the way through the prefix
 python -m benchmarks.lever_learning   what each lever of training once costs in learning, at equal tokens
 python -m benchmarks.factorial        cut rule x critic x window on text, stated before its first run: hours
-python -m benchmarks.studies NAME     three more of that kind: edge, bases, long
+python -m benchmarks.studies all      every study stated before its first run, in turn, or one by its name (`-h` says which): hours
 python -m benchmarks.levers           CPU seconds per token of each lever, and docs/levers.md
 python -m benchmarks.levers_vllm      the same of scale/ with vLLM in it
 python -m benchmarks.unchanged        no speed: whether a re-arrangement changed a number, against those of an earlier commit

@@ -6,8 +6,10 @@
     python -m benchmarks.studies cut-rules   # seven rules at the cut on five tasks
     python -m benchmarks.studies bases    # T-PPO, its critic's own cut and PPO, from four base models and critics
     python -m benchmarks.studies long     # four methods at 307,200 tokens: about 6 CPU-hours
+    python -m benchmarks.studies all      # these, and the two of benchmarks/factorial.py, one after the other
 
-Each says how long it will take before it begins, goes on where it was stopped, and with `--seeds 0` only prints what is there.
+Each says how long it will take before it begins (`all`: how long they will all take), goes on where it was stopped, and with
+`--seeds 0` only prints what is there.
 Arms, contrasts, verdicts and stopping rules: prestated/2026-11-22-{deciding-position,spread-edges,spread-edges-again,
 cut-rules-on-text,several-bases,long-runs}.md, each written before the study's first run; how such a study is made and told:
 benchmarks/study.py.
@@ -117,6 +119,7 @@ LONG = Study(
 STUDIES = {"edge": EDGE, "spread": SPREAD, "spread-again": AGAIN, "cut-rules": RULES, "bases": BASES, "long": LONG}
 ALL = {"factorial": factorial.FACTORIAL, "new-tasks": factorial.NEW, **STUDIES}
 """All studies on text of which a plan was stated before their first run."""
+EVERY = "all"
 COMMANDS = {
     "factorial": "python -m benchmarks.factorial", "new-tasks": "python -m benchmarks.factorial --tasks maze brackets",
     **{name: f"python -m benchmarks.studies {name}" for name in STUDIES},
@@ -126,9 +129,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes as workers.command says."""
     options = study.options(__doc__)
-    options.add_argument("study", choices=STUDIES)
+    options.add_argument("study", choices=[*ALL, EVERY], help=f"{EVERY}: each of them in turn; --out is then a folder")
     arguments = workers.parsed(options, argv)
-    return study.command(STUDIES[arguments.study], arguments)
+    return study.commands(ALL, arguments) if arguments.study == EVERY else study.command(ALL[arguments.study], arguments)
 
 
 if __name__ == "__main__":

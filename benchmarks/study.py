@@ -3,6 +3,7 @@
 Study       what a plan in prestated/ says
 table       a row per contrast: difference, interval, verdict
 command     make the runs that are missing, say how long that takes, print the table
+commands    the same of several studies, one after the other
 
 Runs and scores are those of benchmarks/equal_tokens.py. Seeds are outermost, so what is there is balanced at any time and the same
 command goes on where it was stopped. Until all seeds are there no verdict is given, only "not yet".
@@ -22,7 +23,8 @@ import scipy.stats
 
 from benchmarks import workers
 from benchmarks.critic_batches import contrast
-from benchmarks.equal_tokens import BUDGET, KEY, SHARED, Arm, Job, Row, Score, Wanted, plan, scores
+from benchmarks.equal_tokens import BUDGET, KEY, SHARED, Arm, Job, Row, Score, Wanted, plan, read_whole, scores
+from tppo_ref.runs.exits import exit_code
 
 Weights = Mapping[str, float]
 """Arm -> its weight in a contrast; 0 for an arm that is not there."""
@@ -126,26 +128,50 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def command(study: Study, arguments: argparse.Namespace) -> int:
-    """Make what is missing and print the table; exit codes as workers.command says. A budget of one's own is a study of its own."""
-    study = study._replace(budget=arguments.budget or study.budget)
+class Left(NamedTuple):
+    """What is still to make: so many runs, and CPU seconds of each, measured on the runs that are there or guessed by the plan."""
+
+    num: int
+    run_s: float
+    measured: bool
+
+    @property
+    def cpu_hours(self) -> float:
+        return self.num * self.run_s / 3600
+
+
+def wanted_of(study: Study, arguments: argparse.Namespace) -> list[Wanted]:
+    """All runs of as many seeds as are asked for, of all its seeds where nothing is said; seeds outermost."""
     seeds = range(study.first_seed, study.first_seed + (study.seeds if arguments.seeds is None else arguments.seeds))
     shared = {"run.cache": arguments.cache, "run.eval_prompts": arguments.eval_prompts, "run.eval_samples": 4, **SHARED}
-    wanted = [
+    return [
         Wanted(task, name, what, seed, {**shared, **study.models.get(arm, {}), **({"run.seed": base} if base else {})})
         for seed, (arm, what) in itertools.product(seeds, study.arms.items())
         for base, name in zip(study.bases, study.names(arm), strict=True)
         for task in study.tasks
     ]
 
+
+def left(study: Study, wanted: Sequence[Wanted], rows: Sequence[Row]) -> Left:
+    there = {tuple(row[name] for name in KEY) for row in rows}
+    num = sum((w.task, w.arm, w.seed, study.budget) not in there for w in wanted)
+    measured = [row["cpu_s"] for row in rows if row["final"] and row["budget_tokens"] == study.budget]
+    return Left(num, float(np.mean(measured)) if measured else study.run_s, bool(measured))
+
+
+def command(study: Study, arguments: argparse.Namespace) -> int:
+    """Make what is missing and print the table; exit codes as workers.command says. A budget of one's own is a study of its own."""
+    study = study._replace(budget=arguments.budget or study.budget)
+    wanted = wanted_of(study, arguments)
+
     def missing(rows: list[Row]) -> list[Job]:
-        there = {tuple(row[name] for name in KEY) for row in rows}
-        num = sum((w.task, w.arm, w.seed, study.budget) not in there for w in wanted)
-        measured = [row["cpu_s"] for row in rows if row["final"] and row["budget_tokens"] == study.budget]
-        run_s = float(np.mean(measured)) if measured else study.run_s
-        if num:
-            print(f"{num} runs to make, {run_s:.0f} s of CPU each {'so far' if measured else 'by the plan'}: "
-                  f"{num * run_s / 3600:.1f} CPU-hours", flush=True)  # fmt: skip
+        to_make = left(study, wanted, rows)
+        if to_make.num:
+            known = "so far" if to_make.measured else "by the plan"
+            print(
+                f"{to_make.num} runs to make, {to_make.run_s:.0f} s of CPU each {known}: {to_make.cpu_hours:.1f} CPU-hours",
+                flush=True,
+            )
         return plan(wanted, study.budget, rows)
 
     def show(rows: list[Row]) -> None:
@@ -156,3 +182,28 @@ def command(study: Study, arguments: argparse.Namespace) -> int:
                 print(f"{'':<40}deviation between base models {between.format(**row)}")
 
     return workers.command(missing, arguments.out or study.path, arguments.jobs, show)
+
+
+def commands(studies: Mapping[str, Study], arguments: argparse.Namespace) -> int:
+    """`command` of each in turn, after a line that says how long all of them will take; `arguments.out` is a folder, None: where
+    each belongs. A study of which runs failed does not stop the others; exit code 1 then, else as workers.command says."""
+    folder: Path | None = arguments.out
+
+    def each() -> int:
+        placed = [s._replace(path=folder / s.path.name if folder else s.path, budget=arguments.budget or s.budget)
+                  for s in studies.values()]  # fmt: skip
+        to_make = [left(study, wanted_of(study, arguments), read_whole(study.path)[0]) for study in placed]
+        if num := sum(one.num for one in to_make):
+            hours = sum(one.cpu_hours for one in to_make)
+            print(f"{num} runs to make in {sum(one.num > 0 for one in to_make)} of {len(studies)} studies: {hours:.1f} CPU-hours, "
+                  f"about {hours / arguments.jobs:.1f} hours with --jobs {arguments.jobs}", flush=True)  # fmt: skip
+        worst = 0
+        for name, study in zip(studies, placed, strict=True):
+            print(f"\n{name}: {study.plan}", flush=True)
+            code = command(study, argparse.Namespace(**vars(arguments) | {"out": study.path}))
+            if code not in (0, 1):
+                return code
+            worst = max(worst, code)
+        return worst
+
+    return exit_code(each)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from benchmarks import equal_tokens, findings, late_fork, studies, studies_told,
 from benchmarks.common import RESULTS
 from benchmarks.equal_tokens import NUM_MARKS, Arm, Job
 from benchmarks.late_fork import LEAD, LateFork
-from benchmarks.studies import AGAIN, BASES, EDGE, LONG, SPREAD, STUDIES, main
+from benchmarks.studies import AGAIN, ALL, BASES, EDGE, LONG, SPREAD, STUDIES, main
 from benchmarks.study import Study, told
 from tppo_ref.method.errors import UserError
 from tppo_ref.tasks import TASKS, fork, load_task
@@ -206,6 +208,70 @@ def test_the_command_says_how_long_it_takes_and_goes_on_where_it_was_stopped(ask
     assert main(["edge", "--seeds", "0", "--out", str(out)]) == 0
     assert not asked
     assert "not yet, 2 of 32 seeds" in capsys.readouterr().out
+
+
+def test_all_studies_are_one_command_that_says_first_how_long_all_of_it_takes_and_goes_on(asked, tmp_path, capsys):
+    assert main(["all", "--seeds", "1", "--out", str(tmp_path), "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    num = {name: len(made.arms) * len(made.tasks) * len(made.bases) for name, made in ALL.items()}
+    hours = sum(num[name] * made.run_s for name, made in ALL.items()) / 3600
+    first, *others = printed.splitlines()
+    assert (
+        first
+        == f"{sum(num.values())} runs to make in 7 of 7 studies: {hours:.1f} CPU-hours, about {hours / 2:.1f} hours with --jobs 2"
+    )
+    assert [line.split(":")[0] for line in others if line.endswith(".md")] == list(ALL)
+    assert {path.name for path in tmp_path.iterdir()} == {made.path.name for made in ALL.values()}
+    assert len(jobs(asked)) == sum(num.values())
+    asked.clear()
+    (tmp_path / EDGE.path.name).unlink()
+    assert main(["all", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert [j.arm for j in jobs(asked)] == list(EDGE.arms)
+    assert f"{num['edge']} runs to make in 1 of 7 studies: " in capsys.readouterr().out.splitlines()[0]
+    asked.clear()
+    assert main(["all", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert not asked
+    shown = capsys.readouterr().out
+    assert "runs to make" not in shown
+    assert sum("not yet, 1 of" in line for line in shown.splitlines()) == sum(len(made.contrasts) for made in ALL.values())
+
+
+def test_a_study_of_which_runs_fail_does_not_stop_the_others_and_a_stop_does(asked, monkeypatch, tmp_path, capsys):
+    """Exit code 1 tells of the first; Ctrl-C in the second study leaves the rest for the same command."""
+    reached = []
+
+    def run_all(jobs, path, num):
+        reached.append(path.name)
+        if len(reached) == stop_at:
+            raise KeyboardInterrupt
+        return [f"{jobs[0].task} failed"] if len(reached) == 1 else []
+
+    monkeypatch.setattr(workers, "run_all", run_all)
+    stop_at = None
+    assert main(["all", "--seeds", "1", "--out", str(tmp_path)]) == 1
+    assert reached == [made.path.name for made in ALL.values()]
+    reached.clear()
+    stop_at = 2
+    assert main(["all", "--seeds", "1", "--out", str(tmp_path)]) == 130
+    assert len(reached) == 2
+    assert "the same command goes on with the others" in capsys.readouterr().err
+
+
+def test_all_names_the_table_that_it_cannot_read(tmp_path, capsys):
+    (tmp_path / EDGE.path.name).write_text("task,arm\nchain,tppo\n")
+    assert main(["all", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --out: got {tmp_path / EDGE.path.name} with others; expected the columns")
+
+
+def test_the_list_of_programs_names_no_study_by_hand_so_that_none_is_missing(capsys):
+    listed = ast.get_docstring(ast.parse((RESULTS.parent / "__main__.py").read_text()))
+    (line,) = [line for line in listed.splitlines() if "benchmarks.studies" in line]
+    assert line.startswith("python -m benchmarks.studies all ")
+    assert not {*STUDIES} & {*re.findall(r"[\w-]+", line)}
+    with pytest.raises(SystemExit):
+        main(["-h"])
+    assert ",".join([*ALL, "all"]) in capsys.readouterr().out
 
 
 def test_a_study_made_again_begins_behind_the_seeds_of_the_first(asked, tmp_path, capsys):
