@@ -12,7 +12,10 @@ the missing ones. Seeds are outermost, so that what is there is balanced at any 
 
     area, final   of benchmarks/equal_tokens.py, where a run is made
     interval 95 %, Student-t, of the mean of paired differences (arm - base, seed by seed); no correction for how many there are
-    verdict  better or worse where the interval leaves out 0, else undecided. Task "all": the mean over tasks, seed by seed
+    verdict  equal where the interval lies within 0.005 of 0, better or worse where it leaves out 0, else undecided. Task "all": the
+             mean over tasks, seed by seed
+    seeds_needed  how many seeds would decide, at this mean and deviation: in about every second repetition, and no more
+             (benchmarks/critic_batches.py); 0 where it is decided, and where one seed says nothing of it
 """
 
 from __future__ import annotations
@@ -29,9 +32,8 @@ import scipy.stats
 
 from benchmarks import workers
 from benchmarks.common import RESULTS, report
+from benchmarks.critic_batches import contrast
 from benchmarks.equal_tokens import SHARED, TASKS, Arm, Row, Score, Wanted, mean, plan, scores
-from benchmarks.paired import verdict
-from tppo_ref.runs.comparison import mean_interval
 
 PPO_LR = {"policy.lr": 6e-4}  # what benchmarks/sweep.py found for PPO; 3e-4, the default, is what it found for T-PPO
 ARMS: dict[str, Arm] = {
@@ -102,12 +104,13 @@ def summary(rows: Sequence[Row], budget: int) -> list[Row]:
 def compared(pairs: Sequence[tuple[float, float]]) -> Row:
     """The numbers of a summary row, from (arm, base) per seed."""
     differences = [arm - base for arm, base in pairs]
-    middle, low, high = mean_interval(differences)
-    numbers = {"arm_mean": mean([a for a, _ in pairs]), "base_mean": mean([b for _, b in pairs]), "mean_difference": middle,
-               "low": low, "high": high, "p": p_value(differences)}  # fmt: skip
+    said = contrast(differences)
+    numbers = {"arm_mean": mean([a for a, _ in pairs]), "base_mean": mean([b for _, b in pairs]),
+               "mean_difference": said["difference"], "low": said["low"], "high": said["high"],
+               "p": p_value(differences)}  # fmt: skip
     # Holm's thresholds over 144 tests begin at 0.00035: p needs more digits than the rest.
     rounded = {name: round(x, 8 if name == "p" else 4) for name, x in numbers.items()}
-    return {"n": len(pairs)} | rounded | {"verdict": verdict(low, high)}
+    return {"n": len(pairs)} | rounded | {name: said[name] for name in ("verdict", "seeds_needed")}
 
 
 # ------------------------------------------------------------------------------------------------------------------------- command

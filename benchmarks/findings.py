@@ -72,11 +72,12 @@ def text_rows() -> dict[str, dict[str, Any]]:
 def text(key: str, column: str) -> Any:
     """ "all window-32 tppo area": a row of the summary; "every": counts over all of them."""
     if key == "every":
-        decided = {"plain": "verdict", "holm": "holm"}
         if column == "strawman":  # decided ones of the arm that waits for ten of its fifteen steps
             return sum(r["holm"] != "undecided" and r["arm"] == "cold-critic-warmup" for r in text_rows().values())
-        if column in decided:
-            return sum(r[decided[column]] != "undecided" for r in text_rows().values())
+        if column == "plain":  # intervals without 0: "equal" may be said of one that holds it
+            return sum(float(r["p"]) < 0.05 for r in text_rows().values())
+        if column == "holm":
+            return sum(r["holm"] != "undecided" for r in text_rows().values())
         return len(text_rows()) if column == "tests" else min(int(r["n"]) for r in text_rows().values())
     row = text_rows()[key]
     if column == "difference":

@@ -32,6 +32,11 @@ def number_of(row: Mapping[str, str], name: str) -> float:
     return float(row[name])
 
 
+def leaves_out_0(row: Mapping[str, str]) -> bool:
+    """The interval of the difference: the verdict "equal" may be said of one that holds 0."""
+    return number_of(row, "p") < 0.05
+
+
 class Ablations:
     """The runs and the comparisons; `stands[id(row)]`: what is left of a comparison's verdict after Holm, over all of the file."""
 
@@ -61,7 +66,7 @@ class Ablations:
 
     def verdict_of(self, arm: str, base: str = "tppo", task: str = "all", metric: str = "area") -> str:
         row = next(r for r in self.summary if (r["task"], r["arm"], r["base"], r["metric"]) == (task, arm, base, metric))
-        kept = ", also after Holm" if self.stands[id(row)] else ", not after Holm" if row["verdict"] != "undecided" else ""
+        kept = ", also after Holm" if self.stands[id(row)] else ", not after Holm" if leaves_out_0(row) else ""
         return f"{row['verdict']}{kept} ({said(row)}, n = {row['n']})"
 
     def after_equal_updates(self, arm: str, base: str) -> str:
@@ -111,7 +116,7 @@ class Ablations:
         for which, tasks in single.items():
             if tasks:
                 print(f"  {which}: {', '.join(tasks)}")
-        decided, left = sum(row["verdict"] != "undecided" for row in self.summary), sum(self.stands.values())
+        decided, left = sum(map(leaves_out_0, self.summary)), sum(self.stands.values())
         print(f"\n{len(self.summary)} tests in all, {decided} with an interval without 0. Left after Holm's correction: {left}")
         for row in self.summary:
             if self.stands[id(row)]:

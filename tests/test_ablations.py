@@ -236,8 +236,8 @@ def test_the_command_says_what_it_did_and_goes_on_where_it_was(planned, tmp_path
     with (tmp_path / "ablations_summary.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert {(r["task"], r["arm"], r["n"], r["verdict"]) for r in table} == {
-        ("chain", "zero-cut", "2", "undecided"),
-        ("all", "zero-cut", "2", "undecided"),
+        ("chain", "zero-cut", "2", "equal"),  # the fake worker's runs are all the same
+        ("all", "zero-cut", "2", "equal"),
     }
 
 
@@ -313,6 +313,21 @@ def test_the_summary_pairs_seeds_and_counts_only_those_that_both_arms_have():
     assert (fork["n"], fork["mean_difference"], fork["verdict"]) == (1, 0.2, "undecided")
     assert (both["n"], both["mean_difference"]) == (1, 0.05)  # seed 0: (-0.1 + 0.2) / 2
     assert ablations.summary(rows, 1) == []
+
+
+def test_a_row_of_the_summary_says_equal_within_the_margin_and_how_many_seeds_would_decide():
+    """Differences 0.1, 0.1, 0.4: mean 0.2, deviation 0.1732. Decided at an interval of 0.2 on either side, which t(4) = 2.776 of five
+    seeds is not narrow enough for (0.2150), and t(5) = 2.571 of six is (0.1818)."""
+
+    def row(*differences):
+        found = ablations.compared([(0.5 + d, 0.5) for d in differences])
+        return found["verdict"], found["seeds_needed"]
+
+    assert row(0.1, 0.1, 0.4) == ("undecided", 6)
+    assert row(0.1, 0.11, 0.12) == ("better", 0)
+    assert row(0.001, 0.0012, 0.0008) == ("equal", 0)  # though its interval leaves out 0
+    assert (row(0.001, -0.001)[0], row(0.0, 0.0)[0]) == ("undecided", "equal")
+    assert row(0.2) == ("undecided", 0)  # of one seed no deviation is known
 
 
 # ------------------------------------------------------------------------------------------------------------------ a real run

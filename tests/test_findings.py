@@ -214,6 +214,14 @@ def test_holms_verdicts_are_a_part_of_the_plain_ones():
     assert (smallest["holm"] != "undecided") == (float(smallest["p"]) <= 0.05 / len(rows))
 
 
+def test_equal_is_no_interval_without_0_unless_it_is_one(monkeypatch):
+    """Of four rows: better; equal and beside 0; equal around 0; undecided. "plain" counts intervals without 0."""
+    of = [("better", 0.001, "better"), ("equal", 0.04, "undecided"), ("equal", 0.5, "undecided"), ("undecided", 0.3, "undecided")]
+    rows = {str(n): {"verdict": v, "p": str(p), "holm": h, "arm": "x", "n": "5"} for n, (v, p, h) in enumerate(of)}
+    monkeypatch.setattr(findings, "text_rows", lambda: rows)
+    assert [findings.text("every", column) for column in ("plain", "holm", "strawman", "tests", "seeds")] == [2, 1, 0, 4, 5]
+
+
 def test_the_committed_summary_is_that_of_the_committed_runs():
     rows, others = equal_tokens.read_whole(findings.RESULTS / "ablations.csv")
     assert not others
