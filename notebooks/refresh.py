@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT_S = 180  # per cell; a whole notebook should take less than 90 s on two cores
+CELL_S = 90  # of the wall clock: a cell that hangs is stopped
+NOTEBOOK_CPU_S = 90  # of its kernel, one thread: a whole notebook, in the seconds that it takes where nothing else runs
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Warnings that our packages raise, or that a cell itself provokes, stop the notebook; those of other libraries do not.
 STRICT = "import warnings; warnings.filterwarnings('error', module=r'(tppo_ref|sim|__main__)(\\.|$)')"
@@ -36,16 +38,27 @@ def read(path: Path) -> Any:
 def run(notebook: Any, folder: Path = HERE) -> Any:
     """A copy of `notebook`, executed from top to bottom in a kernel of its own in `folder`, cleaned.
 
-    nbclient.exceptions.CellExecutionError shows the cell that raised; a warning of ours raises too.
+    nbclient.exceptions.CellExecutionError shows the cell that raised; a warning of ours raises too. A notebook that takes too long
+    is a TimeoutError.
     """
     executed = nbformat.from_dict(notebook)
     client = NotebookClient(
-        executed, timeout=TIMEOUT_S, kernel_name="python3", record_timing=False, coalesce_streams=True,
+        executed, timeout=CELL_S, kernel_name="python3", record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}}, extra_arguments=[f"--IPKernelApp.exec_lines={STRICT}"],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:  # one thread, and no start-up files of the user's
+        before_s = cpu_s_of_kernels()
         client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "IPYTHONDIR": scratch})
+        taken_s = cpu_s_of_kernels() - before_s
+    if taken_s > NOTEBOOK_CPU_S:
+        raise TimeoutError(f"the notebook took {taken_s:.1f} s of CPU, kernel included; expected at most {NOTEBOOK_CPU_S}")
     return clean(executed)
+
+
+def cpu_s_of_kernels() -> float:
+    """CPU seconds of this process's children that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def clean(notebook: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from notebooks import refresh
 
@@ -104,6 +104,16 @@ def test_a_warning_of_ours_stops_a_notebook_and_one_of_others_does_not():
     refresh.run(cells(WARN))
     with pytest.raises(CellExecutionError, match="stale"):
         refresh.run(cells("import warnings; warnings.warn('stale')"))
+
+
+def test_a_notebook_that_takes_too_long_is_stopped_and_says_by_how_much(monkeypatch):
+    """By the CPU seconds of its kernel, which starting alone takes some of: other processes of a busy machine make none of them."""
+    monkeypatch.setattr(refresh, "NOTEBOOK_CPU_S", 0)
+    with pytest.raises(TimeoutError, match=r"^the notebook took \d+\.\d s of CPU.*; expected at most 0$"):
+        refresh.run(cells("pass"))
+    monkeypatch.setattr(refresh, "CELL_S", 1)
+    with pytest.raises(CellTimeoutError, match="while True: pass"):
+        refresh.run(cells("while True: pass"))
 
 
 def test_the_sliders_redraw_and_without_ipywidgets_the_static_picture_stays():
@@ -205,6 +215,17 @@ def test_every_figure_is_described_in_words_below_it(path):
             assert below.cell_type == "markdown"
             assert below.source.startswith("*In words:*"), cell.source
             assert len(below.source.split("\n\n")[0].split()) >= 20
+
+
+AXES = re.compile(r"\b[a-z]\w*_[A-Z]{1,3}\b")  # values_BT, policy_NA
+
+
+@each_notebook
+def test_a_reader_is_told_what_capitals_at_a_names_end_mean_before_the_first_such_name_in_code(path):
+    notebook = refresh.read(path)
+    first = next((n for n, cell in enumerate(notebook.cells) if cell.cell_type == "code" and AXES.search(cell.source)), None)
+    told = [n for n, cell in enumerate(notebook.cells) if cell.cell_type == "markdown" and re.search(r"\baxes\b", cell.source)]
+    assert first is None or min(told, default=first) < first, notebook.cells[first].source
 
 
 @each_notebook
