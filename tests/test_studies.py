@@ -217,8 +217,8 @@ def test_all_studies_are_one_command_that_says_first_how_long_all_of_it_takes_an
     hours = sum(num[name] * made.run_s for name, made in ALL.items()) / 3600
     first, *others = printed.splitlines()
     assert (
-        first
-        == f"{sum(num.values())} runs to make in 7 of 7 studies: {hours:.1f} CPU-hours, about {hours / 2:.1f} hours with --jobs 2"
+        first == f"{sum(num.values())} runs to make in {len(ALL)} of {len(ALL)} studies: {hours:.1f} CPU-hours, "
+        f"about {hours / 2:.1f} hours with --jobs 2"
     )
     assert [line.split(":")[0] for line in others if line.endswith(".md")] == list(ALL)
     assert {path.name for path in tmp_path.iterdir()} == {made.path.name for made in ALL.values()}
@@ -227,7 +227,7 @@ def test_all_studies_are_one_command_that_says_first_how_long_all_of_it_takes_an
     (tmp_path / EDGE.path.name).unlink()
     assert main(["all", "--seeds", "1", "--out", str(tmp_path)]) == 0
     assert [j.arm for j in jobs(asked)] == list(EDGE.arms)
-    assert f"{num['edge']} runs to make in 1 of 7 studies: " in capsys.readouterr().out.splitlines()[0]
+    assert f"{num['edge']} runs to make in 1 of {len(ALL)} studies: " in capsys.readouterr().out.splitlines()[0]
     asked.clear()
     assert main(["all", "--seeds", "0", "--out", str(tmp_path)]) == 0
     assert not asked
