@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.paired import geometric, verdict
-from tppo_ref.runs.comparison import mean_interval
+from benchmarks.paired import verdict
+from tppo_ref.runs.comparison import geometric, mean_interval
 
 Fields = dict[str, Any]
 SHARE, SPAN, GRID = 0.95, 0.2, 600  # of PPO's best; of the budget, for a mean; points over the budget

@@ -29,8 +29,8 @@ from benchmarks.common import RESULTS, report
 from benchmarks.critic_batches import MARGIN
 from benchmarks.equal_tokens import BUDGET, SHARED, prepare, quiet, read_whole
 from benchmarks.fair_headline import small_critic
-from benchmarks.paired import geometric
 from tppo_ref.runs.build import build
+from tppo_ref.runs.comparison import geometric
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.docs_pages import markdown_table
 from tppo_ref.runs.parsing import replace_fields

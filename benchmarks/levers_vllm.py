@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.common import report
 from benchmarks.levers import LEVERS
-from benchmarks.paired import geometric
+from tppo_ref.runs.comparison import geometric
 from tppo_ref.runs.sinks import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -1,13 +1,10 @@
-"""A method against another on the same seeds: geometric means of ratios, verdicts; ratios to PPO from a headline's summary.csv."""
+"""A method against another on the same seeds: verdicts; ratios to PPO from a headline's summary.csv."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-
-from tppo_ref.runs.comparison import Estimate, mean_interval
 
 Summary = Sequence[Mapping[str, str]]
 
@@ -23,11 +20,6 @@ def tokens_to_target(summary: Summary, method: str, *, generated: bool) -> list[
     if generated:
         needed = {m: x / np.asarray(by_seed(summary, m, "trained tokens")) for m, x in needed.items()}
     return list(needed[method] / needed["ppo"])
-
-
-def geometric(ratios: Iterable[float]) -> Estimate:
-    """Geometric mean of positive, finite ratios, and the 95 % Student-t interval of the mean logarithm."""
-    return Estimate(*map(math.exp, mean_interval(np.log(list(ratios)))))
 
 
 def verdict(low: float, high: float, same: float = 0.0) -> str:

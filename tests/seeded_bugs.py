@@ -333,7 +333,7 @@ BUGS = [
     Bug("a speed-up upside down", "tppo_ref/runs/comparison.py",
         "else first_s / other_s",
         "else other_s / first_s",
-        "test_report.py::test_the_medians_and_ratios_of_the_table"),
+        "test_report.py::test_the_statistics_and_ratios_of_the_table"),
     Bug("the cut's value leaves out the leads", "sim/lab/estimators.py",
         'lead=self.tail_tokens if self.tail == "defer" else 0',
         "lead=0",

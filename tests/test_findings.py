@@ -19,7 +19,6 @@ from scipy import stats
 from benchmarks import ablations, early_decision, equal_tokens, exact_numbers, findings, studies, studies_told
 from benchmarks.common import RESULTS
 from benchmarks.early_decision import METHODS, World
-from benchmarks.paired import geometric
 from sim.__main__ import COMMANDS
 from sim.command import parse as parse_options
 from sim.lab import instances
@@ -320,9 +319,6 @@ def test_every_link_leads_somewhere():
 
 
 def test_ratios_of_the_headline_are_geometric_means_with_t_intervals_over_its_seeds():
-    middle, low, high = geometric([1.0, 2.0, 4.0])
-    half = stats.t.ppf(0.975, 2) * math.log(2) / math.sqrt(3)
-    assert (middle, low, high) == pytest.approx((2, 2 * math.exp(-half), 2 * math.exp(half)))
     with (RESULTS / "headline-chain" / "summary.csv").open(newline="") as file:
         seeds = [r for r in csv.DictReader(file) if r["statistic"].startswith("seed ")]
     need = {

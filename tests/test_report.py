@@ -103,7 +103,18 @@ def test_target_and_crossings_are_those_worked_out_by_hand(three: Path) -> None:
     assert comparison.void == ""
     assert comparison.crossings["ppo"] == [(40.0, 360.0), (30.0, 270.0), (math.inf, math.inf)]
     assert comparison.crossings["tppo"] == [(8.0, 180.0), (12.0, 270.0), (16.0, 360.0)]
-    assert figures.headline(comparison) == "T-PPO reaches 0.63 in 12.0 s, PPO in 40.0 s (median of 3 seeds)"
+    assert figures.headline(comparison) == (
+        "T-PPO reaches 0.63 in 11.5 s (geometric mean of 3 seeds), PPO in 40.0 s (median, 2 of 3 seeds arrive)"
+    )
+
+
+def test_the_first_line_names_its_statistic_once_where_every_seed_arrives(tmp_path: Path) -> None:
+    out = make_comparison(tmp_path / "out", {"ppo": [PPO[0], PPO[1]], "tppo": [TPPO[0], TPPO[1]]}, tppo=4.0)
+    comparison = load(out, ["ppo", "tppo"], range(2), share=0.8)
+    assert comparison.crossings["ppo"] == [(40.0, 360.0), (30.0, 270.0)]
+    assert comparison.crossings["tppo"] == [(8.0, 180.0), (12.0, 270.0)]
+    assert comparison.typical_crossing("ppo") == ("geometric mean", pytest.approx((math.sqrt(1200), math.sqrt(360 * 270))))
+    assert figures.headline(comparison) == "T-PPO reaches 0.61 in 9.8 s, PPO in 34.6 s (geometric mean of 2 seeds)"
 
 
 def test_crossing_at_exactly_the_target_counts_and_nothing_is_interpolated(tmp_path: Path) -> None:
@@ -116,7 +127,11 @@ def test_crossing_at_exactly_the_target_counts_and_nothing_is_interpolated(tmp_p
     assert numbers.crossing(run, 0.71) == (math.inf, math.inf)
 
 
-def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
+T_2 = 4.302652729911275  # Student's t at 0.975 with 2 degrees of freedom
+
+
+def test_the_statistics_and_ratios_of_the_table(reported: Path) -> None:
+    """A mean, and a geometric mean where all seeds arrive, have a t interval; a median has its range, and is called that."""
     rows = {(r["method"], r["quantity"], r["statistic"]): r for r in read_csv(reported / "summary.csv")}
 
     def estimate(*key: str) -> tuple[float, ...]:
@@ -124,11 +139,18 @@ def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
 
     assert estimate("ppo", "time to target", "median") == (40, 30, math.inf)
     assert rows["ppo", "time to target", "median"]["reached"] == "2"
-    assert estimate("tppo", "time to target", "median") == (12, 8, 16)
-    assert estimate("tppo", "tokens to target", "median") == (270, 180, 360)
+    assert rows["ppo", "time to target", "median"]["interval"] == "range"
+    logs = np.log([8, 12, 16])
+    ends = np.mean(logs) + np.array([0, -1, 1]) * T_2 * np.std(logs, ddof=1) / math.sqrt(3)
+    assert estimate("tppo", "time to target", "geometric mean") == pytest.approx(np.exp(ends))
+    assert rows["tppo", "time to target", "geometric mean"]["interval"] == "95 % t of logarithms"
+    assert rows["tppo", "time to target", "geometric mean"]["reached"] == "3"
+    assert estimate("tppo", "tokens to target", "geometric mean") == pytest.approx(22.5 * np.exp(ends))  # 90 tokens in 4 s
     assert estimate("tppo", "speed-up", "median") == (5, 2.5, math.inf)  # 40/8, 30/12, only PPO never
+    assert rows["tppo", "speed-up", "median"]["reached"] == "2"
     assert float(rows["tppo", "speed-up", "seed 1"]["value"]) == 2.5
-    assert estimate("tppo", "throughput ratio", "median") == pytest.approx((2.5, 2.5, 2.5))  # 10 s against 4 s a step
+    ratio = rows["tppo", "throughput ratio", "geometric mean"]  # 10 s against 4 s a step in every seed: no interval
+    assert (float(ratio["value"]), ratio["low"], ratio["interval"]) == (pytest.approx(2.5), "nan", "")
     assert float(rows["ppo", "throughput", "mean"]["value"]) == pytest.approx(10.0)
     assert float(rows["ppo", "accuracy, final", "seed 2"]["value"]) == pytest.approx((0.3 + 0.5 + 0.9) / 3)
     assert float(rows["tppo", "accuracy, best", "seed 0"]["value"]) == pytest.approx(1.0)
@@ -138,30 +160,46 @@ def test_the_medians_and_ratios_of_the_table(reported: Path) -> None:
     assert float(rows["ppo", "length, end, p99", "mean"]["value"]) == pytest.approx(197.0)
     assert float(rows["ppo", "trained tokens", "mean"]["value"]) == pytest.approx(0.9)
     text = (reported / "summary.md").read_text()
-    assert "40.0 s [30.0 s, never], 2 of 3 seeds" in text
-    assert "their range (fewer than 5 seeds)" in text
+    assert "| median 40.0 s, range 30.0 s to never, 2 of 3 seeds |" in text
+    assert f"| 11.5 s [{math.exp(ends[1]):.1f} s, {math.exp(ends[2]):.1f} s], 3 of 3 seeds" in text
+    assert "| median 5.00x, range 2.50x to infinite, both arrive in 2 of 3 seeds |" in text
+    assert "| 0.100 " in text  # the start, the same in every seed
+    assert "bootstrap" not in text
     assert "Valid: PPO improved in every seed" in text
     assert "here 0.630." in text
 
 
 def test_mean_interval_is_students(tmp_path: Path) -> None:
-    half = 4.302652729911275 / math.sqrt(3)  # t at 0.975 with 2 degrees of freedom
+    half = T_2 / math.sqrt(3)
     assert numbers.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half))
     assert math.isnan(numbers.mean_interval([1.0]).low)
 
 
-def test_median_interval_bootstraps_from_five_seeds_on() -> None:
-    assert numbers.median_interval([4.0, 1.0, 2.0, 9.0]) == (3.0, 1.0, 9.0)  # four: the range
-    many = list(range(101))
-    estimate = numbers.median_interval(many)
-    assert estimate.value == 50
-    # order statistics of the binomial: about 50 +- 1.96 * sqrt(101) / 2, far inside of the range
-    assert estimate.low == pytest.approx(40, abs=3)
-    assert estimate.high == pytest.approx(60, abs=3)
-    assert numbers.median_interval(many) == estimate  # seeded
-    # of five: the median of a resample is the smallest with probability 0.058, more than 0.025, so the interval is the range
-    assert numbers.median_interval([1.0, 2.0, 3.0, math.inf, math.inf]) == (3.0, 1.0, math.inf)
-    assert numbers.median_interval([1.0, 2.0, math.inf, math.inf, math.inf]).value == math.inf
+def test_geometric_means_have_students_interval_of_the_logarithms() -> None:
+    half = T_2 * math.log(2) / math.sqrt(3)
+    assert numbers.geometric([1.0, 2.0, 4.0]) == pytest.approx((2, 2 * math.exp(-half), 2 * math.exp(half)))
+    assert math.isnan(numbers.geometric([3.0]).high)
+
+
+def test_seeds_that_do_not_all_arrive_have_a_median_and_a_range() -> None:
+    """However many there are: an interval of a mean would be of those that arrive alone."""
+    assert numbers.typical([4.0, 1.0, 2.0]) == ("geometric mean", numbers.geometric([4.0, 1.0, 2.0]))
+    assert numbers.typical([1.0, 2.0, 3.0, math.inf, math.inf]) == ("median", (3.0, 1.0, math.inf))
+    assert numbers.typical([1.0, 2.0, math.inf, math.inf, math.inf]) == ("median", (math.inf, 1.0, math.inf))
+    assert numbers.typical([0.0, 1.2, 1.3, 1.4]) == ("median", (1.25, 0.0, 1.4))  # a speed-up of 0: the other never arrives
+    statistic, alone = numbers.typical([math.inf])
+    assert statistic == "median"
+    assert math.isnan(alone.low)
+
+
+def test_an_interval_needs_seeds_that_differ() -> None:
+    """Five runs of one base model begin with one accuracy: 0.4 [0.4, 0.4] at 95 % would be made of nothing."""
+    same, *_ = report.quantity_rows("ppo", "accuracy, start", "accuracy", dict.fromkeys(range(5), 0.4))
+    assert (same["value"], same["interval"]) == (pytest.approx(0.4), "")
+    assert math.isnan(same["low"])
+    other, *seeds = report.quantity_rows("ppo", "accuracy, start", "accuracy", {3: 0.4, 4: 0.5})
+    assert other["interval"] == "95 % t"
+    assert [(row["statistic"], row["value"]) for row in seeds] == [("seed 3", 0.4), ("seed 4", 0.5)]
 
 
 def test_speed_up_of_seeds_that_never_arrive_is_against_the_claim() -> None:
@@ -195,9 +233,9 @@ def test_a_method_that_never_reaches_the_target_is_told(tmp_path: Path) -> None:
     out = make_comparison(tmp_path / "out", {"ppo": [PPO[0]] * 3, "tppo": low})
     report.write_report(out, methods=["ppo", "tppo"], target_share=0.9)
     text = (out / "summary.md").read_text()
-    assert text.startswith("# PPO reaches 0.63 in 40.0 s, T-PPO in 0 of 3 seeds (median of 3 seeds)\n")
-    assert "never [never, never], 0 of 3 seeds" in text
-    assert "0.00x [0.00x, 0.00x]" in text
+    assert text.startswith("# PPO reaches 0.63 in 40.0 s (geometric mean of 3 seeds), T-PPO in 0 of 3 seeds\n")
+    assert "| never, 0 of 3 seeds " in text
+    assert "| 0.00x, both arrive in 0 of 3 seeds " in text
 
 
 def test_learning_curves_csv_holds_what_was_put_in(reported: Path) -> None:
@@ -210,10 +248,12 @@ def test_learning_curves_csv_holds_what_was_put_in(reported: Path) -> None:
     assert [float(r["accuracy"]) for r in mean] == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.7])
     assert [(float(r["train_s"]), float(r["trained"])) for r in mean] == [(0, 0), (10, 90), (20, 180), (30, 270), (40, 360)]
     points = [0.7, 2.5 / 3, 1.7 / 3]
-    half = 4.302652729911275 * np.std(points, ddof=1) / math.sqrt(3)
+    half = T_2 * np.std(points, ddof=1) / math.sqrt(3)
     assert (float(mean[-1]["low"]), float(mean[-1]["high"])) == pytest.approx((0.7 - half, 0.7 + half))
-    crossing = next(r for r in rows if (r["method"], r["line"]) == ("tppo", "median crossing"))
-    assert [float(crossing[name]) for name in ("train_s", "trained", "accuracy")] == pytest.approx([12, 270, 0.63])
+    crossing = {r["method"]: [float(r[x]) for x in ("train_s", "trained", "accuracy")] for r in rows if r["line"] == "crossing"}
+    middle = (8 * 12 * 16) ** (1 / 3)
+    assert crossing["tppo"] == pytest.approx([middle, 22.5 * middle, 0.63])
+    assert crossing["ppo"] == pytest.approx([40, 360, 0.63])  # a seed never arrives: the median
 
 
 def test_timeline_csv_is_a_quarter_more_than_a_step_of_the_first_method(reported: Path) -> None:

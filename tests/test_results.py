@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from benchmarks.dropped_gradient import table as dropped_table
 from benchmarks.equal_tokens import read_whole
 from benchmarks.fair_told import shown
 from benchmarks.vllm_windows import ratio
+from tppo_ref.runs.comparison import write_csv
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -305,23 +308,61 @@ def test_the_mutants():
     verdict(aim, share >= 0.95)
 
 
-def test_redrawn_headline_figures_say_what_the_summary_says(monkeypatch):
-    """Medians that the summary states are those of the comparison that is drawn; no table changes."""
-    drawn = {}
-    monkeypatch.setattr(
-        headline, "draw_learning_curves", lambda path, rows, comparison: drawn.update({path.parent.name: comparison})
-    )
+@pytest.mark.parametrize("task", ["chain", "fork"])
+def test_the_headlines_tables_are_what_the_values_of_its_seeds_say(task, monkeypatch, tmp_path):
+    """`--redraw` changes nothing in what is committed, and draws the statistics that the summary states."""
+    drawn = []
+    monkeypatch.setattr(headline, "draw_learning_curves", lambda path, rows, comparison: drawn.append((rows, comparison)))
     monkeypatch.setattr(headline, "draw_lengths", lambda *_: None)
+    kept, copy = FOLDER / "results" / f"headline-{task}", tmp_path / task
+    shutil.copytree(kept, copy)
+    headline.redraw(copy)
+    for name in ("summary.csv", "summary.md", "learning_curves.csv"):
+        assert (copy / name).read_bytes() == (kept / name).read_bytes(), f"{name}: run python -m benchmarks.headline --redraw"
+    [(curves, comparison)] = drawn
+    rows = [r for r in headline.rows_of(kept / "summary.csv") if not r["statistic"].startswith("seed ")]
+    stated = {(r["method"], r["quantity"]): r for r in rows}
+    marked = {r["method"]: (r["train_s"], r["trained"]) for r in curves if r["line"] == "crossing"}
+    for method in comparison.runs:
+        both = [stated[method, f"{name} to target"] for name in ("time", "tokens")]
+        assert comparison.typical_crossing(method) == (both[0]["statistic"], tuple(r["value"] for r in both))
+        assert marked[method] == comparison.typical_crossing(method)[1]
+        assert {r["statistic"] for r in both} == {"geometric mean" if both[0]["reached"] == headline.SEEDS else "median"}
+
+
+def test_the_headline_has_no_interval_that_is_none():
+    """95 % is said of t intervals, and of nothing else."""
     for task in ("chain", "fork"):
-        folder = FOLDER / "results" / f"headline-{task}"
-        headline.redraw(folder)
-        comparison = drawn[folder.name]
-        stated = {
-            (r["method"], r["quantity"]): r["value"] for r in headline.rows_of(folder / "summary.csv") if r["statistic"] == "median"
-        }
-        for method in comparison.runs:
-            assert comparison.median_crossing(method).train_s == stated[method, "time to target"]
-            assert comparison.median_crossing(method).tokens == stated[method, "tokens to target"]
+        rows = [r for r in table(f"headline-{task}/summary") if not r["statistic"].startswith("seed ")]
+        kinds = {(r["statistic"], r["interval"]) for r in rows if r["interval"]}
+        assert kinds <= {("mean", "95 % t"), ("geometric mean", "95 % t of logarithms"), ("median", "range")}
+        assert {r["statistic"] for r in rows if r["unit"] == "x" and r["method"] == "tppo"} == {"geometric mean"}
+        assert "bootstrap" not in (FOLDER / "results" / f"headline-{task}" / "summary.md").read_text()
+
+
+def test_a_redraw_starts_from_the_seeds_alone(monkeypatch, tmp_path):
+    """Statistics that stand in the table are not read: where they are wrong, they come out right; a seed that changes counts."""
+    for name in ("draw_learning_curves", "draw_lengths"):
+        monkeypatch.setattr(headline, name, lambda *_: None)
+    folder = tmp_path / "chain"
+    shutil.copytree(FOLDER / "results" / "headline-chain", folder)
+    rows = headline.rows_of(folder / "summary.csv")
+    for row in rows:
+        if not row["statistic"].startswith("seed "):
+            row.update(statistic="mean", interval="95 % t", value=-1.0)
+        if (row["method"], row["quantity"], row["statistic"]) == ("tppo", "time to target", "seed 1"):
+            row["value"] = math.inf
+        if (row["method"], row["quantity"], row["statistic"]) == ("ppo", "accuracy, final", "seed 3"):
+            row["value"] = 0.1
+    write_csv(folder / "summary.csv", rows)
+    headline.redraw(folder)
+    (tppo,) = [r for r in headline.rows_of(folder / "summary.csv")
+               if (r["method"], r["quantity"], r["interval"]) == ("tppo", "time to target", "range")]  # fmt: skip
+    assert (tppo["statistic"], tppo["high"], tppo["reached"]) == ("median", math.inf, 4)
+    text = (folder / "summary.md").read_text()
+    assert text.startswith("# Comparison void: PPO did not improve in seed 3\n")
+    assert "machine x86_64" in text.splitlines()[-1]
+    assert "(median, range " in headline.sentence(folder / "summary.csv")
 
 
 def test_the_bound_in_practice():

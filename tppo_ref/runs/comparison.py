@@ -18,9 +18,6 @@ from tppo_ref.method.errors import UserError
 POINTS = 3  # evaluations in a running mean
 
 
-BOOTSTRAP_SEEDS = 5  # with fewer seeds, a bootstrap of the median says less than their range
-
-
 PHASES = ("rollout", "forward", "policy", "value")  # of the training clock; the rest is "other"
 
 
@@ -35,7 +32,7 @@ RERUN = "remove its folder and run compare again"
 
 
 class Estimate(NamedTuple):
-    """A mean or median over seeds; its interval is NaN where there is one seed."""
+    """A mean, geometric mean or median over seeds and the ends of its interval or range, NaN where there is one seed."""
 
     value: float
     low: float
@@ -90,8 +87,10 @@ class Comparison:
         others = list(self.runs)[1:]
         return [self.first, *([m for m in others if m.startswith("tppo")] or others)[:1]]
 
-    def median_crossing(self, method: str) -> Crossing:
-        return Crossing(*np.median(self.crossings[method], axis=0).tolist())
+    def typical_crossing(self, method: str) -> tuple[str, Crossing]:
+        """The statistic over the method's seeds, "geometric mean" or "median", and its seconds and tokens (see `typical`)."""
+        (statistic, train_s), (_, tokens) = (typical(values) for values in zip(*self.crossings[method], strict=True))
+        return statistic, Crossing(train_s.value, tokens.value)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -185,14 +184,18 @@ def compare_runs(runs: Mapping[str, Sequence[Run]], share: float) -> Comparison:
     """Target, crossings and validity. The first method sets the target, and must have learnt something in every seed."""
     first, firsts = next(iter(runs.items()))
     common = min(len(run.accuracy) for run in firsts)
-    mean_accuracy = np.mean([run.accuracy[:common] for run in firsts], axis=0)
-    target, void = share * float(whole_means(mean_accuracy).max()), ""
-    if worse := [str(run.seed) for run in firsts if not running_mean(run.accuracy)[-1] > run.accuracy[0]]:
-        void = f"{display(first)} did not improve in {'seed' if len(worse) == 1 else 'seeds'} {', '.join(worse)}"
-    elif target <= mean_accuracy[0]:
-        void = f"the target {target:.3f} is not above {display(first)}'s accuracy at the start, {mean_accuracy[0]:.3f}"
+    target = share * float(whole_means(np.mean([run.accuracy[:common] for run in firsts], axis=0)).max())
+    ends = {run.seed: (run.accuracy[0], running_mean(run.accuracy)[-1]) for run in firsts}
     crossings = {method: [crossing(run, target) for run in group] for method, group in runs.items()}
-    return Comparison(runs=runs, share=share, target=target, void=void, crossings=crossings)
+    return Comparison(runs=runs, share=share, target=target, void=void_because(first, target, ends), crossings=crossings)
+
+
+def void_because(first: str, target: float, ends: Mapping[int, tuple[float, float]]) -> str:
+    """Why a comparison shows nothing, "" where it is valid. `ends`: the first method's (start, final) accuracy by seed."""
+    if worse := [str(seed) for seed, (start, final) in ends.items() if not final > start]:
+        return f"{display(first)} did not improve in {'seed' if len(worse) == 1 else 'seeds'} {', '.join(worse)}"
+    start = float(np.mean([start for start, _ in ends.values()]))
+    return "" if target > start else f"the target {target:.3f} is not above {display(first)}'s accuracy at the start, {start:.3f}"
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Estimate:
@@ -214,15 +217,27 @@ def holm(p: Iterable[float], level: float = 0.05) -> list[bool]:
     return falls
 
 
-def median_interval(values: Sequence[float]) -> Estimate:
-    """Median with a 95 % percentile bootstrap interval, or the range where there are fewer than 5. Infinite values count."""
+def geometric(values: Iterable[float]) -> Estimate:
+    """Geometric mean of positive, finite values, as ratios and times are, and the 95 % Student-t interval of the mean logarithm."""
+    return Estimate(*map(math.exp, mean_interval(np.log(list(values)))))
+
+
+def median_range(values: Sequence[float]) -> Estimate:
+    """Median, and the least and the largest: what few seeds that do not all arrive let say. Infinite values count."""
     x = np.asarray(values, dtype=float)
-    if len(x) < BOOTSTRAP_SEEDS:
-        low, high = (float(x.min()), float(x.max())) if len(x) > 1 else (math.nan, math.nan)
-        return Estimate(float(np.median(x)), low, high)
-    finite = np.where(np.isfinite(x), x, 1e150)  # percentiles are interpolated, and inf - inf is not a number
-    found = scipy.stats.bootstrap((finite,), np.median, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
-    return Estimate(float(np.median(x)), *(math.inf if bound > 1e100 else float(bound) for bound in found.confidence_interval))
+    low, high = (float(x.min()), float(x.max())) if len(x) > 1 else (math.nan, math.nan)
+    return Estimate(float(np.median(x)), low, high)
+
+
+def arrives(value: float) -> bool:
+    """Of a time to the target, of tokens to it or of a speed-up: positive and finite, so that it has a logarithm."""
+    return 0 < value < math.inf
+
+
+def typical(values: Sequence[float]) -> tuple[str, Estimate]:
+    """Of such values over seeds: ("geometric mean", with its interval) where all arrive, else ("median", with the range). A mean
+    without the seeds that do not arrive would flatter, and with them there is none."""
+    return ("geometric mean", geometric(values)) if all(map(arrives, values)) else ("median", median_range(values))
 
 
 def speed_up(first_s: float, other_s: float) -> float:
@@ -251,3 +266,12 @@ def quantities(run: Run) -> dict[str, tuple[float, str]]:
 def display(method: str) -> str:
     """A method's name in tables and figures."""
     return {"ppo": "PPO", "tppo": "T-PPO"}.get(method, method)
+
+
+def number(value: float, unit: str) -> str:
+    """A number as tables and figures print it."""
+    if math.isinf(value):
+        return "never" if unit in ("s", "tokens") else "infinite"
+    if unit == "s":
+        return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+    return {"accuracy": f"{value:.3f}", "share": f"{100 * value:.1f} %", "x": f"{value:.2f}x"}.get(unit, f"{value:,.0f}")

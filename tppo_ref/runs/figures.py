@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tppo_ref.runs.colours import look
-from tppo_ref.runs.comparison import Comparison, Run, display, mean_interval, read_table, running_mean
+from tppo_ref.runs.comparison import Comparison, Run, display, mean_interval, number, read_table, running_mean
 
 DPI, FONT, SMALL = 150, 9.5, 8.5  # 8 inches at 150 dpi are 1200 px
 BINS = 12  # of the training clock, for mean lengths
@@ -32,25 +32,23 @@ def headline(comparison: Comparison) -> str:
     if comparison.void:
         return f"Comparison void: {comparison.void}"
     parts: list[str] = []
-    for method in sorted(comparison.pair, key=lambda m: comparison.median_crossing(m).train_s):
-        time_s, reaches = comparison.median_crossing(method).train_s, "" if parts else f" reaches {comparison.target:.2f}"
+    notes: list[str] = []
+    for method in sorted(comparison.pair, key=lambda m: comparison.typical_crossing(m)[1].train_s):
+        statistic, (time_s, _) = comparison.typical_crossing(method)
         when = number(time_s, "s") if math.isfinite(time_s) else seeds_reached(comparison, method)
-        parts.append(f"{display(method)}{reaches} in {when}")
-    return ", ".join(parts) + (f" (median of {comparison.num_seeds} seeds)" if comparison.num_seeds > 1 else " (one seed)")
+        parts.append(f"{display(method)}{'' if parts else f' reaches {comparison.target:.2f}'} in {when}")
+        note = " (one seed)" if comparison.num_seeds == 1 else f" ({statistic} of {comparison.num_seeds} seeds)"
+        if statistic == "median":
+            note = f" (median, {seeds_reached(comparison, method)} arrive)"
+        notes.append(note if math.isfinite(time_s) else "")
+    if len(set(notes)) == 1:  # said once where it holds for both
+        return ", ".join(parts) + notes[0]
+    return ", ".join(part + note for part, note in zip(parts, notes, strict=True))
 
 
 def seeds_reached(comparison: Comparison, method: str) -> str:
     reached = sum(math.isfinite(crossing.train_s) for crossing in comparison.crossings[method])
     return f"{reached} of {comparison.num_seeds} seeds"
-
-
-def number(value: float, unit: str) -> str:
-    """A number as the table prints it."""
-    if math.isinf(value):
-        return "never" if unit in ("s", "tokens") else "infinite"
-    if unit == "s":
-        return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
-    return {"accuracy": f"{value:.3f}", "share": f"{100 * value:.1f} %", "x": f"{value:.2f}x"}.get(unit, f"{value:,.0f}")
 
 
 def method_handle(method: str, label: str) -> Line2D:
@@ -83,7 +81,7 @@ def values(rows: Rows, name: str) -> np.ndarray:
 
 def learning_curve_rows(comparison: Comparison) -> Rows:
     """3-point running means of the accuracy: of each seed, their mean over seeds, evaluation by evaluation, with its 95 % band;
-    then where the median seed reaches the target. train_s in seconds, trained in response tokens."""
+    then where the method reaches the target (Comparison.typical_crossing). train_s in seconds, trained in response tokens."""
     rows: Rows = []
     for method, runs in comparison.runs.items():
         curves = [(r.evaluations["time/train_s"], r.evaluations["ledger/trained"], running_mean(r.accuracy)) for r in runs]
@@ -93,8 +91,12 @@ def learning_curve_rows(comparison: Comparison) -> Rows:
             band = mean_interval([accuracy[i] for _, _, accuracy in curves])
             x = [np.mean([curve[k][i] for curve in curves]) for k in (0, 1)]
             rows.append(curve_row(method, "mean", *x, *band))
-        rows.append(curve_row(method, "median crossing", *comparison.median_crossing(method), comparison.target))
+        rows.append(crossing_row(comparison, method))
     return rows
+
+
+def crossing_row(comparison: Comparison, method: str) -> dict[str, Any]:
+    return curve_row(method, "crossing", *comparison.typical_crossing(method)[1], comparison.target)
 
 
 def curve_row(method: str, line: str, train_s: float, tokens: float, accuracy: float, *band: float) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None
             alpha = 0.13 if len(comparison.runs) < 4 else 0.05
             axes.fill_between(values(mean, x) * scale, *band, color=line["color"], alpha=alpha, linewidth=0)
             axes.plot(values(mean, x) * scale, values(mean, "accuracy"), **line, linewidth=2.0)
-            for point in select(rows, method=method, line="median crossing"):
+            for point in select(rows, method=method, line="crossing"):
                 if np.isfinite(point[x]):
                     axes.plot(point[x] * scale, point["accuracy"], mark, color=line["color"], markersize=8, markeredgecolor="white")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
@@ -140,10 +142,11 @@ def draw_learning_curves(path: Path, rows: Rows, comparison: Comparison) -> None
 
 
 def curve_label(comparison: Comparison, method: str) -> str:
-    crossing = comparison.median_crossing(method)
+    statistic, crossing = comparison.typical_crossing(method)
     if not np.isfinite(crossing.train_s):
         return f"{display(method)}: in {seeds_reached(comparison, method)}"
-    return f"{display(method)}: {number(crossing.train_s, 's')}, {crossing.tokens / 1e3:,.0f}k tokens"
+    note = f" (median, {seeds_reached(comparison, method)})" if statistic == "median" else ""
+    return f"{display(method)}: {number(crossing.train_s, 's')}, {crossing.tokens / 1e3:,.0f}k tokens{note}"
 
 
 def timeline_rows(comparison: Comparison) -> Rows:
