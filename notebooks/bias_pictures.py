@@ -10,9 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from sim.lab import instances
 from sim.lab.bias import conditional_moments
-from sim.lab.bounds import at_the_cut, cut_bound, surprise_bound
+from sim.lab.bounds import cut_bound, surprise_bound
 from sim.lab.critics import critic
 from sim.lab.estimators import ESTIMATORS, Estimator
 from sim.lab.gradients import GradientError, gradient_errors, knee
@@ -154,27 +153,6 @@ def draw_split(split: Split, worlds: Sequence[str]) -> Figure:
     panels[0].legend(frameon=False, fontsize=8.5, loc="upper left")
     figure.suptitle("The paper's rule or the critic's own word: what the critic knows matters more", fontweight="bold", fontsize=11)
     return figure
-
-
-# -------------------------------------------------------------------------------------------------- section 5: who varies more
-
-
-def variance_order(every_token: bool, num_mdps: int = 60) -> tuple[int, int, int, int]:
-    """Tokens before a cut of random MDPs, and at how many of them EGAE's variance is above the whole response's, above and below
-    that of the critic's own value. Asserts P5 on the way: the critic's own value is never above the whole response."""
-    counted = []
-    for seed in range(num_mdps):
-        mdp, policy_NA, _ = instances.load(
-            "random", seed=seed, num_states=4, num_tokens=2, max_tokens=6, outcomes=2, every_token=every_token
-        )
-        rollouts = Rollouts(mdp, policy_NA)
-        before = (mdp.depth_N < 3)[:, None] & (at_the_cut(rollouts, np.ones(mdp.num_nodes), np.array([3])) > 1e-12)
-        A, B, C = (conditional_moments(rollouts, rollouts.solution.value_N, estimator(name, LAM), 3).variance_NA[before]
-                   for name in ("gae", "egae", "cut-gae"))  # fmt: skip
-        assert (C <= A + 1e-12).all()
-        counted.append((len(A), (B > A + 1e-12).sum(), (B > C + 1e-12).sum(), (C > B + 1e-12).sum()))
-    num, above_A, above_C, below_C = map(int, np.sum(counted, axis=0))
-    return num, above_A, above_C, below_C
 
 
 # ------------------------------------------------------------------------------------------------------ section 6: which window

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sim.lab.bounds import cut_bound, surprise_bound
+from sim.lab import instances
+from sim.lab.bounds import at_the_cut, cut_bound, surprise_bound
 from sim.lab.checks import Floats, Ints
 from sim.lab.critics import check_critic
 from sim.lab.estimators import Estimator, estimate
@@ -173,3 +175,42 @@ def _at(
         rms_bias=mean(bias**2) ** 0.5, max_bias=float(bias.max()), cut_bias=mean(cut), bound=known(bound),
         second_bound=known(second), variance=mean(variance),
     )  # fmt: skip
+
+
+class VarianceOrder(NamedTuple):
+    """At how many (token, window) EGAE's variance lies above the whole response's (GAE), above and below that of the critic's own
+    value at the cut, and at how many the last lies above the whole response's (P5: none, with the exact critic)."""
+
+    cases: int
+    above_whole: int
+    above_critic: int
+    below_critic: int
+    critic_above_whole: int
+
+
+def variance_order(worlds: Iterable[Rollouts], windows: Sequence[int], lam: float = 0.95) -> VarianceOrder:
+    """Counts over the tokens of each world's first window that its cut can follow, for each of `windows`, with the exact critic.
+
+    Variances given (s_t, a_t); those within 1e-9 count as equal.
+    """
+    counts = []
+    for rollouts in worlds:
+        value_N, depth_N = rollouts.solution.value_N, rollouts.mdp.depth_N
+        for window in windows:
+            alive_NA = at_the_cut(rollouts, np.ones(rollouts.mdp.num_nodes), rollouts.edges(window))
+            rules = (Estimator(lam=lam, cut_value="none"), Estimator(lam=lam), Estimator(lam=lam, cut_value="critic"))
+            moments = [conditional_moments(rollouts, value_N, rule, window) for rule in rules]
+            chosen_NA = (moments[1].sampled_NA > 0) & (depth_N < window)[:, None] & (alive_NA > 0)
+            whole, egae, critic = (m.variance_NA[chosen_NA] for m in moments)
+            pairs = ((egae, whole), (egae, critic), (critic, egae), (critic, whole))
+            counts.append([len(egae), *(int((one > other + 1e-9).sum()) for one, other in pairs)])
+    return VarianceOrder(*np.sum(counts, axis=0).tolist())
+
+
+def random_variance_order(every_token: bool, num_mdps: int = 300) -> VarianceOrder:
+    """`variance_order` of the random MDPs of seeds 0 .. num_mdps - 1: 4 states, 2 tokens, responses of at most 5 tokens, one
+    outcome or two in turn, each an end with probability 0.2; windows of 1 to 4, lambda 0.95; rewards at every token, or at the end
+    only."""
+    made = (instances.random(seed=seed, num_states=4, num_tokens=2, max_tokens=5, outcomes=1 + seed % 2, p_end=0.2,
+                             every_token=every_token) for seed in range(num_mdps))  # fmt: skip
+    return variance_order((Rollouts(mdp, policy_NA) for mdp, policy_NA, _ in made), range(1, 5))
