@@ -20,10 +20,11 @@ from tppo_ref.method.slots import SlotSchedule
 from tppo_ref.rollout.batcher import SampleStream, SuccessiveBatcher
 from tppo_ref.rollout.models import load_value_model
 from tppo_ref.rollout.torch_engine import TorchEngine
+from tppo_ref.runs.build import make_task
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.evaluate import Sampled, Sampler
 from tppo_ref.runs.parsing import replace_fields
-from tppo_ref.runs.pretrain import explained_by_position, fit_value, pretrain_value, sample_responses
+from tppo_ref.runs.pretrain import explained_by_position, fit_value, partition, pretrain_value, sample_responses
 
 
 def config_of(responses: int, samples: int = 1) -> Config:
@@ -91,6 +92,15 @@ def test_no_prompt_is_on_both_sides_for_any_number_of_ranks(texts, wanted, sampl
     assert test
     assert ids == list(range(wanted))
     assert sides(1) == (fit, test, ids)
+    everyone, held_out, _ = sample_responses(config, Numbers(0, 1), prompts)
+    assert partition(config, prompts).num_fitted == sum(r.prompt.token_ids not in held_out for r in everyone)
+
+
+@pytest.mark.parametrize(("task", "wanted", "held_out"), [("fork", 8192, 6630), ("chain", 8192, 5786)])
+def test_where_prompts_repeat_most_responses_are_held_out(task, wanted, held_out):
+    """So many as the command's own report counted (docs/log.md, 2026-11-22, studies of text)."""
+    config = replace_fields(Config(), {"value.pretrain_responses": wanted, "task.name": task})
+    assert wanted - partition(config, make_task(config).prompts("train")).num_fitted == held_out
 
 
 def test_a_fifth_of_the_prompts_is_held_out_with_all_of_their_samples():

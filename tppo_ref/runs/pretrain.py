@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,28 +94,54 @@ def pretrain_value(
     return folder
 
 
-def sample_responses(
-    config: Config, sampler: Sampler, prompts: Sequence[Prompt]
-) -> tuple[list[Response], frozenset[tuple[int, ...]], int]:
-    """This rank's responses, the token ids of the held-out prompts, and this rank's failed verifications.
+class Partition(NamedTuple):
+    """What value.pretrain_responses are made of.
+
+    prompts      the ones that are answered, `samples` responses to each
+    held_out     token ids of the prompts whose responses nothing is fitted to
+    num_fitted   responses that are left, of all ranks. Far fewer than value.pretrain_responses where prompts repeat: every response
+                 to a held-out text is held out
+    """
+
+    prompts: list[Prompt]
+    samples: int
+    held_out: frozenset[tuple[int, ...]]
+    num_fitted: int
+
+
+def partition(config: Config, prompts: Sequence[Prompt]) -> Partition:
+    """Which of `prompts` value pre-training answers, and which it holds out; nothing is sampled.
 
     The prompts are the first ones in a seeded order, rollout.samples_per_prompt responses to each, more where prompts are few. The
     same prompts are held out on every rank and on any number of ranks: those that are sampled first, but never all of them.
+    UserError where there is only one text.
     """
     wanted = config.value.pretrain_responses
     samples = max(config.rollout.samples_per_prompt, -(-wanted // len(prompts)))
     order = np.random.default_rng(PRETRAIN_SEED).permutation(len(prompts))
     chosen = [prompts[int(i)] for i in order[: -(-wanted // samples)]]
     stream = SampleStream(chosen, samples_per_prompt=samples, seed=PRETRAIN_SEED)
-    texts = [tuple(stream.prompt_of(sample)[0].token_ids) for sample in range(0, wanted, samples)]
+    begins = range(0, wanted, samples)
+    texts = [tuple(stream.prompt_of(sample)[0].token_ids) for sample in begins]
     held_out = list(dict.fromkeys(texts[: -(-max(1, round(HELD_OUT * wanted)) // samples)]))
     if set(held_out) >= set(texts):  # few texts, that repeat: the last one found is left to fit the model to
         held_out.pop()
     if not held_out:
         raise UserError(f"value.pretrain_responses: got {wanted}, which are responses to 1 prompt; expected at least 2 different "
                         f"ones, as some are held out; take more responses, or more prompts")  # fmt: skip
-    sampled = sampler(chosen, samples_per_prompt=samples, seed=PRETRAIN_SEED)
-    return [r for r in sampled.responses if r.id < wanted], frozenset(held_out), sampled.num_failures
+    apart = frozenset(held_out)
+    num_fitted = sum(min(samples, wanted - begin) for begin, text in zip(begins, texts, strict=True) if text not in apart)
+    return Partition(chosen, samples, apart, num_fitted)
+
+
+def sample_responses(
+    config: Config, sampler: Sampler, prompts: Sequence[Prompt]
+) -> tuple[list[Response], frozenset[tuple[int, ...]], int]:
+    """This rank's responses, the token ids of the held-out prompts, and this rank's failed verifications; see `partition`."""
+    made = partition(config, prompts)
+    sampled = sampler(made.prompts, samples_per_prompt=made.samples, seed=PRETRAIN_SEED)
+    wanted = [r for r in sampled.responses if r.id < config.value.pretrain_responses]
+    return wanted, made.held_out, sampled.num_failures
 
 
 def fit_value(
