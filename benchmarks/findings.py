@@ -13,8 +13,9 @@ and a table between `<!-- begin NAME -->` and `<!-- end -->`. So new seeds chang
 
 Sources: exact (benchmarks/exact_numbers.py); text and runs (ablations_summary.csv, ablations.csv); early (early_decision.csv);
 headline (headline-*/summary.csv); fair (fair-headline-*.csv); bound (bound_in_practice.csv); study (the runs of a plan in
-prestated/, as far as they are there: drop the CSV in and run this);
-throughput tables by their file's name. Text comparisons also get Holm's correction over the whole summary.
+prestated/, as far as they are there: drop the CSV in and run this); critics (what those of the factorials
+were fitted to, and know); throughput tables by their file's name. Text comparisons also get Holm's correction over the whole
+summary.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def throughput(name: str, key: str, column: str) -> float:
 Sources, Blocks = dict[str, Callable[[str, str], Any]], dict[str, Callable[[], str]]
 SOURCES: Sources = {
     "exact": exact, "text": text, "runs": runs, "ratio": ratio, "early": early, "headline": headline, "cuts": cuts,
-    "batches": batches, "fair": fair, "bound": bound, "study": studies_told.study,
+    "batches": batches, "fair": fair, "bound": bound, "study": studies_told.study, "critics": studies_told.critics,
     **{name: functools.partial(throughput, name) for name in ("conditions", "slots", "lengths", "windows", "models", "tails")},
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 study              a number
 lines_of_studies   every contrast
-lines_of_critics   what the critics of the factorials know
+critics            what the critics of the factorials were fitted to, and know
+lines_of_critics   the same as a table
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from typing import Any
 from benchmarks import equal_tokens, factorial, studies
 from benchmarks import study as stated
 from benchmarks.common import RESULTS
+from tppo_ref.runs.build import make_task
+from tppo_ref.runs.config import Config
 from tppo_ref.runs.docs_pages import markdown_table
+from tppo_ref.runs.parsing import replace_fields
+from tppo_ref.runs.pretrain import partition
+
+FACTORIALS = (studies.ALL["factorial"], studies.ALL["new-tasks"])
 
 
 @functools.cache
@@ -62,16 +69,38 @@ def lines_of_studies() -> str:
     return markdown_table(("study", "contrast, the primary one in bold", "difference, interval, verdict"), rows)
 
 
+@functools.cache
+def fitted(task: str, critic: str) -> int:
+    """Responses that a factorial's critic was fitted to, of the CRITICS[critic] that were sampled: what is not held out, from the
+    task's prompts alone."""
+    config = replace_fields(Config(), {"task.name": task, "value.pretrain_responses": factorial.CRITICS[critic]})
+    return partition(config, make_task(config).prompts("train")).num_fitted
+
+
+def explained(task: str, critic: str) -> float:
+    """How much a factorial's critic explains in the first third of the budget, over all runs that begin with it."""
+    (made,) = (made for made in FACTORIALS if task in made.tasks)
+    rows = [row for row in equal_tokens.read_whole(RESULTS / made.path.name)[0] if (row["task"], row["mark"]) == (task, 1)]
+    return equal_tokens.mean([row["explained_variance"] for row in rows if f"-{critic}-" in row["arm"]])
+
+
+def critics(key: str, column: str) -> float:
+    """ "fork strong": of a factorial's critic the responses `sampled` and `fitted`, and the variance `explained`; "fork": how many
+    `times` as many are fitted for the strong one as for the weak one."""
+    if column == "times":
+        return fitted(key, "strong") / fitted(key, "weak")
+    task, critic = key.split()
+    return {"sampled": lambda: factorial.CRITICS[critic], "fitted": lambda: fitted(task, critic),
+            "explained": lambda: explained(task, critic)}[column]()  # fmt: skip
+
+
 def lines_of_critics() -> str:
-    """How much the critics of the factorials explain in the first third of the budget, over all runs that begin with them."""
-    found = []
-    for made in (studies.ALL["factorial"], studies.ALL["new-tasks"]):
-        rows = [row for row in equal_tokens.read_whole(RESULTS / made.path.name)[0] if row["mark"] == 1]
-        for task, critic in itertools.product(made.tasks if rows else (), factorial.CRITICS):
-            of = [row["explained_variance"] for row in rows if row["task"] == task and f"-{critic}-" in row["arm"]]
-            found.append([task, critic, factorial.CRITICS[critic], format(round(equal_tokens.mean(of), 2) + 0.0, ".2f")])
-    return (
-        markdown_table(("task", "critic", "responses it was pre-trained on", "explained variance"), found)
-        if found
-        else "No run yet.\n"
-    )
+    """What the critics of the factorials were made of, and what they know."""
+    rows = []
+    for made in FACTORIALS:
+        there = equal_tokens.read_whole(RESULTS / made.path.name)[0]
+        for task, critic in itertools.product(made.tasks if there else (), factorial.CRITICS):
+            knows = format(round(explained(task, critic), 2) + 0.0, ".2f")
+            rows.append([task, critic, format(factorial.CRITICS[critic], ","), format(fitted(task, critic), ","), knows])
+    head = ("task", "critic", "responses sampled", "fitted on", "explained variance")
+    return markdown_table(head, rows) if rows else "No run yet.\n"

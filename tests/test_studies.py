@@ -436,8 +436,22 @@ def test_what_the_critics_of_the_factorial_explain_stands_beside_it(results):
         row["explained_variance"] = {1: seen if row["seed"] else math.nan, 2: 0.9, 3: 0.9}.get(row["mark"], math.nan)
     equal_tokens.append(results / "factorial.csv", rows)
     assert studies_told.lines_of_critics().splitlines()[2:] == [
-        "| chain | weak | 1024 | 0.10 |", "| chain | strong | 8192 | 0.30 |", "| fork | weak | 1024 | 0.00 |", "| fork | strong | 8192 | 0.00 |"
+        "| chain | weak | 1,024 | 584 | 0.10 |", "| chain | strong | 8,192 | 2,406 | 0.30 |",
+        "| fork | weak | 1,024 | 574 | 0.00 |", "| fork | strong | 8,192 | 1,562 | 0.00 |",
     ]  # fmt: skip
+
+
+def test_a_critic_is_fitted_to_what_is_not_held_out():
+    """As an audit counted them from the prompts alone; which are held out is tests/test_pretrain.py's."""
+    fitted = {"chain": (584, 2406), "fork": (574, 1562), "maze": (799, 5964), "brackets": (807, 6092)}
+    for made in (studies.ALL["factorial"], studies.ALL["new-tasks"]):
+        for task, (at, critic) in itertools.product(made.tasks, enumerate(("weak", "strong"))):
+            (fields,) = {tuple(made.models[arm].items()) for arm in made.arms if f"-{critic}-" in arm}
+            assert fields == (("value.pretrain_responses", studies_told.critics(f"{task} {critic}", "sampled")),)
+            assert studies_told.critics(f"{task} {critic}", "fitted") == fitted[task][at]
+    assert studies_told.critics("fork", "times") == pytest.approx(1562 / 574)
+    with pytest.raises(KeyError):
+        findings.rewrite('1<!-- critics "fork strongest" fitted s -->')
 
 
 def test_the_page_shows_the_primary_contrast_of_each_study_with_its_command():
