@@ -1,7 +1,7 @@
 """Cut rule x critic x window: does the best rule at the cut depend on how good the critic is? On text, at equal generated tokens.
 
     python -m benchmarks.factorial [--seeds 32] [--jobs 2]      # says how long it will take; --seeds 0 only prints what is there
-    python -m benchmarks.factorial --tasks maze brackets        # the same of two tasks whose value moves fast: a study of its own
+    python -m benchmarks.factorial --tasks maze brackets        # the same of the two tasks made to test the cut: a study of its own
 
 Arms, contrasts, verdicts and stopping rules: prestated/2026-11-21-factorial.md, and for maze and brackets
 2026-11-22-factorial-new-tasks.md, each written before its first run. No tail, four answers per prompt at each evaluation; how such

@@ -111,7 +111,7 @@ SOURCES: findings.Sources = {**findings.SOURCES, "response": response, "rule": r
 
 def lines_of_rules() -> str:
     """The three rules: on the response of the page, and on forty random MDPs under three critics."""
-    worlds = {"exact": "exact", "noise:0.3": "+ noise", "drift:0.3": "+ drift"}
+    worlds = {"exact": "exact", "noise:0.3": "+ noise 0.3", "drift:0.3": "+ drift 0.3"}
     head = ["rule", "what stands for V(s_l), and whose rule it is", "δ at the cut", "q is told",
             *(f"critic {word}" for word in worlds.values())]  # fmt: skip
     rows = []

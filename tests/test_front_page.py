@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import importlib.util
 import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections import Counter
 from itertools import pairwise
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import bare_numbers
 
-from benchmarks import fair_headline, fair_told, findings, front_page, pictures
+from benchmarks import fair_headline, fair_told, findings, front_page, pictures, studies
 from sim.command import parse
 from sim.lab.examination import BiasConfig, examine
 from tppo_ref.method.records import End
@@ -42,12 +43,12 @@ def test_every_mark_is_read_and_every_block_is_there():
     assert {"response", "motion", "headline", "slots", "text", "exact", "batches", "early"} <= {mark["source"] for mark in MARKS}
 
 
-SETTINGS = {"0", "0.005", "0.95", "1", "2.5", "16", "32", "64", "95", "128", "2,048", "256"}
+SETTINGS = {"0", "0.005", "0.3", "0.95", "1", "2.5", "16", "32", "64", "95", "128", "2,048", "256"}
 
 
 def test_what_stands_without_a_mark_is_a_setting():
     noise = (r"(?s:```.*?```)", r"`[^`]*`", r"(?s:\$\$.*?\$\$)", r"\$[^$]*\$", r"\]\([^)]*\)", r"arXiv [\d.]+", r"^\d\. ",
-             r"s_\{?l[^ ]*", r"\b32B")  # fmt: skip
+             r"s_\{?l[^ ]*", r"\b32B", r"\bH800")  # fmt: skip
     assert bare_numbers(PAGE, noise) <= SETTINGS, "a number without a mark"
 
 
@@ -93,16 +94,104 @@ def test_what_it_says_of_its_numbers_in_words():
 
 def test_its_commands_are_modules_that_are_there():
     commands = set(re.findall(r"python -m ([\w.]+)", PAGE))
-    assert {"benchmarks.one_response", "benchmarks.front_page", "benchmarks.headline", "benchmarks.findings"} <= commands
+    assert {"benchmarks.one_response", "benchmarks.front_page", "benchmarks.headline", "benchmarks.studies", "sim"} <= commands
     assert [name for name in commands if importlib.util.find_spec(name) is None] == []
 
 
-def test_its_bias_command_prints_the_bias_that_the_page_states():
-    (words,) = re.findall(r"`python -m sim (bias [^`]*)`", PAGE)
-    config = parse(BiasConfig, words.split()[1:], command="bias", description="")
-    near, *_, far = examine(dataclasses.replace(config, estimators=("egae",))).findings["egae"].distances[config.window[0]]
-    assert f"{near.mean_bias:.4f}<!-- exact" in PAGE
-    assert f"{far.mean_bias:.4f}<!-- exact" in PAGE
+# -------------------------------------------------------------------------------------- every number has a command under its heading
+
+COMMAND = re.compile(r"python -m [^`\n]+")
+MADE_BY = {
+    "text": "benchmarks.ablations", "early": "benchmarks.early_decision", "cuts": "benchmarks.cut_rules",
+    "batches": "benchmarks.critic_batches", "headline": "benchmarks.headline", "response": "benchmarks.one_response",
+    "rule": "benchmarks.one_response", "motion": "benchmarks.front_page",
+    **dict.fromkeys(("slots", "lengths", "windows"), "sim throughput"),
+}  # fmt: skip
+"""Source of a mark -> module, and what else stands in its command, where the key does not matter."""
+BLOCKS_MADE_BY = {"slots": "benchmarks.front_page", "response": "benchmarks.one_response", "tokens": "benchmarks.one_response",
+                  "cuts": "benchmarks.one_response", "rules": "benchmarks.cut_rules"}  # fmt: skip
+examination = functools.cache(lambda words: examine(parse(BiasConfig, list(words), command="bias", description="")))
+
+
+def prints(words: list[str], key: str, column: str) -> bool:
+    """Whether `python -m sim bias` with these words prints that number of the laboratory."""
+    name, rule, window, *more = key.split()
+    plain = rule.rstrip("0123456789")
+    config = examination(tuple(words)).config
+    if (config.instance, config.offsets) != (name, "all" if "anywhere" in more else "first") or int(window) not in config.window:
+        return False
+    if plain not in config.estimators or rule[len(plain) :] not in ("", str(config.tail)):
+        return False
+    finding = examination(tuple(words)).findings[plain]
+    end, _, what = column.partition("_")
+    here = finding.distances[int(window)][{"near": 0, "far": -1}[end]] if end in ("near", "far") else finding.errors[int(window)]
+    return getattr(here, what or column) == pytest.approx(findings.SOURCES["exact"](key, column), rel=1e-9, abs=1e-12)
+
+
+def makes(command: str, source: str, key: str, column: str) -> bool:
+    """Whether a command makes a mark's number, or the runs that it is of."""
+    module, *words = shlex.split(command)[2:]
+    if source == "exact":
+        return (module, words[:1]) == ("sim", ["bias"]) and prints(words[1:], key, column)
+    if source == "study":
+        return command == studies.COMMANDS[key.split()[0]]
+    if source == "fair":
+        return module == "benchmarks.fair_headline" and key.split()[0] in words
+    return " ".join([module, *words]) == MADE_BY[source]
+
+
+def without_command(page: str) -> list[str]:
+    """Marks and tables under whose heading no command stands that makes them."""
+    found = []
+    for part in re.split(r"^(?=## )", page, flags=re.MULTILINE):
+        commands = COMMAND.findall(part)
+        found += [mark["mark"] for mark in findings.MARK.finditer(part)
+                  if not any(makes(command, mark["source"], mark["key"], mark["column"]) for command in commands)]  # fmt: skip
+        found += [block for block in re.findall(r"<!-- begin (\w+) -->", part)
+                  if f"python -m {BLOCKS_MADE_BY[block]}" not in commands]  # fmt: skip
+    return found
+
+
+def test_every_number_has_a_command_under_its_heading():
+    assert without_command(PAGE) == []
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMAND.findall(PAGE) if "front_page" not in c}))
+def test_a_number_without_its_command_is_noticed_and_no_command_is_idle(command):
+    assert without_command(re.sub(re.escape(command) + r"(?=[`\n])", "", PAGE)), "no number on the page needs this command"
+
+
+# ------------------------------------------------------------------------------------------------------------ short, and in order
+
+
+def test_the_picture_comes_first_and_what_is_not_folded_takes_ten_minutes():
+    text = findings.MARK.sub(lambda mark: mark["value"], PAGE)
+    before = text.partition("![")[0].partition("\n\n")[2]
+    assert len(re.findall(r"\. |\.$", before, flags=re.MULTILINE)) == 2, "two sentences before the picture"
+    unfolded = re.sub(r"(?s)<details markdown><summary>(.*?)</summary>.*?</details>", r"\1", text)
+    for what in (r"<!--.*?-->", r"!\[[^\]]*\]\([^)]*\)", r"(?<=\])\([^)]*\)", r"^[|\s:-]+$", r"(?<= )\|(?= )|^\||\|$", r"&nbsp;"):
+        unfolded = re.sub(what, " ", unfolded, flags=re.MULTILINE)
+    assert 1500 < len(unfolded.split()) <= 2300, "at 230 words a minute"
+    assert PAGE.count("<details markdown>") == PAGE.count("</details>") == text.count("\n\n</details>")
+
+
+def test_what_it_says_of_sizes_places_and_settings_that_no_mark_can_hold():
+    text = " ".join(PAGE.split())
+    assert "with a deviation of 0.3; *drift* grows evenly with the length, up to 0.3" in text
+    assert set(findings.cut_rules.CRITICS) == {"exact", "noise:0.3", "drift:0.3"}
+    for table in ("slots", "lengths", "windows"):  # "on 64 H800"
+        keys = {mark["key"] for mark in MARKS if mark["source"] == table}
+        assert {row["gpus"] for row in findings.table(f"throughput_{table}") if row["what"] in keys} == {"64xH800"}
+    assert "with settings tuned on `chain`" in text  # tests/test_findings.py: the settings of fork's runs are sweep-chain's
+    assert "two with the same critic and spread ends are undecided" in text
+    assert {findings.SOURCES["study"](f"{name} 1", "verdict") for name in ("spread", "spread-again")} == {"undecided"}
+    out, once, later = (
+        findings.SOURCES["exact"](f"thinking {rule} 8", "relative") for rule in ("egae-exclude4", "egae", "egae-defer4")
+    )
+    assert "worse than training it at once, which is worse than training it one window later" in text
+    assert out > once > later
+    assert "on text both undecided" in text
+    assert {findings.text(f"all tail-{arm} tppo area", "verdict") for arm in ("none", "defer")} == {"undecided"}
 
 
 # ------------------------------------------------------------------------------------------------------- the response, by hand

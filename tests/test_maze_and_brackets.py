@@ -1,4 +1,4 @@
-"""The two tasks whose value moves fast: walks and words made by solvers of their own, from the prompt as people read it."""
+"""The two tasks that were made to test the cut: walks and words made by solvers of their own, from the prompt as people read it."""
 
 from __future__ import annotations
 
