@@ -32,6 +32,7 @@ from tppo_ref.runs.docs_pages import markdown_table
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "index.md", ROOT / "README.md"
 PICTURES = PAGE.parent / "pictures"
+WIDTH_IN_README = 420  # so that picture, method and what it brings fit one screen of 1280 x 900
 RULES: dict[CutValue, str] = {
     "previous": "V(s_{l−1}): as if nothing had happened. T-PPO's",
     "critic": "V(s_l), the critic's own word. The usual bootstrap at a time limit",
@@ -151,10 +152,10 @@ def drawn() -> dict[str, str]:
     }
 
 
-def shown(name: str, folder: str = "pictures") -> str:
-    """A picture on the page, with its own description as alternative text."""
+def shown(name: str, folder: str = "pictures", width: int | None = None) -> str:
+    """A picture on the page, with its own description as alternative text; `width` in CSS pixels; None: the page's."""
     description = drawn()[name].partition("<desc>")[2].partition("</desc>")[0]
-    return f"![{description}]({folder}/{name})\n"
+    return f'<img src="{folder}/{name}" width="{width}" alt="{description}">\n' if width else f"![{description}]({folder}/{name})\n"
 
 
 BLOCKS: findings.Blocks = {
@@ -177,7 +178,10 @@ def lines_of_fair() -> str:
     return markdown_table(head, [[f"`{t}`", in_a_sentence(t), *(row[name] for name in names)] for t, row in rows.items()])
 
 
-BLOCKS_OF_README: findings.Blocks = {"slots": lambda: shown("slots.svg", "docs/pictures"), "fair": lines_of_fair}
+BLOCKS_OF_README: findings.Blocks = {
+    "slots": lambda: shown("slots.svg", "docs/pictures", width=WIDTH_IN_README),
+    "fair": lines_of_fair,
+}
 
 
 def stale() -> dict[Path, str]:

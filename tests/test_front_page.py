@@ -175,6 +175,18 @@ def test_the_picture_comes_first_and_what_is_not_folded_takes_ten_minutes():
     assert PAGE.count("<details markdown>") == PAGE.count("</details>") == text.count("\n\n</details>")
 
 
+def test_the_readmes_first_screen_is_short():
+    """Picture, what it brings and where not, the eight lines: 1280 x 900 by a browser with a code-hosting page's sizes."""
+    page = front_page.README.read_text()
+    (width,) = map(int, re.findall(r'<img src="docs/pictures/slots.svg" width="(\d+)" alt="8 decoding slots [^"]+">', page))
+    assert width <= 420
+    screen = findings.BLOCK.sub("", findings.MARK.sub(lambda mark: mark["value"], page.partition("```")[0]))
+    assert len(re.sub(r"\]\([^)]*\)", "]", screen)) < 1150, "letters at about 105 to a line of 24 pixels"
+    said = " ".join(page.split())
+    assert "PPO was tuned longer than T-PPO, both on `chain` alone; `fork` ran with the same settings" in said
+    assert page.index("right behind the token that decides") < page.index("every step:") < page.index("docs/algorithm.md")
+
+
 def test_what_it_says_of_sizes_places_and_settings_that_no_mark_can_hold():
     text = " ".join(PAGE.split())
     assert "with a deviation of 0.3; *drift* grows evenly with the length, up to 0.3" in text
