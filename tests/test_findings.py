@@ -256,6 +256,18 @@ def test_an_answer_is_one_bold_line_with_a_number_its_interval_a_command_and_an_
     assert rest.endswith("\n\n</details>")
 
 
+def test_what_it_says_of_long_runs_in_words():
+    text = " ".join(PAGE.split())
+    rows = {number: studies_told.study(f"long {number}", "difference") for number in (1, 2, 3)}
+    assert "they end within 0.02 of each other, PPO against T-PPO" in text
+    assert max(map(abs, rows[1])) < 0.02
+    assert "nothing is left to see at the end" in text
+    assert {studies_told.study(f"long {number}", "verdict") for number in rows} == {"undecided"}  # index.md: each undecided
+    assert "with ten times the tokens, where a tenth or less had been expected" in text
+    short = findings.text("all cold-critic-warmup tppo final", "difference")[0]
+    assert max(map(abs, rows[3])) < abs(short) / 10
+
+
 def test_the_strawman_and_the_largest_of_the_others_are_those_that_the_answer_names():
     decided = [r for r in findings.text_rows().values() if r["holm"] != "undecided"]
     others = [r for r in decided if r["arm"] != "cold-critic-warmup" and r["metric"] == "area"]
