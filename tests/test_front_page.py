@@ -61,7 +61,10 @@ def ahead_at(task, level):
 def test_what_it_says_of_its_numbers_in_words():
     text = " ".join(PAGE.split())
     ahead = {level: [task for task in fair_headline.TASKS if ahead_at(task, level)] for level in (0.95, 1 - 0.05 / 3, 1 - 0.05 / 5)}
-    assert "still gains on a laptop on two of five tasks (`chain` and `length`), and on a third before any correction" in text
+    assert (
+        "still gains on a laptop on two of five tasks (`chain` and `length`), and on a third before any correction for their number"
+        in text
+    )
     assert ahead[0.95] == ["chain", "fork", "length"]
     assert ahead[1 - 0.05 / 3] == ahead[1 - 0.05 / 5] == ["chain", "length"]
     readme = " ".join(front_page.README.read_text().split())
@@ -246,6 +249,10 @@ def test_the_page_tells_the_response_that_the_table_holds():
     assert float(FIRST[2]["advantage"]) < 0 < front_page.waited()[2], "less of it; had it waited, more"
     assert float(FIRST[2]["scaled"]) < 0, "also after whitening"
     assert float(FIRST[2]["after"]) > float(FIRST[2]["before"]), "other responses pulled it up"
+    error = [abs(a - b) for a, b in zip(numbers(FIRST, "advantage"), front_page.waited(), strict=True)]
+    tail = int(FIRST[0]["tail"])
+    assert min(error[-tail:]) > max(error[:-tail]), "the tail's advantages err most"
+    assert float(FIRST[-1]["last_value"]) < float(FIRST[-1]["value"]), "the critic falls at the cut"
     assert (SECOND[-1]["end"], SECOND[-1]["score"], SECOND[-1]["reward"]) == ("END_TOKEN", "1.0", "1.0")
 
 
