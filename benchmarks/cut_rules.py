@@ -28,8 +28,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import hashlib
-import inspect
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,7 +47,8 @@ from sim.lab.estimators import Estimator
 from sim.lab.gradients import gradient_errors
 from sim.lab.rollouts import Rollouts
 from tppo_ref.loop.cut_rules import CUT_RULES, CutRule
-from tppo_ref.runs.own_rule import load_rule
+from tppo_ref.runs.checkpoint import file_digest
+from tppo_ref.runs.own_rule import load_rule, source_of_rule
 
 NUM_RANDOM, RANDOM_DRAWS, NAMED_DRAWS, WINDOW = 40, 4, 16, 4
 NAMED = tuple(name for name in instances.INSTANCES if name != "random")
@@ -131,8 +130,8 @@ def text_study(rules: Sequence[str]) -> Study:
 
 
 def digest(name: str) -> str:
-    """Of the file in which a rule stands."""
-    return hashlib.sha256(Path(inspect.getsourcefile(load_rule(name)) or "").read_bytes()).hexdigest()[:8]
+    """Of the file of a rule's module."""
+    return file_digest(source_of_rule(name))[:8]
 
 
 def on_text(arguments: argparse.Namespace) -> int:
@@ -154,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", action="store_true", help="train on text; --seeds, --jobs, --budget and --cache are of this")
     arguments = workers.parsed(parser, argv)
     torch.set_num_threads(1)
+    path = arguments.out or (None if arguments.rules else PATH)
+    if path and not path.parent.is_dir():
+        parser.error(f"--out: got {path}; expected a file in a folder that is there")
     try:
         rules = CUT_RULES | {name: load_rule(name) for name in arguments.rules}
         if arguments.text:
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     print(text(table(rows)))
-    if path := arguments.out or (None if arguments.rules else PATH):
+    if path:
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *provenance()])
             writer.writeheader()

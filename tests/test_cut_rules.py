@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,12 @@ import torch
 def halfway(cut): return 0.5 * (cut.critic_B + cut.back(1))
 def column(cut): return cut.value_BT
 def nothing(cut): return cut.critic_B / 0
+def raises(cut): raise RuntimeError("one\\ntwo")
+@torch.no_grad()
+def wrapped(cut): return cut.critic_B
+class Rule:
+    def __call__(self, cut): return cut.back(1)
+INSTANCE = Rule()
 constant = 3
 """
 
@@ -47,6 +55,7 @@ def cut(**fields) -> Cut:
 def _module(tmp_path, monkeypatch) -> str:
     (tmp_path / "rules_of_mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rules_of_mine", raising=False)  # that of another test's folder
     return "rules_of_mine"
 
 
@@ -78,6 +87,15 @@ def test_a_mixture_without_noise_is_the_critic_and_under_nothing_but_noise_t_ppo
     assert CUT_RULES[name](cut(critic_rms=50.0)).tolist() == [6, 4, 7]
     still = cut(critic_B=torch.tensor([6.0, 4.0, 7.0], dtype=torch.float64))
     assert CUT_RULES[name](still).tolist() == [6, 4, 7]  # m is 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mixture_is_finite_where_nothing_moves_and_noise_is_all_that_is_seen(dtype):
+    still = cut(critic_B=torch.tensor([6.0, 4.0, 7.0]), lam_B=torch.tensor([0.5, 0.5, 1.0]))  # kappa 1: no weight on the noise
+    still = dataclasses.replace(
+        still, **{name: getattr(still, name).to(dtype) for name in ("value_BT", "critic_B", "lam_B", "weight_B")}
+    )
+    assert CUT_RULES["mixture"](still).tolist() == [6, 4, 7]
 
 
 def test_lambda_moves_the_mixture_towards_the_critic():
@@ -160,12 +178,12 @@ def test_a_rule_that_cannot_be_had_is_refused_by_name(module, name, said):
         named(name)
 
 
-@pytest.mark.parametrize(("function", "said"), [("column", r"column: got \[3, 4\]; expected a tensor of shape \[3\]"),
+@pytest.mark.parametrize(("function", "said"), [("column", r"column: got torch.float64 \[3, 4\]; expected a real tensor of shape \[3\]"),
                                                 ("nothing", "nothing: got inf; expected finite numbers")])  # fmt: skip
 def test_what_a_rule_returns_is_checked(module, function, said):
     with pytest.raises(ValueError, match=said):
         stand_in(load_rule(f"{module}:{function}"), cut())
-    with pytest.raises(ValueError, match="got None; expected a tensor"):
+    with pytest.raises(ValueError, match="got None; expected a real tensor"):
         stand_in(lambda cut: None, cut())
 
 
@@ -211,9 +229,17 @@ def test_ones_own_rule_enters_the_table_and_only_asked_for_is_anything_written(m
     assert bench.PATH.read_bytes() == before
     assert bench.main(["--rules", f"{module}:halfway", "--out", str(tmp_path / "mine.csv")]) == 0
     assert (tmp_path / "mine.csv").read_text().count("halfway,") == 3
-    with pytest.raises(SystemExit) as leaving:
-        bench.main(["--rules", "no_such_module:f"])
-    assert leaving.value.code == 2
+    nowhere = str(tmp_path / "nowhere" / "mine.csv")
+    for wrong, said in (
+        (["--rules", "no_such_module:f"], "rule: got 'no_such_module:f'; expected module:function"),
+        (["--rules", f"{module}:raises"], "raises: ended in RuntimeError: one two\n"),
+        (["--rules", f"{module}:halfway", "--out", nowhere], f"--out: got {nowhere}; expected a file in a folder that is there"),
+        (["--text", "--rules", "sys:getsizeof"], "rule: got 'sys:getsizeof', of a module without a file"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            bench.main(wrong)
+        assert leaving.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_the_page_says_of_the_rules():
@@ -266,6 +292,7 @@ def test_ones_own_rule_is_trained_beside_t_ppos_and_enters_the_table(module, mon
     assert bench.main([*options, *paths]) == 0  # all there: nothing is made again
     assert "0 runs made" in capsys.readouterr().out
     before = bench.digest(f"{module}:halfway")
+    assert bench.digest(f"{module}:wrapped") == bench.digest(f"{module}:INSTANCE") == before, "the module's file, whatever wraps it"
     (tmp_path / f"{module}.py").write_text(MINE + "\n# another\n")
     assert bench.digest(f"{module}:halfway") != before
 

@@ -268,6 +268,16 @@ def test_what_it_says_of_long_runs_in_words():
     assert max(map(abs, rows[3])) < abs(short) / 10
 
 
+def test_what_it_says_of_rules_on_text_in_words():
+    text = " ".join(PAGE.split())
+    assert "So few seeds tell none from T-PPO's; even `zero`, which is worse in both factorials, is not told apart here" in text
+    rows = studies_told.study_table("cut-rules")
+    assert {row["verdict"] for row in rows} == {"undecided"}
+    assert [studies_told.study(f"{name} 4", "verdict") for name in ("factorial", "new-tasks")] == ["worse", "worse"]
+    names = re.findall(r"`([a-z-]+)` [-+][^;`]*?<!-- study \"cut-rules (\d)\" difference", PAGE)
+    assert [(f"{name} - previous", int(number)) for name, number in names] == [(r["contrast"], n) for n, r in enumerate(rows, 1)]
+
+
 def test_the_strawman_and_the_largest_of_the_others_are_those_that_the_answer_names():
     decided = [r for r in findings.text_rows().values() if r["holm"] != "undecided"]
     others = [r for r in decided if r["arm"] != "cold-critic-warmup" and r["metric"] == "area"]

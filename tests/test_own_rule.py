@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +21,17 @@ from tppo_ref.runs.own_rule import rule_of
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.sinks import read_metrics
 
+ROOT = Path(__file__).resolve().parents[1]
 MINE = """
 import torch
 def low(cut): return cut.critic_B - 1.0
 def two(cut): return torch.zeros(len(cut.critic_B) + 1)
 def endless(cut): return cut.critic_B / 0
 def broken(cut): return cut.no_such_thing
+def huge(cut): return torch.full((len(cut.critic_B),), 1e39, dtype=torch.float64)
+def imaginary(cut): return cut.critic_B * 1j
+def leaves(cut): raise SystemExit(0)
+def lines(cut): raise RuntimeError("one\\ntwo")
 """
 
 
@@ -174,11 +183,20 @@ def test_a_rule_is_found_by_its_name_and_the_known_ones_are_egaes(module):
     assert found is not None
     assert found(cut).tolist() == [2.0]
     assert [rule_of(config(name)) for name in ("previous", "critic", "zero")] == [None] * 3
-    for name, why in (("two", r"\[2\]; expected a tensor of shape \[1\]"), ("endless", "got inf"), ("broken", "no_such_thing")):
+    for name, why in (
+        ("two", r"\[2\]; expected a real tensor of shape \[1\]"),
+        ("endless", "got inf"),
+        ("broken", "no_such_thing"),
+        ("huge", "got inf"),
+        ("imaginary", "expected a real tensor"),
+        ("leaves", "ended in SystemExit: 0"),
+        ("lines", "one two"),
+    ):
         found = rule_of(config(f"{module}:{name}"))
         assert found is not None
-        with pytest.raises(UserError, match=f"advantage.cut_value: got {module}:{name}, .*{why}"):
+        with pytest.raises(UserError, match=f"advantage.cut_value: got {module}:{name}, of which .*{why}") as error:
             found(cut)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -210,3 +228,22 @@ def test_from_the_command_line_to_the_gradient_a_rule_is_the_one_that_was_named(
     assert len(found["critic"]) == 3
     assert found["tppo_ref.loop.cut_rules:critic"] == found["critic"]
     assert found["previous"] != found["critic"] != found[f"{module}:low"]
+
+
+def test_a_console_script_finds_the_rules_of_the_folder_where_it_is_started(tmp_path):
+    """It has the folder of its own file on the path, and not, as `python -m` has, the working folder."""
+    (tmp_path / "rules_right_here.py").write_text(MINE)
+    words = ["-P", "-c", "import sys; from tppo_ref.__main__ import main; sys.exit(main(sys.argv[1:]))", "train"]
+    for name in ("rules_right_here:low", "rules_not_here:low"):
+        done = subprocess.run([sys.executable, *words, "--run.out", tmp_path / "run", "--advantage.cut_value", name, "--task.name",
+                               "length", "--model.policy", "nowhere"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 2
+        assert ("importable from here" in done.stderr) == (name == "rules_not_here:low"), done.stderr
+
+
+def test_ctrl_c_while_a_rule_is_imported_is_ctrl_c(tmp_path, monkeypatch):
+    (tmp_path / "rules_of_the_impatient.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        rule_of(config("rules_of_the_impatient:low"))

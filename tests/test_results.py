@@ -103,7 +103,7 @@ def test_the_estimators_and_the_schedules_own_speed():
 
 @pytest.mark.parametrize(("what", "name"), [("the factorial", "factorial"), ("an edge right behind", "edge"),
                                               ("several base models", "bases"), ("the same factorial of maze", "new-tasks"), ("edges spread as", "spread"), ("the same with other seeds", "spread-again"),
-                                              ("ten times the tokens", "long")])  # fmt: skip
+                                              ("ten times the tokens", "long"), ("seven rules at the cut", "cut-rules")])  # fmt: skip
 def test_a_stated_study_is_told_as_its_program_tells_it(what, name):
     made = studies.ALL[name]
     rows, _ = read_whole(made.path)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """B rows that a window's edge cuts, T columns. Values and rewards in units of reward; float64 in the laboratory, the models'
-    dtype in a trainer.
+    """B rows that a window's edge cuts, T columns. Values and rewards in units of reward; float64 in the laboratory, in a
+    trainer the models' dtype, at least float32.
 
     value_BT    V before each token of the row's run, right-padded with 0: its tokens in this window, and deferred ones before them
     reward_BT   its rewards
@@ -93,8 +93,10 @@ def mixture(cut: Cut) -> Tensor:
     """
     step_B = cut.critic_B - cut.back(1)
     m = cut.mean(step_B**2)
+    if not m:  # nothing moves: both say the same
+        return cut.critic_B
     kappa_B = (1 - cut.lam_B) / (cut.gamma * cut.lam_B).clamp(min=1e-12)
-    weight_B = (1 - (1 - kappa_B) * cut.critic_rms**2 / max(m, 1e-300)).clamp(0, 1)
+    weight_B = (1 - (1 - kappa_B) * cut.critic_rms**2 / m).clamp(0, 1)
     return cut.back(1) + weight_B * step_B
 
 
@@ -154,12 +156,17 @@ def cuts(
 
 
 def stand_in(rule: CutRule, cut: Cut) -> Tensor:
-    """What a rule returns, checked: ValueError where it is not one finite number per row."""
-    value_B = rule(cut)
-    name = getattr(rule, "__name__", repr(rule))
-    if not isinstance(value_B, Tensor) or value_B.shape != cut.critic_B.shape:
-        shown = list(value_B.shape) if isinstance(value_B, Tensor) else repr(value_B)
-        raise ValueError(f"{name}: got {shown}; expected a tensor of shape {list(cut.critic_B.shape)}")
+    """What a rule returns, on the rows' device and in their dtype. ValueError of one line where it raises, or is not one finite
+    real number per row."""
+    name = getattr(rule, "__name__", type(rule).__name__)
+    try:
+        value_B = rule(cut)
+    except (Exception, SystemExit) as error:  # whatever a user's code raises
+        raise ValueError(f"{name}: ended in {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(value_B, Tensor) or value_B.shape != cut.critic_B.shape or value_B.is_complex():
+        shown = f"{value_B.dtype} {list(value_B.shape)}" if isinstance(value_B, Tensor) else " ".join(repr(value_B).split())
+        raise ValueError(f"{name}: got {shown}; expected a real tensor of shape {list(cut.critic_B.shape)}")
+    value_B = value_B.detach().to(cut.critic_B)
     if not value_B.isfinite().all():
         raise ValueError(f"{name}: got {value_B[~value_B.isfinite()][0].item()}; expected finite numbers")
-    return value_B.to(cut.critic_B.dtype)
+    return value_B

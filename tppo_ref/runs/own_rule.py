@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from pathlib import Path
+
 from torch import Tensor
 
 from tppo_ref.loop.cut_rules import Cut, CutRule, stand_in
 from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.config import Config
-from tppo_ref.tasks.verifier_worker import load, name_of
+from tppo_ref.tasks.verifier_worker import load
 
 FIELD = "advantage.cut_value"
 FORM = "module:function"
 
 
 def load_rule(name: str) -> CutRule:
-    """A rule "module:function", importable from the working folder. ValueError for one that cannot be had."""
+    """A rule "module:function", importable from the working folder. ValueError of one line for one that cannot be had."""
+    if (here := os.getcwd()) not in sys.path:  # where a console script was started it is not there
+        sys.path.insert(0, here)
     try:
         return load(name)[0]
     except ValueError as error:
-        raise ValueError(f"rule: got {name!r}; expected {FORM}; {error}") from None
+        if isinstance(error.__cause__, KeyboardInterrupt):  # while it was imported
+            raise KeyboardInterrupt from None
+        raise ValueError(f"rule: got {name!r}; expected {FORM}; {' '.join(str(error).split())}") from None
+
+
+def source_of_rule(name: str) -> Path:
+    """The file of the module that a rule is named with. ValueError where there is none."""
+    load_rule(name)
+    file = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    if not file or not Path(file).is_file():
+        raise ValueError(f"rule: got {name!r}, of a module without a file; expected {FORM} of one with source")
+    return Path(file)
 
 
 def rule_of(config: Config) -> CutRule | None:
@@ -30,15 +48,15 @@ def rule_of(config: Config) -> CutRule | None:
     if ":" not in name:
         return None
     try:
-        found = load(name)[0]
+        found = load_rule(name)
     except ValueError as error:
-        raise UserError(refusal(FIELD, name, f"{FORM}, importable from here", str(error))) from None
+        why = str(error).partition(f"{FORM}; ")[2]
+        raise UserError(refusal(FIELD, name, f"{FORM}, importable from here", why)) from None
 
     def rule(cut: Cut) -> Tensor:
         try:
             return stand_in(found, cut)
-        except Exception as error:  # whatever a user's code raises
-            got = f"{name}, which ended in {name_of(error)}"
-            raise UserError(refusal(FIELD, got, "a finite number for each cut row")) from error
+        except ValueError as error:
+            raise UserError(refusal(FIELD, f"{name}, of which {error}", "a finite number for each cut row")) from error
 
     return rule
