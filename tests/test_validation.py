@@ -317,6 +317,45 @@ def test_what_the_method_makes_possible_is_not_refused_where_nothing_is_trained(
     assert reached(f"train {line}") == (0, [config, config])
 
 
+OTHER_LENGTH = apply_method(replace_fields(Config(), {"rollout.max_response_tokens": 64, "rollout.window": 64}), "ppo")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain-value"])
+@pytest.mark.parametrize(("recorded", "words"), [
+    (OTHER_LENGTH, "--rollout.max_response_tokens 96"), (OTHER_LENGTH, ""), (OTHER_LENGTH, "--rollout.window 64"),
+    (replace_fields(apply_method(Config(), "tppo-critic-cut"), {"advantage.cut_value": "zero"}), ""),
+    (replace_fields(apply_method(Config(), "ppo"), {"rollout.refill": "immediate", "rollout.window": 48}), "--rollout.slots 8"),
+    # what the method would undo, and could not run without
+    (replace_fields(apply_method(Config(), "tppo-once"), {"policy.old_logprobs": "recompute", "policy.importance": "truncated"}), ""),
+])  # fmt: skip
+def test_a_runs_own_configuration_is_not_refused_where_nothing_is_trained(command, recorded, words, reached, tmp_path):
+    """Of a run of a comparison, too, whose per_method may have given what its method fixes otherwise."""
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(recorded)))
+    code, (config,) = reached(f"{command} --config {tmp_path / 'config.json'} --run.out e {words}")
+    assert (code, config.run.method, config.run.out) == (0, recorded.run.method, "e")
+    assert config.rollout.max_response_tokens == (96 if "96" in words else recorded.rollout.max_response_tokens)
+    check(config)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain-value"])
+def test_a_file_may_name_a_method_that_makes_its_fields_possible(command, reached, tmp_path, capfd):
+    (tmp_path / "config.yaml").write_text("run: {method: partial-is}\nrollout: {kv_cache: fp8}\n")
+    code, (config,) = reached(f"{command} --config {tmp_path / 'config.yaml'}")
+    assert (code, config.policy.importance, config.rollout.kv_cache) == (0, "truncated", "fp8")
+    (tmp_path / "config.yaml").write_text("run: {method: ppo}\nrollout: {kv_cache: fp8}\n")
+    assert reached(f"{command} --config {tmp_path / 'config.yaml'}")[0] == 2
+    assert capfd.readouterr().err.startswith("error: rollout.kv_cache: got fp8; expected auto")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "pretrain-value"])
+def test_what_contradicts_a_method_on_the_command_line_is_refused_beside_a_file_too(command, reached, tmp_path, capfd):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(OTHER_LENGTH)))
+    line = f"{command} --config {tmp_path / 'config.json'} --run.method ppo"
+    assert reached(f"{line} --rollout.window 32")[0] == 2
+    assert "rollout.window: got 32; expected 64, at which method ppo fixes it" in capfd.readouterr().err
+    assert reached(f"{line} --rollout.window 64")[0] == reached(f"{line} --rollout.max_response_tokens 96")[0] == 0
+
+
 def test_what_all_methods_of_a_comparison_make_possible_is_not_refused(reached, tmp_path):
     line = "compare --compare.methods [partial-is,rloo-window] --rollout.kv_cache fp8"
     code, configs = reached(line)

@@ -10,9 +10,9 @@ from pathlib import Path
 from tppo_ref import __version__
 from tppo_ref.method.errors import UserError, nearest, refusal
 from tppo_ref.runs import console
-from tppo_ref.runs.config import Config, apply_method
+from tppo_ref.runs.config import Config, apply_method, refuse_contradicting
 from tppo_ref.runs.exits import exit_code
-from tppo_ref.runs.parsing import fields_given, parse
+from tppo_ref.runs.parsing import fields_given, parse, without_files
 from tppo_ref.runs.plans import check_plans
 from tppo_ref.runs.validation import (
     CANCELLED,
@@ -34,17 +34,11 @@ def demo(config: Config, given: set[str]) -> None:
 
 def train(config: Config, given: set[str]) -> None:
     """Train one policy with one method."""
-    config = _with_method(config, given)
+    config = apply_method(config, config.run.method, given=given)
+    check(config)  # not before: what cannot run may be what the method is there for, or what it brings
+    check_task(config)
     check_training(config)
     _train(config)
-
-
-def _with_method(config: Config, given: set[str]) -> Config:
-    """The config with its method's fields, checked: what cannot run may be what the method is there for, or what it brings."""
-    config = apply_method(config, config.run.method, given=given)
-    check(config)
-    check_task(config)
-    return config
 
 
 def resume(config: Config, given: set[str]) -> None:
@@ -87,9 +81,31 @@ def report(config: Config, given: set[str]) -> None:
     write_report(out, methods=config.compare.methods, target_share=config.compare.target)
 
 
+def _sampled(config: Config, given: set[str]) -> Config:
+    """For the commands that sample whole answers and train no policy: the config with its method's fields, checked.
+
+    What contradicts the method is refused only beside a `--run.method` on the command line. A file may say how a run was trained:
+    with fields of its own in `compare.per_method`, or with responses of another length.
+    given   names of the fields on the command line itself
+    """
+    method, named = config.run.method, "run.method" in given
+    if named:
+        refuse_contradicting(config, method, given)
+    applied = apply_method(config, method, strict=False)
+    try:
+        check(applied)
+    except UserError:
+        if named:
+            raise
+        check(config)  # a run's own configuration, which the method would undo
+        applied = config
+    check_task(applied)
+    return applied
+
+
 def pretrain_value(config: Config, given: set[str]) -> None:
     """Fit the value model to responses of the frozen policy, and report how well it explains their returns."""
-    config = _with_method(config, given)
+    config = _sampled(config, given)
     refuse_without_critic(config)
     from tppo_ref.runs.commands import pretrain_value as run_pretrain
 
@@ -98,7 +114,7 @@ def pretrain_value(config: Config, given: set[str]) -> None:
 
 def evaluate(config: Config, given: set[str]) -> None:
     """Sample full-length answers from model.policy on the task's test prompts, and report their accuracy."""
-    config = _with_method(config, given)
+    config = _sampled(config, given)
     from tppo_ref.runs.commands import evaluate as run_evaluation
 
     run_evaluation(config)
@@ -115,6 +131,9 @@ COMMANDS: dict[str, Callable[[Config, set[str]], int | None]] = {
     "demo": demo, "train": train, "resume": resume, "compare": compare, "evaluate": evaluate, "pretrain-value": pretrain_value,
     "check-data": check_data, "report": report,
 }  # fmt: skip
+
+SAMPLING = ("evaluate", "pretrain-value")
+"""Commands that a file of fields tells how a run was trained, and not what they are to do."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,7 +166,8 @@ def _run(name: str, argv: Sequence[str], lines: Mapping[str, str]) -> int | None
     fields = console.fields_of(name, argv)
     config = parse(Config, ["--help" if arg == "--help-all" else arg for arg in fields], prog=f"tppo {name}", description=line)
     check_bounds(config)  # no more yet: what cannot run may be what the method is there for, and a comparison has several
-    return COMMANDS[name](config, fields_given(Config, argv))  # not `fields`: what a folder or the demo brings along was not given
+    words = without_files(argv) if name in SAMPLING else argv  # not `fields`: what a folder or the demo brings was not given
+    return COMMANDS[name](config, fields_given(Config, words))
 
 
 def run() -> None:

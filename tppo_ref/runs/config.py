@@ -5,8 +5,8 @@ port, [V] another primary source, [I] inferred, [M] measured by us on the built-
 learning rates of that size do not fit a laptop: where a default differs from theirs, the line gives both.
 
 Precedence, weakest first: the defaults here, `--config FILE`, `--section.field VALUE`. A named method (`run.method`) fixes its
-fields: `train`, `evaluate` and `pretrain-value` refuse another value for them, `compare` lets each method win, and
-`compare.per_method` has the last word.
+fields: `train` refuses another value for them, `evaluate` and `pretrain-value` one beside `--run.method` on the command line,
+`compare` lets each method win, and `compare.per_method` has the last word.
 """
 
 from __future__ import annotations
@@ -213,15 +213,28 @@ def apply_method(config: Config, method: str, *, strict: bool = True, given: Col
     line serves several methods). given: names of the fields that the user gave (`fields_given`), where that is known; a value that
     is not the default was given in any case.
     """
+    fixed = _fixed_by(method, config)
+    if strict:
+        others = [path for path in fixed if get_field(config, path) != get_field(Config(), path)]
+        refuse_contradicting(config, method, {*given, *others})
+    return replace_fields(config, {**fixed, "run.method": method})
+
+
+def refuse_contradicting(config: Config, method: str, given: Collection[str]) -> None:
+    """UserError for the first field of `given` that the method fixes at another value."""
+    for path, value in _fixed_by(method, config).items():
+        current = get_field(config, path)
+        if path in given and current != value:
+            remedy = "drop it, or choose another run.method"
+            raise UserError(refusal(path, str(current), f"{value}, at which method {method} fixes it", remedy))
+
+
+def _fixed_by(method: str, config: Config) -> dict[str, Any]:
+    """The fields that a method fixes, with their values beside those of `config`. UserError for a method that is none."""
     if method not in METHODS:
         raise UserError(refusal("run.method", repr(method), f"one of {', '.join(METHODS)}") + nearest(method, list(METHODS)))
     fields = METHODS[method].items()
-    overrides = {path: get_field(config, value) if value in (WHOLE, WINDOW, GROUP) else value for path, value in fields}
-    if overrides.get(GROUP) == 1:
-        overrides[GROUP] = GROUP_SIZE
-    for path, value in overrides.items():
-        current = get_field(config, path)
-        if strict and current != value and (path in given or current != get_field(Config(), path)):
-            remedy = "drop it, or choose another run.method"
-            raise UserError(refusal(path, str(current), f"{value}, at which method {method} fixes it", remedy))
-    return replace_fields(config, {**overrides, "run.method": method})
+    fixed = {path: get_field(config, value) if value in (WHOLE, WINDOW, GROUP) else value for path, value in fields}
+    if fixed.get(GROUP) == 1:
+        fixed[GROUP] = GROUP_SIZE
+    return fixed

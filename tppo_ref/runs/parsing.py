@@ -167,6 +167,11 @@ def _mapping(text: str) -> Mapping[Any, Any]:
     return {}
 
 
+def without_files(argv: Sequence[str]) -> list[str]:
+    """The arguments but for `--config FILE`."""
+    return _files_and_others(argv)[1]
+
+
 def _files_and_others(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments `--config FILE` and `--config=FILE`, and all others, each in their order."""
     behind = [False, *(arg == "--config" for arg in argv)]
