@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,58 @@ def test_a_run_of_other_inputs_under_the_same_names_is_refused_by_what_changed(c
     with pytest.raises(UserError) as error:
         refuse_other(config, inputs | {changed: "other"})
     assert f"which holds a run with another {changed}; expected one with the {changed} of today" in one_line(error)
+
+
+# ------------------------------------------------------------------------------------------- rules of one's own in a comparison
+
+RULE = """
+from decorators_of_mine import plain
+
+@plain
+def rule(cut):
+    return cut.critic_B
+"""
+
+
+@pytest.fixture(name="with_rule")
+def _with_rule(config, tmp_path, monkeypatch) -> Config:
+    """A comparison under a rule of one's own, of runs that are finished at once; what all share has been made."""
+    (tmp_path / "decorators_of_mine.py").write_text("def plain(function):\n    return lambda cut: function(cut)\n")
+    (tmp_path / "rule_of_mine.py").write_text(RULE)
+    for module in ("decorators_of_mine", "rule_of_mine"):
+        monkeypatch.delitem(sys.modules, module, raising=False)  # another test's
+    monkeypatch.setattr("tppo_ref.runs.compare.prepare", lambda config, out: (config, {"prompts": "p"}))
+    monkeypatch.setattr("tppo_ref.runs.report.write_report", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        "tppo_ref.runs.compare._run_all", lambda runs, config: [(Path(r.run.out) / "finished").touch() for r in runs]
+    )
+    return replace_fields(config, {"advantage.cut_value": "rule_of_mine:rule"})
+
+
+def test_runs_of_two_rules_of_one_name_are_not_one_comparison(with_rule, tmp_path):
+    out = compare(with_rule)
+    more = replace_fields(with_rule, {"compare.seeds": with_rule.compare.seeds + 1})
+    compare(more)
+    before = sorted(out.rglob("*"))
+    change(tmp_path / "rule_of_mine.py", "cut.critic_B", "cut.critic_B - 1")
+    with pytest.raises(UserError) as error:
+        compare(replace_fields(with_rule, {"compare.seeds": with_rule.compare.seeds + 2}))
+    assert "tppo-seed0, which holds a run with another advantage.cut_value; expected one with the advan" in one_line(error)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_comparison_from_before_rules_of_ones_own_goes_on(with_rule):
+    own = replace_fields(with_rule, {"advantage.cut_value": "critic"})
+    out = compare(own)
+    files = sorted(out.rglob("inputs.json"))
+    assert len(files) > 1
+    for file in files:
+        inputs = json.loads(file.read_text())
+        assert inputs == {"prompts": "p", "advantage.cut_value": ""}
+        file.write_text(json.dumps({"prompts": "p"}))
+    compare(own)
+    compare(replace_fields(own, {"compare.seeds": own.compare.seeds + 1}))
+    for file in files:
+        file.write_text(json.dumps({"advantage.cut_value": ""}))
+    with pytest.raises(UserError, match="which holds no run that can be read"):
+        compare(own)

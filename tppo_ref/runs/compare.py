@@ -24,7 +24,8 @@ from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.build import TaskScorer, base_model, check_sources, make_task
 from tppo_ref.runs.commands import settle_libraries
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.inputs import inputs_of
+from tppo_ref.runs.inputs import inputs_of, rule_digest
+from tppo_ref.runs.own_rule import FIELD as RULE
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.plans import difference, plan_of, plan_runs
 from tppo_ref.runs.references import FILE, leave_out_bad_references
@@ -48,13 +49,14 @@ def _compare(config: Config, out: Path) -> Path:
 
     shared, inputs = prepare(config, out)
     runs = plan_runs(shared, out)
+    inputs_by_run = {run.run.out: inputs | rule_digest(run) for run in runs}
     for run in runs:
-        refuse_other(run, inputs)
+        refuse_other(run, inputs_by_run[run.run.out])
     waiting = [run for run in runs if not (Path(run.run.out) / "finished").exists()]
     for run in waiting:  # a run that was stopped half-way starts anew: half of its clock ran beside other work
         folder = Path(run.run.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "inputs.json").write_text(json.dumps(inputs, indent=1) + "\n")
+        (folder / "inputs.json").write_text(json.dumps(inputs_by_run[run.run.out], indent=1) + "\n")
         if (out / FILE).exists():
             shutil.copy(out / FILE, folder / FILE)
         beside = folder / "wanted.json.new"
@@ -93,7 +95,7 @@ def refuse_other(run: Config, inputs: Mapping[str, str]) -> None:
     remedy = f"choose another run.out, or remove {folder}"
     try:
         found = difference(run, json.loads(wanted.read_text()))
-        before = json.loads((folder / "inputs.json").read_text())
+        before = {RULE: ""} | json.loads((folder / "inputs.json").read_text())  # of before rules of one's own: `egae` had it
         changed = [name for name, digest in inputs.items() if before[name] != digest]
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         got = f"{folder}, which holds no run that can be read"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from tppo_ref.method.records import Prompt
 from tppo_ref.runs.checkpoint import file_digest
 from tppo_ref.runs.config import Config
+from tppo_ref.runs.own_rule import FIELD, rule_of
 from tppo_ref.tasks import Task
 from tppo_ref.tasks.verifier import Verifier
 
@@ -26,6 +28,19 @@ def inputs_of(config: Config, task: Task, verifier: Verifier) -> dict[str, str]:
         "model.policy": model_digest(config.model.policy),
         "model.value": model_digest(config.model.value),
     }
+
+
+def rule_digest(config: Config) -> dict[str, str]:
+    """Of the file of the module in which the rule at the cut is; "" for a rule of `egae`. UserError where it cannot be had.
+
+    Apart from `inputs_of`: methods of one comparison may have different ones, and a critic that is kept depends on none.
+    """
+    name = config.advantage.cut_value
+    if rule_of(config) is None:
+        return {FIELD: ""}
+    # Not the function's own file, which is a decorator's where it has one.
+    file = importlib.import_module(name.partition(":")[0]).__file__
+    return {FIELD: file_digest(Path(file)) if file else digest_of(name)}
 
 
 def prompts_of(task: Task) -> list[list[Prompt]]:
