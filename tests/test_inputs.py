@@ -271,3 +271,21 @@ def test_a_comparison_from_before_rules_of_ones_own_goes_on(with_rule):
         file.write_text(json.dumps({"advantage.cut_value": ""}))
     with pytest.raises(UserError, match="which holds no run that can be read"):
         compare(own)
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"advantage.cut_value": "no_module:rule"}, "No module named 'no_module'"),
+    ({"advantage.cut_value": "rule_of_mine:rules"}, "has no 'rules'"),
+    ({"compare.per_method": {"tppo": {"advantage.cut_value": "rule_of_mine:rules"}}}, "has no 'rules'"),
+])  # fmt: skip
+def test_a_rule_that_cannot_be_had_is_refused_before_anything_is_made(fields, said, with_rule, monkeypatch):
+    """Also where the first method cuts no row, and has no use for a rule."""
+    monkeypatch.setattr("tppo_ref.runs.compare.prepare", lambda config, out: pytest.fail("models were made"))
+    with pytest.raises(UserError, match=r"^advantage\.cut_value: got .*; expected module:function") as error:
+        compare(replace_fields(with_rule, fields))
+    assert said in one_line(error)
+    assert not Path(with_rule.run.out).exists()
+
+
+def test_a_rule_that_no_run_asks_is_not_looked_for(with_rule):
+    compare(replace_fields(with_rule, {"advantage.cut_value": "no_module:rule", "compare.methods": ["ppo"]}))

@@ -26,6 +26,7 @@ from tppo_ref.runs.commands import settle_libraries
 from tppo_ref.runs.config import Config
 from tppo_ref.runs.inputs import inputs_of, rule_digest
 from tppo_ref.runs.own_rule import FIELD as RULE
+from tppo_ref.runs.own_rule import rule_of
 from tppo_ref.runs.parsing import replace_fields
 from tppo_ref.runs.plans import difference, plan_of, plan_runs
 from tppo_ref.runs.references import FILE, leave_out_bad_references
@@ -38,8 +39,11 @@ from tppo_ref.runs.versions import versions
 def compare(config: Config) -> Path:
     """Run what is not there yet, then write the report; returns its folder (run.out). The plans have been checked.
 
-    The folder is this comparison's alone while it runs: to start a run anew it removes what an earlier one left.
+    The folder is this comparison's alone while it runs: to start a run anew it removes what an earlier one left. UserError for a
+    rule at the cut that cannot be had, before a base model is made.
     """
+    for method in config.compare.methods:
+        rule_of(plan_of(config, method))
     with own_folder(config.run.out) as out:
         return _compare(config, out)
 
