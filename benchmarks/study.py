@@ -192,6 +192,8 @@ def commands(studies: Mapping[str, Study], arguments: argparse.Namespace) -> int
     def each() -> int:
         placed = [s._replace(path=folder / s.path.name if folder else s.path, budget=arguments.budget or s.budget)
                   for s in studies.values()]  # fmt: skip
+        for study in placed:
+            workers.check_file(study.path)
         to_make = [left(study, wanted_of(study, arguments), read_whole(study.path)[0]) for study in placed]
         if num := sum(one.num for one in to_make):
             hours = sum(one.cpu_hours for one in to_make)

@@ -23,6 +23,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from benchmarks.equal_tokens import BUDGET, NUM_MARKS, Arm, Job, Row, append, keep_whole, quiet, read_whole, run_one
+from tppo_ref.method.errors import UserError, refusal
 from tppo_ref.runs.exits import exit_code
 
 WORKER = (sys.executable, "-m", "benchmarks.workers")
@@ -131,6 +132,15 @@ def parsed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
     return arguments
 
 
+def check_file(path: Path) -> None:
+    """UserError where --out asks for a file, or for a folder of it, at what is the other."""
+    nearest = next(place for place in path.parents if place.exists())
+    if not nearest.is_dir():
+        raise UserError(refusal("--out", f"{nearest}, a file", "a folder", "choose another"))
+    if path.is_dir():
+        raise UserError(refusal("--out", f"{path}, a folder", "a file", "choose another"))
+
+
 def command(plan: Callable[[list[Row]], Sequence[Job]], path: Path, num_workers: int, show: Callable[[list[Row]], None]) -> int:
     """Make the runs that `plan` finds missing among those of `path`, then `show` all that are there.
 
@@ -140,6 +150,7 @@ def command(plan: Callable[[list[Row]], Sequence[Job]], path: Path, num_workers:
     def make() -> int:
         try:
             quiet()
+            check_file(path)
             jobs = plan(keep_whole(path))
             failed = run_all(jobs, path, num_workers)
         except KeyboardInterrupt:

@@ -257,6 +257,26 @@ def test_a_study_of_which_runs_fail_does_not_stop_the_others_and_a_stop_does(ask
     assert "the same command goes on with the others" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seeds", ["0", "1"])
+@pytest.mark.parametrize(("name", "at", "said"), [
+    ("edge", "folder", "{at}, a folder; expected a file"), ("edge", "file/runs.csv", "{file}, a file; expected a folder"),
+    ("all", "file", "{file}, a file; expected a folder"), ("all", "file/deeper", "{file}, a file; expected a folder"),
+    ("all", "taken", "{taken}, a folder; expected a file"),
+])  # fmt: skip
+def test_an_out_of_the_wrong_kind_is_one_line_before_a_run_is_made(name, at, said, seeds, asked, tmp_path, capsys):
+    taken, file = tmp_path / "taken" / EDGE.path.name, tmp_path / "file"
+    taken.mkdir(parents=True)
+    (tmp_path / "folder").mkdir()
+    file.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert main([name, "--seeds", seeds, "--out", str(tmp_path / at)]) == 2
+    printed = capsys.readouterr()
+    assert (asked, printed.out) == ([], "")
+    (line,) = printed.err.splitlines()
+    assert line == f"error: --out: got {said.format(at=tmp_path / at, file=file, taken=taken)}; choose another"
+    assert (sorted(tmp_path.rglob("*")), file.read_text()) == (before, "mine")
+
+
 def test_all_names_the_table_that_it_cannot_read(tmp_path, capsys):
     (tmp_path / EDGE.path.name).write_text("task,arm\nchain,tppo\n")
     assert main(["all", "--seeds", "0", "--out", str(tmp_path)]) == 2
