@@ -181,6 +181,26 @@ def test_geometric_means_have_students_interval_of_the_logarithms() -> None:
     assert math.isnan(numbers.geometric([3.0]).high)
 
 
+@pytest.mark.parametrize("value", [20.0, 13.7, 1e-3, 0.1, 123_456.0])
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_the_geometric_mean_of_one_value_is_that_value_and_has_no_interval(value: float, num: int) -> None:
+    mean, low, high = numbers.geometric(iter([np.float64(value)] * num))
+    assert mean == value
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_a_seed_that_needs_no_token_has_arrived() -> None:
+    """A mean logarithm there is none: the median of both. A speed-up of 0 says that the other never arrives."""
+    row, *_ = report.quantity_rows("tppo", "trained tokens to target", "tokens", {0: 0.0, 1: 20.0})
+    assert (row["statistic"], row["value"], row["reached"]) == ("median", 10.0, 2)
+    assert report.table_cell(row, 2) == "median 10, range 0 to 20, 2 of 2 seeds"
+    row, *_ = report.quantity_rows("tppo", "trained tokens to target", "tokens", {0: 0.0, 1: math.inf})
+    assert row["reached"] == 1
+    row, *_ = report.quantity_rows("tppo", "speed-up", "x", {0: 0.0, 1: 2.0})
+    assert row["reached"] == 1
+
+
 def test_seeds_that_do_not_all_arrive_have_a_median_and_a_range() -> None:
     """However many there are: an interval of a mean would be of those that arrive alone."""
     assert numbers.typical([4.0, 1.0, 2.0]) == ("geometric mean", numbers.geometric([4.0, 1.0, 2.0]))

@@ -218,8 +218,12 @@ def holm(p: Iterable[float], level: float = 0.05) -> list[bool]:
 
 
 def geometric(values: Iterable[float]) -> Estimate:
-    """Geometric mean of positive, finite values, as ratios and times are, and the 95 % Student-t interval of the mean logarithm."""
-    return Estimate(*map(math.exp, mean_interval(np.log(list(values)))))
+    """Geometric mean of positive, finite values, as ratios and times are, and the 95 % Student-t interval of the mean logarithm.
+
+    Of one value, however often: that value itself, which its logarithm would round, and no interval.
+    """
+    x = [float(value) for value in values]
+    return Estimate(x[0], math.nan, math.nan) if len(set(x)) == 1 else Estimate(*map(math.exp, mean_interval(np.log(x))))
 
 
 def median_range(values: Sequence[float]) -> Estimate:
@@ -229,15 +233,15 @@ def median_range(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.median(x)), low, high)
 
 
-def arrives(value: float) -> bool:
-    """Of a time to the target, of tokens to it or of a speed-up: positive and finite, so that it has a logarithm."""
+def has_logarithm(value: float) -> bool:
+    """Positive and finite. A speed-up is, where both arrive (`speed_up`)."""
     return 0 < value < math.inf
 
 
 def typical(values: Sequence[float]) -> tuple[str, Estimate]:
-    """Of such values over seeds: ("geometric mean", with its interval) where all arrive, else ("median", with the range). A mean
-    without the seeds that do not arrive would flatter, and with them there is none."""
-    return ("geometric mean", geometric(values)) if all(map(arrives, values)) else ("median", median_range(values))
+    """Of times or tokens to the target, or of ratios, over seeds: ("geometric mean", with its interval) where all have a logarithm,
+    else ("median", with the range). A mean without the seeds that do not arrive would flatter, and with them there is none."""
+    return ("geometric mean", geometric(values)) if all(map(has_logarithm, values)) else ("median", median_range(values))
 
 
 def speed_up(first_s: float, other_s: float) -> float:

@@ -12,9 +12,9 @@ from typing import Any
 
 from tppo_ref.runs.comparison import (
     Comparison,
-    arrives,
     compare_runs,
     display,
+    has_logarithm,
     mean_interval,
     number,
     quantities,
@@ -94,12 +94,12 @@ def summary_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 def quantity_rows(method: str, quantity: str, unit: str, by_seed: Mapping[int, float]) -> list[dict[str, Any]]:
     """A row of the statistic over seeds, `interval` saying what low and high are, and a row of each seed. Times and tokens to the
-    target and ratios have the statistic of `typical`, everything else a mean. reached: the seeds with a value that `arrives`.
-    Where all seeds have one value, as the accuracy of one base model at the start, no interval can be made of them."""
+    target and ratios have the statistic of `typical`, everything else a mean. reached: the seeds with a finite value, of a
+    ratio with two. Where all seeds have one value, as one base model's accuracy at the start, no interval can be made of them."""
     row, values = {"method": method, "quantity": quantity, "unit": unit}, list(by_seed.values())
     to_target = quantity.endswith("to target") or unit == "x"
     statistic, estimate = typical(values) if to_target else ("mean", mean_interval(values))
-    reached = sum(map(arrives if to_target else math.isfinite, values))
+    reached = sum(map(has_logarithm if unit == "x" else math.isfinite, values))
     interval = INTERVALS[statistic]
     if len(set(values)) == 1:
         interval, estimate = "", estimate._replace(low=math.nan, high=math.nan)
