@@ -48,7 +48,7 @@ from sim.lab.gradients import gradient_errors
 from sim.lab.rollouts import Rollouts
 from tppo_ref.loop.cut_rules import CUT_RULES, CutRule
 from tppo_ref.runs.checkpoint import file_digest
-from tppo_ref.runs.own_rule import load_rule, source_of_rule
+from tppo_ref.runs.own_rule import file_of_rule, load_rule
 
 NUM_RANDOM, RANDOM_DRAWS, NAMED_DRAWS, WINDOW = 40, 4, 16, 4
 NAMED = tuple(name for name in instances.INSTANCES if name != "random")
@@ -130,8 +130,11 @@ def text_study(rules: Sequence[str]) -> Study:
 
 
 def digest(name: str) -> str:
-    """Of the file of a rule's module."""
-    return file_digest(source_of_rule(name))[:8]
+    """Of the file of a rule's module. ValueError where it has none: nobody could say whether its runs are of the same rule."""
+    file = file_of_rule(name)
+    if file is None:
+        raise ValueError(f"rule: got {name!r}, of a module without a file; expected module:function of one with source")
+    return file_digest(file)[:8]
 
 
 def on_text(arguments: argparse.Namespace) -> int:

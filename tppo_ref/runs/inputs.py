@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from tppo_ref.method.records import Prompt
 from tppo_ref.runs.checkpoint import file_digest
 from tppo_ref.runs.config import Config
-from tppo_ref.runs.own_rule import FIELD, rule_of
+from tppo_ref.runs.own_rule import FIELD, file_of_rule, rule_of
 from tppo_ref.tasks import Task
 from tppo_ref.tasks.verifier import Verifier
 
@@ -38,9 +37,8 @@ def rule_digest(config: Config) -> dict[str, str]:
     name = config.advantage.cut_value
     if rule_of(config) is None:
         return {FIELD: ""}
-    # Not the function's own file, which is a decorator's where it has one.
-    file = importlib.import_module(name.partition(":")[0]).__file__
-    return {FIELD: file_digest(Path(file)) if file else digest_of(name)}
+    file = file_of_rule(name)
+    return {FIELD: file_digest(file) if file else digest_of(name)}
 
 
 def prompts_of(task: Task) -> list[list[Prompt]]:
