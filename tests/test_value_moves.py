@@ -172,10 +172,6 @@ def test_the_page_says_what_the_study_of_the_cut_found():
     assert "windows of 16 lose against windows of 64, " + study.told(made, window).partition(", worse")[0] in text
     said = study.told(made, critic).partition(", undecided")[0]
     assert f"is undecided against T-PPO's rule, {said} with the stronger critic" in text
-    knows = {row[0]: float(row[3]) for row in map(cells, studies_told.lines_of_critics().splitlines()[2:]) if row[1] == "strong"}
+    knows = {task: studies_told.critics(f"{task} strong", "explained") for task in made.tasks}
     assert 0.1 < knows["maze"] < 0.25
     assert abs(knows["brackets"]) < 0.02
-
-
-def cells(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
