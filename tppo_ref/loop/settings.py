@@ -45,7 +45,7 @@ class AdvantageConfig:
     lam_alpha: Positive | None = 0.05
     """alpha of max(lam, 1 - 1/(alpha L)), L = tokens so far, plus half a window while RUNNING; none = lam at every length. [P]"""
     cut_value: str = "previous"
-    """V(s_l) at a cut: previous, the paper's V(s_{l-1}); critic, its own; zero, as at an end; module:function, your own rule. [S]"""
+    """V(s_l) at a cut: previous, the paper's V(s_{l-1}); critic, its own; zero, as at an end; module:function, your own. [S]"""
     tail: Literal["exclude", "defer"] = "exclude"
     """Last tokens of a cut row: left out for good (the port), or trained in the next window (docs/theory.md, P7). [P]"""
     tail_tokens: Natural = 8
