@@ -192,7 +192,7 @@ IMPOSSIBLE = (
     Refusal("sharding.context_parallel", lambda c: c.engine.tensor_parallel % c.sharding.context_parallel != 0,
             "a divisor of engine.tensor_parallel ({engine.tensor_parallel}): ranks that share their rows share an engine"),
     Refusal("algo.advantage.cut_value", lambda c: ":" in c.algo.advantage.cut_value,
-            "one of tppo_ref's own: a rule of one's own may look at all rows of a step, and a rank has only its own"),
+            "previous, critic or zero: a rule that is a function may look at all rows of a step, and a rank has only its own"),
     Refusal("reward.format_penalty", lambda c: c.reward.format_penalty and not graded(c),
             f"0 with the verifier {{algo.task.verifier}} (None: a built-in one); only {GRADE} sees that an answer is missing",
             "leave algo.task.verifier out, and give algo.task.path"),

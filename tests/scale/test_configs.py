@@ -170,7 +170,7 @@ WRONG = [
     ),
     (
         ["--algo.advantage.cut_value", "own:rule"],
-        "algo.advantage.cut_value: got own:rule; expected one of tppo_ref's own: a rule of one's own may look at all rows",
+        "algo.advantage.cut_value: got own:rule; expected previous, critic or zero: a rule that is a function may look at all rows",
     ),
     (["--sharding.compute_dtype", "float16"], "sharding.compute_dtype"),
     (["--algo.model.policy", "models/Nothing"], "algo.model.policy: got models/Nothing, which is not here"),
